@@ -1,0 +1,51 @@
+"""Networks by name: `create_model("resnet50", num_classes=10)`.
+
+A family is a file of its own with `NETWORK`, its module class, and `VARIANTS`, constructor
+arguments by timm name. Adding one: an import, and an entry in `_FAMILIES`.
+"""
+
+import dataclasses
+from typing import Any
+
+import jax.numpy as jnp
+from flax import linen as nn
+
+from xkd_jax import errors
+from xkd_jax.models import resnet, vit
+
+_FAMILIES = (resnet, vit)
+
+MODELS: dict[str, tuple[type[nn.Module], dict[str, Any]]] = {
+    name: (family.NETWORK, args) for family in _FAMILIES for name, args in family.VARIANTS.items()
+}
+
+
+def create_model(name: str, *, num_classes: int, dtype: Any = jnp.float32, **args) -> nn.Module:
+    """The network called `name`, without weights.
+
+    `logits, out = model.apply(variables, images, train=...)`, where `images` is
+    `[N, H, W, 3]` and the keys of `out` depend on `model.kind`, "cnn" or "transformer" alone.
+
+    Args:
+      name: a key of `MODELS`.
+      num_classes: how many logits.
+      dtype: what the layers compute in; parameters and logits are float32 always.
+      **args: fields of the module, over the variant's; a list becomes a tuple, so that what
+        went through JSON still hashes.
+
+    Raises:
+      UserError: no network or no argument has that name.
+    """
+    if name not in MODELS:
+        raise errors.unknown("network", name, MODELS)
+    network, variant = MODELS[name]
+    known = {field.name for field in dataclasses.fields(network)} - {"parent", "name"}
+    for arg in args:
+        if arg not in known:
+            raise errors.unknown(f"{name} argument", arg, known)
+    args = {key: _hashable(value) for key, value in args.items()}
+    return network(**{**variant, **args, "num_classes": num_classes, "dtype": dtype})
+
+
+def _hashable(value: Any) -> Any:
+    return tuple(_hashable(v) for v in value) if isinstance(value, list | tuple) else value

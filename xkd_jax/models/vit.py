@@ -1,0 +1,259 @@
+"""Vision Transformers, with timm's names, weights layout and numerics.
+
+Dosovitskiy et al., "An Image is Worth 16x16 Words" (arXiv:2010.11929). The options and their
+meaning follow `VisionTransformer` in timm (Ross Wightman, Apache-2.0).
+"""
+
+from typing import Any, ClassVar
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+
+from xkd_jax import errors
+
+# torch's trunc_normal_ cuts at +-2 in absolute terms: at std .02 that is a plain normal.
+_weight_init = nn.initializers.normal(0.02)
+# timm leaves the patch projection at PyTorch's default, uniform +-1/sqrt(fan_in).
+_patch_init = nn.initializers.variance_scaling(1 / 3, "fan_in", "uniform")
+
+
+@jax.tree_util.register_static
+class Grid(tuple):
+    """The patch grid (h, w): a tuple that stays Python integers through jit and grad.
+
+    A plain tuple would come out of a transformation as two traced arrays, useless for reshapes.
+    """
+
+    __slots__ = ()
+
+
+def _layer_norm(dtype: Any, name: str) -> nn.LayerNorm:
+    # The two-pass variance: pretrained ViTs carry outlier channels that cancel in the fast one.
+    return nn.LayerNorm(epsilon=1e-6, dtype=dtype, use_fast_variance=False, name=name)
+
+
+class PatchEmbed(nn.Module):
+    """Cuts an image into square patches and projects each: [N, H, W, 3] -> [N, h, w, D]."""
+
+    patch_size: int
+    embed_dim: int
+    dtype: Any = jnp.float32
+
+    @nn.compact
+    def __call__(self, images: jax.Array) -> jax.Array:
+        """Projects `images` [N, H, W, 3] to [N, H/patch, W/patch, D]."""
+        patch = (self.patch_size, self.patch_size)
+        return nn.Conv(
+            self.embed_dim,
+            patch,
+            strides=patch,
+            padding="VALID",
+            dtype=self.dtype,
+            kernel_init=_patch_init,
+            name="proj",
+        )(images)
+
+
+class Attention(nn.Module):
+    """Multi-head self-attention with fused `qkv` weights, as timm stores them."""
+
+    num_heads: int
+    qkv_bias: bool = True
+    dtype: Any = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> tuple[jax.Array, tuple[jax.Array, ...]]:
+        """Attends over `x` [N, T, D]; also returns query, key and value [N, heads, T, d]."""
+        n, t, dim = x.shape
+        head_dim = dim // self.num_heads
+        qkv = nn.Dense(
+            3 * dim,
+            use_bias=self.qkv_bias,
+            dtype=self.dtype,
+            kernel_init=_weight_init,
+            name="qkv",
+        )(x.reshape(n * t, dim))
+        qkv = qkv.reshape(n, t, 3, self.num_heads, head_dim).transpose(2, 0, 3, 1, 4)
+        query, key, value = qkv[0], qkv[1], qkv[2]
+        scores = jnp.einsum(
+            "nhqd,nhkd->nhqk", query * head_dim**-0.5, key, preferred_element_type=jnp.float32
+        )
+        weights = nn.softmax(scores, axis=-1).astype(self.dtype)
+        x = jnp.einsum("nhqk,nhkd->nqhd", weights, value).reshape(n * t, dim)
+        x = nn.Dense(dim, dtype=self.dtype, kernel_init=_weight_init, name="proj")(x)
+        return x.reshape(n, t, dim), (query, key, value)
+
+
+class Mlp(nn.Module):
+    """The two dense layers of a block, with the exact GELU between them."""
+
+    hidden: int
+    dtype: Any = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """Maps `x` [..., D] to [..., D]."""
+        shape, dim = x.shape, x.shape[-1]
+        # As one matrix: XLA on a CPU takes three times as long for the gradients of the products
+        # with [N, T, D], because it fuses the GELU into them and computes it over and over.
+        x = x.reshape(-1, dim)
+        x = nn.Dense(self.hidden, dtype=self.dtype, kernel_init=_weight_init, name="fc1")(x)
+        x = nn.gelu(x, approximate=False)
+        x = nn.Dense(dim, dtype=self.dtype, kernel_init=_weight_init, name="fc2")(x)
+        return x.reshape(shape)
+
+
+class Block(nn.Module):
+    """A pre-norm Transformer block; `drop_path` drops a whole branch per sample."""
+
+    num_heads: int
+    mlp_ratio: float = 4.0
+    qkv_bias: bool = True
+    drop_path: float = 0.0
+    dtype: Any = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: jax.Array, train: bool = False) -> tuple[jax.Array, tuple]:
+        """Maps `x` [N, T, D] to [N, T, D]; also returns query, key and value."""
+        # Stochastic depth (arXiv:1603.09382) is dropout with one draw per sample.
+        drop_path = nn.Dropout(self.drop_path, broadcast_dims=(1, 2), deterministic=not train)
+        y = _layer_norm(self.dtype, "norm1")(x)
+        y, qkv = Attention(self.num_heads, self.qkv_bias, self.dtype, name="attn")(y)
+        x = x + drop_path(y)
+        y = _layer_norm(self.dtype, "norm2")(x)
+        y = Mlp(int(x.shape[-1] * self.mlp_ratio), self.dtype, name="mlp")(y)
+        return x + drop_path(y), qkv
+
+
+class VisionTransformer(nn.Module):
+    """timm's `VisionTransformer`; the fields have timm's names and defaults.
+
+    `fc_norm=None` is timm's rule: with `global_pool="avg"` the final norm moves behind the
+    pooling, and the tokens stay unnormalised. With `drop_rate` or `drop_path_rate` above 0,
+    training needs `rngs={"dropout": key}`.
+    """
+
+    kind: ClassVar[str] = "transformer"
+
+    num_classes: int = 1000
+    img_size: int = 224
+    patch_size: int = 16
+    embed_dim: int = 768
+    depth: int = 12
+    num_heads: int = 12
+    mlp_ratio: float = 4.0
+    qkv_bias: bool = True
+    class_token: bool = True
+    global_pool: str = "token"
+    fc_norm: bool | None = None
+    drop_rate: float = 0.0
+    drop_path_rate: float = 0.0
+    dtype: Any = jnp.float32
+
+    @nn.compact
+    def __call__(self, images: jax.Array, train: bool = False) -> tuple[jax.Array, dict[str, Any]]:
+        """Classifies `images` [N, img_size, img_size, 3], already normalised.
+
+        Returns:
+          logits [N, num_classes] float32, and the intermediates: `tokens` [N, T, D], `cls`
+          [N, D] with a class token, `block01` ... [N, T, D], `query`, `key`, `value` of the
+          last block and `block01_query` ... of each [N, heads, T, d], `grid` (h, w), `pooled`
+          [N, D], `logits`. Everything by token covers the patch tokens alone.
+
+        Raises:
+          UserError: the options contradict each other, or `images` has another size.
+        """
+        self._check(images.shape)
+        prefix = int(self.class_token)
+        x, grid = self._embed(images)
+        out: dict[str, Any] = {"grid": grid}
+        for i in range(self.depth):
+            x, qkv = Block(
+                self.num_heads,
+                self.mlp_ratio,
+                self.qkv_bias,
+                self.drop_path_rate * i / max(self.depth - 1, 1),
+                self.dtype,
+                name=f"blocks_{i}",
+            )(x, train)
+            block = f"block{i + 1:02d}"
+            out[block] = x[:, prefix:]
+            for name, head in zip(("query", "key", "value"), qkv, strict=True):
+                # The last block's overwrite the earlier ones' under the short name.
+                out[name] = out[f"{block}_{name}"] = head[:, :, prefix:]
+
+        use_fc_norm = self.global_pool == "avg" if self.fc_norm is None else self.fc_norm
+        if not use_fc_norm:
+            x = _layer_norm(self.dtype, "norm")(x)
+        out["tokens"] = x[:, prefix:]
+        if self.class_token:
+            out["cls"] = x[:, 0]
+        pooled = x[:, 0] if self.global_pool == "token" else jnp.mean(x[:, prefix:], axis=1)
+        if use_fc_norm:
+            pooled = _layer_norm(self.dtype, "fc_norm")(pooled)
+        out["pooled"] = pooled
+        pooled = nn.Dropout(self.drop_rate, deterministic=not train)(pooled)
+        # The head is a sliver of the work: in float32 it costs nothing and rounds nothing.
+        head = nn.Dense(self.num_classes, dtype=jnp.float32, kernel_init=_weight_init, name="head")
+        out["logits"] = head(pooled)
+        return out["logits"], out
+
+    def _embed(self, images: jax.Array) -> tuple[jax.Array, Grid]:
+        """Images to embedded tokens [N, (1 +) T, D], class token first, and the patch grid."""
+        x = PatchEmbed(self.patch_size, self.embed_dim, self.dtype, name="patch_embed")(images)
+        n, height, width, dim = x.shape
+        x = x.reshape(n, height * width, dim)
+        if self.class_token:
+            cls = self.param("cls_token", nn.initializers.normal(1e-6), (1, 1, dim))
+            x = jnp.concatenate([jnp.tile(cls.astype(x.dtype), (n, 1, 1)), x], axis=1)
+        pos = self.param("pos_embed", _weight_init, (1, x.shape[1], dim))
+        return x + pos.astype(x.dtype), Grid((height, width))
+
+    def _check(self, shape: tuple[int, ...]) -> None:
+        if self.global_pool not in ("token", "avg"):
+            raise errors.unknown("global_pool", self.global_pool, ("token", "avg"))
+        if self.global_pool == "token" and not self.class_token:
+            raise errors.UserError(
+                "global_pool='token' needs class_token=True; without one use global_pool='avg'."
+            )
+        if self.embed_dim % self.num_heads:
+            raise errors.UserError(
+                f"embed_dim {self.embed_dim} must be a multiple of num_heads {self.num_heads}."
+            )
+        if self.img_size % self.patch_size:
+            raise errors.UserError(
+                f"img_size {self.img_size} must be a multiple of patch_size {self.patch_size}."
+            )
+        if shape[1:] != (self.img_size, self.img_size, 3):
+            raise errors.UserError(
+                f"this Transformer takes images [N, {self.img_size}, {self.img_size}, 3], not "
+                f"{list(shape)}; for another size set img_size, a multiple of patch_size "
+                f"{self.patch_size}."
+            )
+
+
+NETWORK = VisionTransformer
+
+_TINY = {"embed_dim": 192, "depth": 12, "num_heads": 3}
+_SMALL = {"embed_dim": 384, "depth": 12, "num_heads": 6}
+_BASE = {"embed_dim": 768, "depth": 12, "num_heads": 12}
+_LARGE = {"embed_dim": 1024, "depth": 24, "num_heads": 16}
+
+
+def _variants() -> dict[str, dict[str, Any]]:
+    sizes = {"tiny": _TINY, "small": _SMALL, "base": _BASE, "large": _LARGE}
+    variants = {
+        f"vit_{size}_patch{patch}_{img}": {"img_size": img, "patch_size": patch, **args}
+        for size, args in sizes.items()
+        for patch in (16, 32)
+        for img in (224, 384)
+        if (size, patch) != ("tiny", 32)
+    }
+    # Ours, not timm's: for the 32x32 images of CIFAR.
+    for size in ("tiny", "small"):
+        variants[f"vit_{size}_patch4_32"] = {"img_size": 32, "patch_size": 4, **sizes[size]}
+    return variants
+
+
+VARIANTS: dict[str, dict[str, Any]] = _variants()

@@ -1,0 +1,131 @@
+"""Weights as safetensors: what a network is travels in the file's own metadata.
+
+No pickle anywhere: a file from a stranger can at worst be wrong.
+"""
+
+import hashlib
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from flax import traverse_util
+from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save_file
+
+from xkd_jax.errors import UserError
+
+_METADATA_KEY = "xkd_jax"
+
+
+def save_weights(path: str | os.PathLike, variables: dict, metadata: dict[str, Any]) -> None:
+    """Writes a network's variables and what is needed to use them.
+
+    The file appears whole or not at all: it is written beside `path` and moved over it.
+
+    Args:
+      path: where to; missing folders are made.
+      variables: `{"params": ..., "batch_stats": ...}`, arrays of any shape.
+      metadata: what JSON can hold: model name, args, num_classes, mean, std, image_size, ...
+    """
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    text = json.dumps(metadata, sort_keys=True)
+    part = path.with_name(f".{path.name}.{os.getpid()}.part")
+    try:
+        save_file(_flatten(variables), part, metadata={_METADATA_KEY: text})
+        with part.open("rb") as file:
+            os.fsync(file.fileno())
+        os.replace(part, path)
+    finally:
+        part.unlink(missing_ok=True)
+
+
+def load_weights(path: str | os.PathLike) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Reads what `save_weights` wrote.
+
+    Returns:
+      the variables as a nested dict of numpy arrays, and the metadata.
+
+    Raises:
+      UserError: the file is missing, damaged, or not one of ours.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise UserError(f"there is no weights file at {path}; give the path of a .safetensors.")
+    try:
+        with safe_open(path, framework="np") as file:
+            metadata = (file.metadata() or {}).get(_METADATA_KEY)
+            flat = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    except SafetensorError as error:
+        raise UserError(
+            f"{path} is not a whole safetensors file ({error}); copy or write it again."
+        ) from error
+    if metadata is None:
+        raise UserError(
+            f"{path} is a safetensors file without xkd_jax's metadata; give one that xkd_jax "
+            "wrote, such as a run's student.safetensors."
+        )
+    try:
+        metadata = json.loads(metadata)
+    except ValueError:
+        metadata = None
+    if not isinstance(metadata, dict):
+        raise UserError(f"{path} has metadata that is not a JSON object; write the file again.")
+    return traverse_util.unflatten_dict(flat, sep="/"), metadata
+
+
+def check_weights(
+    path: str | os.PathLike, variables: dict, expected: dict, network: str = "the network"
+) -> None:
+    """Compares weights with what a network needs, tensor by tensor.
+
+    Args:
+      path: where they came from, for the message.
+      variables: nested dict of arrays.
+      expected: nested dict of `jax.ShapeDtypeStruct`, as `jax.eval_shape` of `init` returns it.
+      network: what it is called, for the message.
+
+    Raises:
+      UserError: any tensor is missing, extra or misshapen; one sentence tells the first five
+        and how many there are.
+    """
+    have = {name: np.shape(leaf) for name, leaf in _flat_items(variables)}
+    want = {name: tuple(leaf.shape) for name, leaf in _flat_items(expected)}
+    wrong = [f"{name} is missing" for name in sorted(want.keys() - have.keys())]
+    wrong += [
+        f"{name} is {list(have[name])} where {list(want[name])} is needed"
+        for name in sorted(want.keys() & have.keys())
+        if have[name] != want[name]
+    ]
+    wrong += [f"{name} has no place" for name in sorted(have.keys() - want.keys())]
+    if wrong:
+        more = f", and {len(wrong) - 5} more" if len(wrong) > 5 else ""
+        raise UserError(
+            f"{path} does not fit {network} in {len(wrong)} of its tensors: "
+            f"{'; '.join(wrong[:5])}{more}."
+        )
+
+
+def fingerprint(variables: dict) -> str:
+    """Sixteen hex digits that change with any name, shape, dtype or bit of `variables`.
+
+    SHA-256 over the tensors in the order of their names: the same on every machine.
+    """
+    digest = hashlib.sha256()
+    for name, array in sorted(_flatten(variables).items()):
+        digest.update(f"{name} {array.dtype.name} {array.shape}\n".encode())
+        digest.update(array.tobytes())
+    return digest.hexdigest()[:16]
+
+
+def _flat_items(tree: dict) -> list[tuple[str, Any]]:
+    return list(traverse_util.flatten_dict(tree, sep="/").items())
+
+
+def _flatten(variables: dict) -> dict[str, np.ndarray]:
+    """Nested dict of arrays to {"params/conv1/kernel": numpy array in C order}."""
+    host = jax.device_get(variables)
+    return {name: np.asarray(leaf, order="C") for name, leaf in _flat_items(host)}
