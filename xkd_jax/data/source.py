@@ -1,0 +1,95 @@
+"""What every data source shares: the decoded split, and the one syntax for splits."""
+
+import dataclasses
+import re
+from collections.abc import Mapping
+from typing import Protocol
+
+import numpy as np
+
+from xkd_jax.errors import UserError
+
+IMAGENET_MEAN = (0.485, 0.456, 0.406)
+IMAGENET_STD = (0.229, 0.224, 0.225)
+
+
+@dataclasses.dataclass(frozen=True)
+class Split:
+    """The examples of one split, decoded and in memory.
+
+    Attributes:
+      images: uint8 [n, H, W, 3].
+      labels: int32 [n], 0..num_classes-1.
+      class_names: the name of each class, by label.
+      mean: per channel, in units of [0, 1], for `views.normalize`.
+      std: per channel, in the same units.
+    """
+
+    images: np.ndarray
+    labels: np.ndarray
+    class_names: tuple[str, ...]
+    mean: tuple[float, float, float] = IMAGENET_MEAN
+    std: tuple[float, float, float] = IMAGENET_STD
+
+    @property
+    def num_classes(self) -> int:
+        """The number of classes of the data set, those absent from this split included."""
+        return len(self.class_names)
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+
+class Source(Protocol):
+    """A data set that was found on disk but not decoded yet."""
+
+    @property
+    def sizes(self) -> Mapping[str, int]:
+        """The number of examples of each named split."""
+        ...
+
+    def read(self, split: str, start: int, stop: int) -> Split:
+        """Decodes the examples [start, stop) of a named split."""
+        ...
+
+
+_SPLIT = re.compile(r"(\w+)(?:\[(?:(-?\d+)(%?))?:(?:(-?\d+)(%?))?\])?")
+
+
+def parse_split(spec: str, sizes: Mapping[str, int]) -> tuple[str, int, int]:
+    """Reads TFDS's slicing syntax: `train`, `train[:1000]`, `train[45000:]`, `test[10%:20%]`.
+
+    Negative bounds count from the end; percentages round to the nearest example, as TFDS does.
+
+    Args:
+      spec: what the user wrote.
+      sizes: the number of examples of each named split.
+
+    Returns:
+      The named split, and the bounds of the half-open range in it.
+
+    Raises:
+      UserError: the syntax is wrong, the split does not exist, or the range is empty or too big.
+    """
+    match = _SPLIT.fullmatch(spec.strip())
+    known = ", ".join(f"{name} ({size})" for name, size in sizes.items())
+    if match is None or match[1] not in sizes:
+        raise UserError(
+            f"unknown split {spec!r}; known: {known}, or a part such as "
+            f"'{next(iter(sizes))}[:1000]' or '{next(iter(sizes))}[90%:]'."
+        )
+    name, size = match[1], sizes[match[1]]
+
+    def bound(number: str | None, percent: str | None, default: int) -> int:
+        if number is None:
+            return default
+        value = round(size * int(number) / 100) if percent else int(number)
+        return value + size if number.startswith("-") else value
+
+    start, stop = bound(match[2], match[3], 0), bound(match[4], match[5], size)
+    if not 0 <= start < stop <= size:
+        raise UserError(
+            f"split {spec!r} asks for the examples {start} to {stop}, but {name!r} holds {size} "
+            f"and a part must hold at least one."
+        )
+    return name, start, stop
