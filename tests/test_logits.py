@@ -1,0 +1,69 @@
+"""Hinton's distillation, against NumPy in float64."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from xkd_jax.methods.logits import Logits, soft_cross_entropy
+
+
+def logits(seed, n=4, classes=6):
+    return (3 * np.random.default_rng(seed).normal(size=(n, classes))).astype(np.float32)
+
+
+def softmax(x):
+    e = np.exp(np.float64(x) - x.max(-1, keepdims=True))
+    return e / e.sum(-1, keepdims=True)
+
+
+@pytest.mark.parametrize("temperature", [1.0, 4.0])
+def test_loss_is_the_divergence_of_softened_probabilities(temperature):
+    student, teacher = logits(0), logits(1)
+    total = 0.0
+    for s, t in zip(softmax(student / temperature), softmax(teacher / temperature), strict=True):
+        total += sum(p * np.log(p / q) for p, q in zip(t, s, strict=True))
+    loss = soft_cross_entropy(student, teacher, temperature)
+    np.testing.assert_allclose(loss, temperature**2 * total / len(student), rtol=1e-5)
+
+
+def test_equal_logits_cost_nothing():
+    x = logits(0)
+    np.testing.assert_allclose(soft_cross_entropy(x, x, 4.0), 0, atol=1e-6)
+    # A shift of all logits changes no probability.
+    np.testing.assert_allclose(soft_cross_entropy(x + 5, x, 4.0), 0, atol=1e-5)
+    assert soft_cross_entropy(logits(1), x, 4.0) > 0.1
+
+
+def test_gradient_pulls_the_students_probabilities_to_the_teachers():
+    student, teacher, temperature = logits(0), logits(1), 3.0
+    gradient = jax.grad(soft_cross_entropy)(student, teacher, temperature)
+    expected = softmax(student / temperature) - softmax(teacher / temperature)
+    np.testing.assert_allclose(gradient, temperature * expected / len(student), atol=1e-6)
+
+
+def test_extreme_logits_stay_finite():
+    student, teacher = jnp.array([[1e4, -1e4]]), jnp.array([[-1e4, 1e4]])
+    loss, gradient = jax.value_and_grad(soft_cross_entropy)(student, teacher, 1.0)
+    assert loss == 2e4
+    np.testing.assert_allclose(gradient, [[1, -1]])
+
+
+def test_bfloat16_logits_are_compared_in_float32():
+    student, teacher = (jnp.asarray(logits(i), jnp.bfloat16) for i in (0, 1))
+    loss = soft_cross_entropy(student, teacher, 4.0)
+    assert loss.dtype == jnp.float32
+    full = soft_cross_entropy(student.astype(jnp.float32), teacher.astype(jnp.float32), 4.0)
+    np.testing.assert_allclose(loss, full)
+
+
+def test_method_weighs_the_term_and_reports_it_plain():
+    outs = {"logits": logits(1)}, {"logits": logits(0)}
+    method = Logits(weight=0.3, temperature=2.0)
+    loss, state, metrics = method.loss({}, {}, *outs, {}, jax.random.key(0), jnp.zeros(()))
+    kl = soft_cross_entropy(logits(0), logits(1), 2.0)
+    np.testing.assert_allclose(metrics["logits_kl"], kl)
+    np.testing.assert_allclose(loss, 0.3 * kl, rtol=1e-6)
+    assert state == {}
+    assert method.needs_teacher
+    assert not method.adversary_period

@@ -1,0 +1,325 @@
+"""Cross-architecture knowledge distillation: a Transformer teaches a CNN.
+
+Liu, Cao, Li, Hu, Ding, Li: Cross-Architecture Knowledge Distillation, ACCV 2022. Every equation of
+the paper but the multi-view generator's (`xkd_jax/views.py`) is here, in the paper's order;
+docs/method.md maps them. N images, a grid of T = h * w tokens, H heads of width d, D = H * d; the
+student's tapped map has C channels.
+"""
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+
+from xkd_jax.errors import UserError, unknown
+from xkd_jax.methods.align import choose_stage, resize_map
+from xkd_jax.methods.base import Method, Outputs, Tree, apply
+
+TILE = 4  # a neighbourhood of 4 x 4 tokens shares one linear map
+
+
+def _conv3x3(x: jax.Array, kernel: jax.Array) -> jax.Array:
+    """A 3x3 convolution of stride 1: [N, h, w, C], [3, 3, C, F] -> [N, h, w, F]."""
+    if jax.default_backend() != "cpu":
+        return jax.lax.conv_general_dilated(
+            x, kernel, (1, 1), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC")
+        )
+    # On a CPU, XLA's convolution and its gradients on maps this small take 1.5 times as long as
+    # one matrix product over the nine shifted copies of the map.
+    n, h, w, channels = x.shape
+    padded = jnp.pad(x, ((0, 0), (1, 1), (1, 1), (0, 0)))
+    shifts = [padded[:, i : i + h, j : j + w] for i in range(3) for j in range(3)]
+    columns = jnp.concatenate(shifts, axis=-1).reshape(n * h * w, 9 * channels)
+    return (columns @ kernel.reshape(9 * channels, -1)).reshape(n, h, w, -1)
+
+
+class PCAProjector(nn.Module):
+    """Proj_1 (Eq. 1): three 3x3 convolutions map the student's features to Q_S, K_S and V_S."""
+
+    heads: int
+    head_dim: int
+
+    @nn.compact
+    def __call__(self, features: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+        """[N, h, w, C] -> Q, K, V, each [N, H, T, d]."""
+        n, h, w, channels = features.shape
+        width = self.heads * self.head_dim
+        init = nn.initializers.lecun_normal(in_axis=(0, 1, 2))
+        names = ("query", "key", "value")
+        kernels = [self.param(f"{m}_kernel", init, (3, 3, channels, width)) for m in names]
+        biases = [self.param(f"{m}_bias", nn.initializers.zeros, (width,)) for m in names]
+        # The three share their input: one convolution with three times the filters.
+        projected = _conv3x3(features, jnp.concatenate(kernels, -1)) + jnp.concatenate(biases)
+        q, k, v = jnp.moveaxis(projected.reshape(n, h * w, 3, self.heads, -1), (2, 3), (0, 2))
+        return q, k, v
+
+
+def attention(query: jax.Array, key: jax.Array, value: jax.Array) -> jax.Array:
+    """Self-attention (Eq. 2): softmax(Q K^T / sqrt(d)) V per head, all [N, H, T, d]."""
+    scores = jnp.einsum("nhqd,nhkd->nhqk", query, key) / query.shape[-1] ** 0.5
+    return jnp.einsum("nhqk,nhkd->nhqd", jax.nn.softmax(scores), value)
+
+
+def partly_replace(key: jax.Array, student: jax.Array, teacher: jax.Array) -> jax.Array:
+    """g (Eq. 3): each element is the teacher's with probability 1/2, else the student's.
+
+    Args:
+      key: a key of its own for every matrix and step.
+      student: Q_S, K_S or V_S, any shape.
+      teacher: the teacher's, of the same shape; it receives no gradient.
+    """
+    # One random bit an element: 32 times fewer random numbers than a uniform draw.
+    words = jax.random.bits(key, (-(-student.size // 32), 1), jnp.uint32)
+    bits = (words >> jnp.arange(32, dtype=jnp.uint32)) & 1
+    mask = bits.reshape(-1)[: student.size].reshape(student.shape).astype(bool)
+    return jnp.where(mask, jax.lax.stop_gradient(teacher), student)
+
+
+def value_relation(value: jax.Array) -> jax.Array:
+    """V V^T / sqrt(d) per head: [N, H, T, d] -> [N, H, T, T]."""
+    return jnp.einsum("nhqd,nhkd->nhqk", value, value) / value.shape[-1] ** 0.5
+
+
+def pca_losses(
+    key: jax.Array, student: tuple[jax.Array, ...], teacher: tuple[jax.Array, ...]
+) -> tuple[jax.Array, jax.Array]:
+    """L_proj1 (Eq. 4), its two terms apart: attention and value relation, means over elements.
+
+    Args:
+      key: for the partial replacement.
+      student: Q_S, K_S, V_S, each [N, H, T, d].
+      teacher: Q_T, K_T, V_T, of the same shape; they receive no gradient.
+    """
+    teacher = jax.lax.stop_gradient(teacher)
+    keys = jax.random.split(key, 3)
+    mixed = (partly_replace(k, s, t) for k, s, t in zip(keys, student, teacher, strict=True))
+    attention_loss = jnp.mean((attention(*teacher) - attention(*mixed)) ** 2)
+    relation_loss = jnp.mean((value_relation(teacher[2]) - value_relation(student[2])) ** 2)
+    return attention_loss, relation_loss
+
+
+class GLProjector(nn.Module):
+    """Proj_2 (Eq. 5): every 4x4 tile of the map has a linear layer of its own, in one einsum.
+
+    14 x 14 tokens make 16 tiles, the last row and column of them smaller; 7 x 7 make 4, 24 x 24
+    make 36.
+    """
+
+    width: int
+    dropout: float = 0.1
+
+    @nn.compact
+    def __call__(self, features: jax.Array, train: bool = True) -> jax.Array:
+        """h_S [N, h, w, C] -> h'_S [N, T, width]."""
+        n, h, w, channels = features.shape
+        rows, columns = -(-h // TILE), -(-w // TILE)
+        features = nn.Dropout(self.dropout)(features, deterministic=not train)
+        padding = ((0, 0), (0, rows * TILE - h), (0, columns * TILE - w), (0, 0))
+        tiles = jnp.pad(features, padding).reshape(n, rows, TILE, columns, TILE, channels)
+        tiles = tiles.swapaxes(2, 3).reshape(n, rows * columns, TILE * TILE, channels)
+        init = nn.initializers.lecun_normal(in_axis=1, out_axis=2, batch_axis=(0,))
+        kernel = self.param("kernel", init, (rows * columns, channels, self.width))
+        bias = self.param("bias", nn.initializers.zeros, (rows * columns, self.width))
+        projected = jnp.einsum("ngpc,gcd->ngpd", tiles, kernel) + bias[:, None]
+        grid = projected.reshape(n, rows, columns, TILE, TILE, self.width).swapaxes(2, 3)
+        grid = grid.reshape(n, rows * TILE, columns * TILE, self.width)
+        return grid[:, :h, :w].reshape(n, h * w, self.width)
+
+
+def token_loss(teacher_tokens: jax.Array, student_tokens: jax.Array) -> jax.Array:
+    """L_proj2 (Eq. 6): the mean squared distance of h_T and h'_S, both [N, T, D]."""
+    return jnp.mean((jax.lax.stop_gradient(teacher_tokens) - student_tokens) ** 2)
+
+
+class Discriminator(nn.Module):
+    """D: three fully connected layers on each token, their logits averaged to one per image.
+
+    A positive logit says "teacher".
+    """
+
+    width: int
+
+    @nn.compact
+    def __call__(self, tokens: jax.Array) -> jax.Array:
+        """[N, T, D] -> logits [N], D(h) before the sigmoid."""
+        for _ in range(2):
+            tokens = nn.leaky_relu(nn.Dense(self.width)(tokens), 0.2)
+        return jnp.mean(nn.Dense(1)(tokens), axis=(1, 2))
+
+
+def discriminator_loss(teacher_logits: jax.Array, student_logits: jax.Array) -> jax.Array:
+    """L_MAD (Eq. 8): -log D(h_T) - log(1 - D(h'_S)), from the logits of D [N]."""
+    return -jnp.mean(jax.nn.log_sigmoid(teacher_logits) + jax.nn.log_sigmoid(-student_logits))
+
+
+GENERATORS = {
+    "saturating": lambda logits: jnp.mean(jax.nn.log_sigmoid(-logits)),
+    "non_saturating": lambda logits: -jnp.mean(jax.nn.log_sigmoid(logits)),
+}
+
+
+def generator_loss(student_logits: jax.Array, kind: str = "saturating") -> jax.Array:
+    """L_MVG (Eq. 9): log(1 - D(h'_S)) as in the paper, or -log D(h'_S), from the logits [N]."""
+    return GENERATORS[kind](student_logits)
+
+
+def judge(
+    discriminator: nn.Module, params: Tree, teacher: jax.Array, student: jax.Array
+) -> tuple[jax.Array, dict[str, jax.Array]]:
+    """The discriminator's loss on the teacher's and the student's features, and its accuracy."""
+    teacher_logits = apply(discriminator, params, teacher)
+    student_logits = apply(discriminator, params, student)
+    loss = discriminator_loss(teacher_logits, student_logits)
+    accuracy = (jnp.mean(teacher_logits > 0) + jnp.mean(student_logits < 0)) / 2
+    return loss, {"discriminator": loss, "discriminator_accuracy": accuracy}
+
+
+def weighted_sum(
+    terms: dict[str, tuple[Any, jax.Array]], state: Tree
+) -> tuple[jax.Array, Tree, dict[str, jax.Array]]:
+    """What `Method.loss` returns; every (weight, term) is reported plain and weighted."""
+    metrics = {name: value for name, (_, value) in terms.items()}
+    metrics |= {f"{name}_weighted": weight * value for name, (weight, value) in terms.items()}
+    total = sum((weight * value for weight, value in terms.values()), jnp.zeros(()))
+    return total, state, metrics
+
+
+def teacher_taps(out: Outputs, block: int) -> tuple[tuple[jax.Array, ...], jax.Array]:
+    """(Q_T, K_T, V_T), each [N, H, T, d], and h_T [N, T, D], all float32 without gradient.
+
+    Args:
+      out: a Transformer's outputs; class and distillation tokens are not among the tokens.
+      block: -1 taps the last block and the network's final tokens, after the last LayerNorm where
+        that stands before the pooling; -2 the block before it, and so on, whose tokens are
+        normalised without learned scale.
+    """
+    if block == -1:
+        names, tokens = ("query", "key", "value"), out["tokens"]
+    else:
+        name = f"block{int(max(_block_numbers(out))) + 1 + block:02d}"
+        names, tokens = (f"{name}_query", f"{name}_key", f"{name}_value"), out[name]
+        tokens = jax.nn.standardize(tokens.astype(jnp.float32), epsilon=1e-6)
+    taps = (*(out[name] for name in names), tokens)
+    *qkv, tokens = (jax.lax.stop_gradient(tap.astype(jnp.float32)) for tap in taps)
+    return tuple(qkv), tokens
+
+
+def _block_numbers(out: Outputs) -> list[int]:
+    return [int(name[5:]) for name in out if name.startswith("block") and name[5:].isdigit()]
+
+
+@dataclasses.dataclass(frozen=True)
+class CAKD(Method):
+    """The paper's method.
+
+    Attributes:
+      attention_weight: of the attention term of L_proj1.
+      value_weight: of its value-relation term.
+      token_weight: of L_proj2.
+      adversarial_weight: lambda. The paper doesn't state it; docs/quickstart.md has the sweep.
+      generator: "saturating", the paper's, or "non_saturating".
+      token_dropout: on the input of Proj_2.
+      adversary_every: e in Algorithm 1's "e % 5 = 0".
+      adversary_clock: what e counts: every "step", or "epoch".
+      student_stage: where the student is tapped, see `align.choose_stage`.
+      teacher_block: where the teacher is tapped, see `teacher_taps`.
+    """
+
+    multi_view: bool = True
+    attention_weight: float = 1.0
+    value_weight: float = 1.0
+    token_weight: float = 1.0
+    adversarial_weight: float = 0.1
+    generator: str = "saturating"
+    token_dropout: float = 0.1
+    adversary_every: int = 5
+    adversary_clock: str = "step"
+    student_stage: str = "auto"
+    teacher_block: int = -1
+
+    needs_teacher = True
+
+    @property
+    def adversary_period(self) -> int:
+        """See `Method`; Algorithm 1 has 5."""
+        return self.adversary_every
+
+    def check(self, teacher_out, student_out):
+        """See `Method.check`."""
+        if "query" not in teacher_out:
+            raise UserError(
+                "method cakd taps a Transformer's query, key and value, and this teacher is a CNN; "
+                "choose a ViT teacher, or method.name=logits."
+            )
+        choose_stage(student_out, teacher_out["grid"], self.student_stage)
+        if self.generator not in GENERATORS:
+            raise unknown("generator loss", self.generator, GENERATORS)
+        if self.adversary_clock not in ("step", "epoch"):
+            raise unknown("adversary clock", self.adversary_clock, ("step", "epoch"))
+        blocks = len(_block_numbers(teacher_out))
+        if not -blocks <= self.teacher_block <= -1:
+            raise UserError(
+                f"teacher_block={self.teacher_block} doesn't exist; this teacher has the blocks "
+                f"-1 (the last) to -{blocks} (the first)."
+            )
+        if self.adversary_every < 1:
+            raise UserError(f"adversary_every={self.adversary_every} must be at least 1.")
+
+    def _modules(self, teacher_out: Outputs) -> tuple[PCAProjector, GLProjector, Discriminator]:
+        _, heads, _, head_dim = teacher_out["query"].shape
+        width = teacher_out["tokens"].shape[-1]
+        return (
+            PCAProjector(heads, head_dim),
+            GLProjector(width, self.token_dropout),
+            Discriminator(width),
+        )
+
+    def _student_map(self, teacher_out: Outputs, student_out: Outputs) -> jax.Array:
+        """h_S on the teacher's grid, [N, h, w, C]."""
+        stage = choose_stage(student_out, teacher_out["grid"], self.student_stage)
+        return resize_map(student_out[stage].astype(jnp.float32), teacher_out["grid"])
+
+    def init(self, key, teacher_out, student_out):
+        """See `Method.init`."""
+        pca, gl, _ = self._modules(teacher_out)
+        features = self._student_map(teacher_out, student_out)
+        keys = jax.random.split(key)
+        params = {
+            "pca": pca.init(keys[0], features),
+            "gl": gl.init(keys[1], features, train=False),
+        }
+        return params, {}
+
+    def init_adversary(self, key, teacher_out, student_out):
+        """See `Method.init_adversary`."""
+        return self._modules(teacher_out)[2].init(key, teacher_out["tokens"].astype(jnp.float32))
+
+    def loss(self, params, state, teacher_out, student_out, batch, key, progress, adversary=None):
+        """L_total (Eq. 10): L_proj1 + L_proj2 + lambda L_MVG; the loop adds the label term."""
+        pca, gl, discriminator = self._modules(teacher_out)
+        teacher_qkv, teacher_tokens = teacher_taps(teacher_out, self.teacher_block)
+        features = self._student_map(teacher_out, student_out)
+        replace_key, dropout_key = jax.random.split(key)
+        # Without the barrier XLA fuses the projection into every one of its readers on a CPU.
+        student_qkv = jax.lax.optimization_barrier(apply(pca, params["pca"], features))
+        tokens = apply(gl, params["gl"], features, rngs={"dropout": dropout_key})
+        attention_loss, relation_loss = pca_losses(replace_key, student_qkv, teacher_qkv)
+        logits = apply(discriminator, jax.lax.stop_gradient(adversary), tokens)
+        terms = {
+            "attention": (self.attention_weight, attention_loss),
+            "value_relation": (self.value_weight, relation_loss),
+            "tokens": (self.token_weight, token_loss(teacher_tokens, tokens)),
+            "generator": (self.adversarial_weight, generator_loss(logits, self.generator)),
+        }
+        return weighted_sum(terms, state)
+
+    def adversary_loss(self, adversary, params, teacher_out, student_out, key):
+        """See `Method.adversary_loss`; the tokens are those that the student's loss saw."""
+        _, gl, discriminator = self._modules(teacher_out)
+        _, teacher_tokens = teacher_taps(teacher_out, self.teacher_block)
+        features = self._student_map(teacher_out, student_out)
+        dropout_key = jax.random.split(key)[1]
+        tokens = apply(gl, params["gl"], features, rngs={"dropout": dropout_key})
+        return judge(discriminator, adversary, teacher_tokens, jax.lax.stop_gradient(tokens))

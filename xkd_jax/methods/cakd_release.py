@@ -1,0 +1,146 @@
+"""The method as the first author's released PyTorch code has it, where it departs from the paper.
+
+Source: github.com/yufanLIU/CrossArch_KD. What differs from `cakd.py` and why it matters is listed
+in docs/method.md. The released code's TrivialAugment, label smoothing, mixup and EMA belong to the
+recipe, not to the method.
+"""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+
+from xkd_jax.errors import UserError
+from xkd_jax.methods import cakd
+from xkd_jax.methods.base import Outputs, apply
+
+
+class LinearProjector(nn.Module):
+    """One linear layer to Q, K and V with a head count of its own."""
+
+    width: int
+    heads: int = 16
+
+    @nn.compact
+    def __call__(self, features: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+        """[N, h, w, C] -> Q, K, V, each [N, heads, T, d]."""
+        n, h, w, _ = features.shape
+        head_dim = -(-self.width // self.heads)
+        projected = nn.Dense(3 * self.heads * head_dim)(features.reshape(n, h * w, -1))
+        q, k, v = jnp.moveaxis(projected.reshape(n, h * w, 3, self.heads, -1), (2, 3), (0, 2))
+        return q, k, v
+
+
+class PatchGAN(nn.Module):
+    """A discriminator of attention maps: strided convolutions to one logit a patch (pix2pix)."""
+
+    @nn.compact
+    def __call__(self, scores: jax.Array) -> jax.Array:
+        """[N, T, T] -> patch logits averaged to [N]."""
+        x = scores[..., None]
+        for channels in (32, 64, 128):
+            x = nn.leaky_relu(nn.Conv(channels, (4, 4), (2, 2))(x), 0.2)
+        return jnp.mean(nn.Conv(1, (4, 4))(x), axis=(1, 2, 3))
+
+
+def mean_scores(query: jax.Array, key: jax.Array) -> jax.Array:
+    """Q K^T / sqrt(d) before the softmax, averaged over heads: [N, H, T, d] -> [N, T, T]."""
+    return jnp.einsum("nhqd,nhkd->nqk", query, key) / (query.shape[1] * query.shape[-1] ** 0.5)
+
+
+@dataclasses.dataclass(frozen=True)
+class CAKDRelease(cakd.CAKD):
+    """The preset `cakd_release`.
+
+    Attributes:
+      adversarial_weight: reached at the end of the ramp.
+      ramp_start: epoch at which lambda begins to grow from 0.
+      ramp_end: epoch at which it has grown to `adversarial_weight`.
+      logit_weight: of the mean squared distance of the logits.
+      class_token_weight: of that between the class token and a linear map of the pooled student.
+    """
+
+    multi_view: bool = False
+    adversarial_weight: float = 0.2
+    generator: str = "non_saturating"
+    token_dropout: float = 0.0
+    adversary_every: int = 1
+    student_stage: str = "stage3"
+    ramp_start: float = 25.0
+    ramp_end: float = 35.0
+    logit_weight: float = 1.0
+    class_token_weight: float = 1.0
+
+    def check(self, teacher_out, student_out):
+        """See `Method.check`."""
+        super().check(teacher_out, student_out)
+        if self.ramp_end <= self.ramp_start:
+            raise UserError(
+                f"ramp_end={self.ramp_end} must be a later epoch than ramp_start={self.ramp_start}."
+            )
+
+    def _release_modules(self, teacher_out: Outputs) -> tuple[nn.Module, nn.Module, nn.Module]:
+        width = teacher_out["tokens"].shape[-1]
+        return LinearProjector(width), cakd.GLProjector(width, self.token_dropout), nn.Dense(width)
+
+    def init(self, key, teacher_out, student_out):
+        """See `Method.init`."""
+        pca, gl, class_token = self._release_modules(teacher_out)
+        features = self._student_map(teacher_out, student_out)
+        keys = jax.random.split(key, 3)
+        params = {
+            "pca": pca.init(keys[0], features),
+            "gl": gl.init(keys[1], features, train=False),
+            "class_token": class_token.init(keys[2], student_out["pooled"].astype(jnp.float32)),
+        }
+        return params, {}
+
+    def init_adversary(self, key, teacher_out, student_out):
+        """See `Method.init_adversary`."""
+        return PatchGAN().init(key, mean_scores(teacher_out["query"], teacher_out["key"]))
+
+    def loss(self, params, state, teacher_out, student_out, batch, key, progress, adversary=None):
+        """See `Method.loss`."""
+        pca, gl, class_token = self._release_modules(teacher_out)
+        (query, keys, value), teacher_tokens = cakd.teacher_taps(teacher_out, self.teacher_block)
+        features = self._student_map(teacher_out, student_out)
+        q, k, v = apply(pca, params["pca"], features)
+        scores = mean_scores(q, k)
+        tokens = apply(gl, params["gl"], features, rngs={"dropout": key})
+        # Scaled on the student's side alone: the released code's slip.
+        relation = mean_scores(v, v) - mean_scores(value, value) * value.shape[-1] ** 0.5
+        pooled = apply(
+            class_token, params["class_token"], student_out["pooled"].astype(jnp.float32)
+        )
+        target = jax.lax.stop_gradient(teacher_out.get("cls", teacher_out["pooled"]))
+        teacher_logits = jax.lax.stop_gradient(teacher_out["logits"])
+        # The released code detaches the map, so that this term never reaches the student.
+        fooled = apply(PatchGAN(), jax.lax.stop_gradient(adversary), jax.lax.stop_gradient(scores))
+        ramp = jnp.clip((progress - self.ramp_start) / (self.ramp_end - self.ramp_start), 0, 1)
+        terms = {
+            "attention": (
+                self.attention_weight,
+                jnp.mean((mean_scores(query, keys) - scores) ** 2),
+            ),
+            "value_relation": (self.value_weight, jnp.mean(relation**2)),
+            "tokens": (self.token_weight, cakd.token_loss(teacher_tokens, tokens)),
+            "logits_mse": (
+                self.logit_weight,
+                jnp.mean((student_out["logits"] - teacher_logits) ** 2),
+            ),
+            "class_token": (self.class_token_weight, jnp.mean((target - pooled) ** 2)),
+            "generator": (
+                self.adversarial_weight * ramp,
+                cakd.generator_loss(fooled, self.generator),
+            ),
+        }
+        return cakd.weighted_sum(terms, state)
+
+    def adversary_loss(self, adversary, params, teacher_out, student_out, key):
+        """See `Method.adversary_loss`."""
+        (query, keys, _), _ = cakd.teacher_taps(teacher_out, self.teacher_block)
+        features = self._student_map(teacher_out, student_out)
+        q, k, _ = apply(self._release_modules(teacher_out)[0], params["pca"], features)
+        student_scores = jax.lax.stop_gradient(mean_scores(q, k))
+        return cakd.judge(PatchGAN(), adversary, mean_scores(query, keys), student_scores)

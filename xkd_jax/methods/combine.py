@@ -1,0 +1,83 @@
+"""Several methods at once: `config.method.name = "cakd+logits"` adds their losses."""
+
+import dataclasses
+
+import jax
+
+from xkd_jax.errors import UserError
+from xkd_jax.methods.base import Method
+
+
+@dataclasses.dataclass(frozen=True)
+class Sum(Method):
+    """The sum of several methods' losses, each with its own options, parameters and state.
+
+    Attributes:
+      parts: the methods by name.
+    """
+
+    parts: tuple[tuple[str, Method], ...] = ()
+
+    @property
+    def needs_teacher(self) -> bool:
+        """Whether any part does."""
+        return any(method.needs_teacher for _, method in self.parts)
+
+    @property
+    def adversary_period(self) -> int:
+        """That of the one part which has an adversary."""
+        return max(method.adversary_period for _, method in self.parts)
+
+    @property
+    def adversary_clock(self) -> str:
+        """Likewise."""
+        return self._adversarial().adversary_clock
+
+    def _adversarial(self) -> Method:
+        return next(method for _, method in self.parts if method.adversary_period)
+
+    def check(self, teacher_out, student_out):
+        """See `Method.check`."""
+        if sum(method.adversary_period > 0 for _, method in self.parts) > 1:
+            raise UserError("two methods with an adversary can't be combined; keep one of them.")
+        for _, method in self.parts:
+            method.check(teacher_out, student_out)
+
+    def init(self, key, teacher_out, student_out):
+        """See `Method.init`."""
+        params, state = {}, {}
+        for i, (name, method) in enumerate(self.parts):
+            part_key = jax.random.fold_in(key, i)
+            params[name], state[name] = method.init(part_key, teacher_out, student_out)
+        return params, state
+
+    def init_adversary(self, key, teacher_out, student_out):
+        """See `Method.init_adversary`."""
+        return self._adversarial().init_adversary(key, teacher_out, student_out)
+
+    def loss(self, params, state, teacher_out, student_out, batch, key, progress, adversary=None):
+        """See `Method.loss`."""
+        total, new_state, metrics = jax.numpy.zeros(()), {}, {}
+        for name, method in self.parts:
+            value, new_state[name], part_metrics = method.loss(
+                params[name],
+                state[name],
+                teacher_out,
+                student_out,
+                batch,
+                self._part_key(key, name),
+                progress,
+                adversary,
+            )
+            total, metrics = total + value, metrics | part_metrics
+        return total, new_state, metrics
+
+    def adversary_loss(self, adversary, params, teacher_out, student_out, key):
+        """See `Method.adversary_loss`."""
+        name, method = next(part for part in self.parts if part[1].adversary_period)
+        key = self._part_key(key, name)
+        return method.adversary_loss(adversary, params[name], teacher_out, student_out, key)
+
+    def _part_key(self, key: jax.Array, name: str) -> jax.Array:
+        """The part's key: the adversary must see the dropout that the student's loss saw."""
+        return jax.random.fold_in(key, [part for part, _ in self.parts].index(name))
