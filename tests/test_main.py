@@ -1,0 +1,198 @@
+"""The command line, as a user meets it: real processes."""
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from xkd_jax.metrics import read_metrics
+from xkd_jax.weights import load_weights
+
+ROOT = Path(__file__).parent.parent
+TINY = "tests/tiny.py"
+
+
+@pytest.fixture(scope="module")
+def start(tmp_path_factory):
+    """Starts `python -m xkd_jax.main`; all processes share a new compilation cache."""
+    cache = str(tmp_path_factory.mktemp("cache"))
+
+    def start(*arguments):
+        return subprocess.Popen(
+            [sys.executable, "-m", "xkd_jax.main", *map(str, arguments)],
+            cwd=ROOT,
+            env=environment,
+            text=True,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+        )
+
+    return start
+
+
+def finish(process):
+    out, err = process.communicate(timeout=300)
+    return process.returncode, out, err
+
+
+def wait_for_step(process, folder, step):
+    """Returns as soon as metrics.jsonl tells of `step`."""
+    deadline = time.monotonic() + 240
+    while time.monotonic() < deadline and process.poll() is None:
+        lines = read_metrics(folder)
+        if lines and lines[-1]["step"] >= step:
+            return
+        time.sleep(0.005)
+    raise AssertionError(f"step {step} was not reached: {finish(process)}")
+
+
+def timeless(folder):
+    """The run's metrics without the speeds."""
+    lines = read_metrics(folder)
+    return [{k: v for k, v in line.items() if k != "images_per_second"} for line in lines]
+
+
+def final_state(folder):
+    """Every leaf of the last checkpoint, as NumPy arrays."""
+    import jax
+    import orbax.checkpoint as ocp
+
+    manager = ocp.CheckpointManager(folder / "checkpoints")
+    args = ocp.args.Composite(state=ocp.args.StandardRestore())
+    state = manager.restore(manager.latest_step(), args=args)["state"]
+    is_key = lambda leaf: jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.prng_key)  # noqa: E731
+    state = jax.tree.map(lambda leaf: jax.random.key_data(leaf) if is_key(leaf) else leaf, state)
+    return manager.latest_step(), jax.tree.leaves_with_path(jax.device_get(state))
+
+
+@pytest.fixture(scope="module")
+def unbroken(start, tmp_path_factory):
+    """A run of 40 steps that nothing disturbed."""
+    folder = tmp_path_factory.mktemp("runs") / "unbroken"
+    code, out, err = finish(start("--config", TINY, "--workdir", folder))
+    assert code == 0, err
+    return folder, out, err
+
+
+def assert_same_run(folder, unbroken):
+    """Bit for bit: weights, optimizers, adversary, key, the student's file and the metrics."""
+    step, state = final_state(folder)
+    expected_step, expected = final_state(unbroken)
+    assert step == expected_step == 40
+    assert [path for path, _ in state] == [path for path, _ in expected]
+    for (path, leaf), (_, other) in zip(state, expected, strict=True):
+        np.testing.assert_array_equal(leaf, other, err_msg=str(path))
+    student = "student.safetensors"
+    assert (folder / student).read_bytes() == (unbroken / student).read_bytes()
+    assert timeless(folder) == timeless(unbroken)
+
+
+def test_a_run_shows_progress_and_ends_with_a_table_and_a_picture(unbroken):
+    folder, out, err = unbroken
+    assert re.search(r"unbroken: step 40/40  \d+ images/s  0 s left  loss [\d.]+  accuracy", err)
+    assert "\r" not in err  # a pipe gets lines, not a bar
+    assert re.search(r"\| teacher +\| +\d+\.\d\d \|", out)
+    assert re.search(r"\| student, cakd +\| +\d+\.\d\d \|", out)
+    assert (folder / "curves.png").read_bytes().startswith(b"\x89PNG")
+    assert list((folder / "tensorboard").iterdir())
+    summary = json.loads((folder / "summary.json").read_text())
+    assert summary["steps"] == 40
+    assert summary["student"]["parameters"] == 78_002
+
+
+def test_the_saved_student_is_the_plain_network(unbroken):
+    import jax
+
+    from xkd_jax.models import create_model
+
+    variables, metadata = load_weights(unbroken[0] / "student.safetensors")
+    model = create_model(metadata["model"], num_classes=metadata["num_classes"], **metadata["args"])
+    images = jax.numpy.zeros((1, metadata["image_size"], metadata["image_size"], 3))
+    plain = jax.eval_shape(model.init, jax.random.key(0), images)
+    assert jax.tree.structure(variables) == jax.tree.structure(plain)
+
+
+def test_killed_run_ends_bit_identical_to_an_unbroken_one(start, unbroken, tmp_path):
+    folder = tmp_path / "unbroken"
+    process = start("--config", TINY, "--workdir", folder)
+    wait_for_step(process, folder, 17)
+    process.send_signal(signal.SIGKILL)
+    assert finish(process)[0] == -signal.SIGKILL
+    assert not (folder / "summary.json").exists()
+    code, _, err = finish(start("--config", TINY, "--workdir", folder))
+    assert code == 0, err
+    # It went on from a checkpoint instead of starting again.
+    first = int(re.search(r"step (\d+)/40", err)[1])
+    assert 7 < first <= 40
+    assert_same_run(folder, unbroken[0])
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 0), (signal.SIGINT, 130)])
+def test_a_signal_saves_and_says_how_to_go_on(start, unbroken, tmp_path, number, code):
+    folder = tmp_path / "unbroken"
+    process = start("--config", TINY, "--workdir", folder)
+    wait_for_step(process, folder, 11)
+    process.send_signal(number)
+    returned, _, err = finish(process)
+    assert returned == code, err
+    assert "run the same command again to go on" in err
+    assert "Traceback" not in err
+    stopped_at = final_state(folder)[0]
+    assert stopped_at == read_metrics(folder)[-1]["step"] < 40
+    code, _, err = finish(start("--config", TINY, "--workdir", folder))
+    assert code == 0, err
+    assert int(re.search(r"step (\d+)/40", err)[1]) == stopped_at + 1
+    assert_same_run(folder, unbroken[0])
+
+
+def test_a_complete_run_is_not_trained_again(start, unbroken):
+    folder, out, _ = unbroken
+    before = (folder / "metrics.jsonl").read_bytes()
+    code, again, err = finish(start("--config", TINY, "--workdir", folder))
+    assert code == 0
+    assert "is complete" in err
+    assert again == out
+    assert (folder / "metrics.jsonl").read_bytes() == before
+
+
+@pytest.mark.parametrize(
+    ("arguments", "sentence"),
+    [
+        ([], "--config is missing"),
+        (["--config=nope.py"], "there is no config file nope.py"),
+        (["--config", TINY, "extra"], "'extra' is no flag"),
+        (["--config", TINY, "--confg=1"], "Did you mean: config"),
+        (["--config", TINY, "--config.data.dri=x"], "no field data.dri; did you mean data.dir?"),
+        (["--config", TINY, "--config.batch_size=many"], "invalid literal for int"),
+        (["--config=configs/cifar100.py:smok"], "unknown variant 'smok'; did you mean smoke?"),
+        (["--config", f"{TINY}:cakdd"], "unknown method 'cakdd'; did you mean cakd"),
+    ],
+)
+def test_wrong_command_lines_end_in_one_sentence(start, tmp_path, arguments, sentence):
+    workdir = [f"--workdir={tmp_path / 'run'}"]
+    code, out, err = finish(start(*arguments, *workdir))
+    assert code == 2
+    assert out == ""
+    assert sentence in err
+    assert err.startswith("xkd_jax: ")
+    assert len(err.strip().splitlines()) == 1
+
+
+def test_help_is_quick_and_shows_an_example(start):
+    begun = time.process_time()
+    code, out, _ = finish(start("--help"))
+    assert code in (0, 1)  # absl's --help exits with 1
+    assert "--config configs/quickstart.py" in out
+    assert time.process_time() - begun < 5
+
+
+def test_importing_main_does_not_import_jax():
+    code = "import sys, xkd_jax.main; sys.exit('jax' in sys.modules)"
+    subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)

@@ -1,0 +1,31 @@
+"""A recipe for tests: 40 steps of tiny networks on a few packaged images."""
+
+from xkd_jax.config import Config, default_config
+
+
+def get_config(method: str = "cakd") -> Config:
+    config = default_config()
+    config.epochs = 10
+    config.batch_size = 16
+    config.method.name = method
+    config.student.args = {"layers": (1, 1, 1, 1), "width": 0.125, "stem": "cifar"}
+    config.teacher.weights = "random"
+    config.teacher.model = "vit_tiny_patch16_224"
+    config.teacher.args = {
+        "img_size": 28,
+        "patch_size": 4,
+        "embed_dim": 16,
+        "depth": 2,
+        "num_heads": 2,
+        "class_token": False,
+        "global_pool": "avg",
+        "fc_norm": False,
+    }
+    config.data.name = "fashion_mnist_mini"
+    config.data.train = "train[:64]"
+    config.data.eval = config.data.test = "validation[:50]"
+    config.optimizer.learning_rate = 0.02
+    config.optimizer.clip_norm = 2.0
+    config.log_every = 1
+    config.checkpoint_every = 7
+    return config

@@ -1,0 +1,78 @@
+"""Top-1 and top-5 accuracy over a whole split; the last, smaller batch is filled up and masked."""
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh
+
+from xkd_jax import data, partition, views
+from xkd_jax.methods.base import apply
+from xkd_jax.task import Network
+
+# The seed of the noisy evaluation: the same corruptions for every model that is compared.
+NOISE_SEED = 2022
+IMAGES_PER_DEVICE = 128
+
+
+def create_eval_step(network: Network, noisy: bool = False) -> Callable[..., dict[str, jax.Array]]:
+    """A jitted function that counts what one batch gets right.
+
+    Args:
+      network: the student or the teacher.
+      noisy: whether images are corrupted (`views.noisy`), as in the paper's Fig. 3(a).
+
+    Returns:
+      step(variables, images uint8 [N, H, W, 3], labels [N], valid [N], key) -> sums by name.
+    """
+
+    @jax.jit
+    def eval_step(variables, images, labels, valid, key):
+        pixels = images.astype(jnp.float32) / 255
+        if noisy:
+            pixels = views.noisy(key, pixels)
+        pixels = views.normalize(
+            views.resize(pixels, network.image_size), network.mean, network.std
+        )
+        logits, _ = apply(network.module, variables, pixels, train=False)
+        best = jax.lax.top_k(logits, min(5, logits.shape[-1]))[1]
+        hits = (best == labels[:, None]) & valid[:, None]
+        log_likelihood = jnp.take_along_axis(jax.nn.log_softmax(logits), labels[:, None], axis=1)
+        return {
+            "top1": jnp.sum(hits[:, 0]),
+            "top5": jnp.sum(hits),
+            "loss": -jnp.sum(jnp.where(valid, log_likelihood[:, 0], 0)),
+        }
+
+    return eval_step
+
+
+def evaluate(
+    eval_step: Callable, variables: Any, split: data.Split, mesh: Mesh
+) -> dict[str, float]:
+    """Means over every image of `split`.
+
+    Args:
+      eval_step: from `create_eval_step`.
+      variables: the network's.
+      split: all of it is used.
+      mesh: where batches go.
+
+    Returns:
+      top1 and top5 in [0, 1], and the mean cross-entropy.
+    """
+    to_device = functools.partial(partition.put, sharding=partition.over_batch(mesh))
+    count, sums = len(split), []
+    batch_size = IMAGES_PER_DEVICE * mesh.shape["data"]
+    key = jax.random.key(NOISE_SEED)
+    for start in range(0, count, batch_size):
+        indices = np.arange(start, start + batch_size)
+        valid = indices < count
+        indices = np.minimum(indices, count - 1)
+        batch = to_device((split.images[indices], split.labels[indices], valid))
+        sums.append(eval_step(variables, *batch, jax.random.fold_in(key, start)))
+    totals = jax.device_get(sums)
+    return {name: float(sum(s[name] for s in totals)) / count for name in totals[0]}

@@ -1,0 +1,238 @@
+"""What a run trains, made from its config: data, networks, method, optimizers.
+
+Every wrong input shows here, before anything is compiled.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from flax import linen as nn
+from jax.sharding import Mesh
+
+from xkd_jax import data, partition
+from xkd_jax.config import Config
+from xkd_jax.errors import UserError
+from xkd_jax.methods import create_method
+from xkd_jax.methods.base import Method, Outputs
+from xkd_jax.models import create_model
+from xkd_jax.optimizer import create_learning_rate_fn, create_optimizer
+from xkd_jax.views import MultiView
+from xkd_jax.weights import check_weights, fingerprint, load_weights
+
+RANDOM = "random"  # teacher.weights of a teacher that knows nothing: a control
+
+
+@dataclasses.dataclass(frozen=True)
+class Network:
+    """A network, how its images are prepared, and the variables that it starts from.
+
+    Attributes:
+      module: the Flax module.
+      image_size: the side that it sees, pixels.
+      mean: per channel, of images in [0, 1].
+      std: likewise.
+      variables: host arrays, or None for those that `module.init` makes.
+      fingerprint: of `variables`.
+    """
+
+    module: nn.Module
+    image_size: int
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+    variables: Any = None
+    fingerprint: str = ""
+
+    def init(self, key: jax.Array) -> Any:
+        """Random variables."""
+        return self.module.init(key, jnp.zeros((1, self.image_size, self.image_size, 3)))
+
+    def output_shapes(self) -> Outputs:
+        """`out` for one image, shapes in place of arrays; `grid` is itself."""
+        static = {}
+
+        def forward(key):
+            images = jnp.zeros((1, self.image_size, self.image_size, 3))
+            (_, out), _ = self.module.init_with_output(key, images)
+            static.update({k: v for k, v in out.items() if not isinstance(v, jax.Array)})
+            return {k: v for k, v in out.items() if k not in static}
+
+        return jax.eval_shape(forward, jax.random.key(0)) | static
+
+
+@dataclasses.dataclass(frozen=True)
+class Task:
+    """Everything that stays the same from the first step to the last.
+
+    Attributes:
+      mesh: the devices.
+      train: the split to learn from.
+      evaluation: the split of the learning curves.
+      student: what is trained.
+      teacher: what it learns from, if the method needs it.
+      method: how.
+      optimizers: of "student", "method" and "adversary".
+      learning_rate_fn: of the student.
+      config: the rest.
+      steps_per_epoch: whole batches.
+      total_steps: of the run.
+    """
+
+    mesh: Mesh
+    train: data.Split
+    evaluation: data.Split
+    student: Network
+    teacher: Network | None
+    method: Method
+    optimizers: dict[str, optax.GradientTransformation]
+    learning_rate_fn: Callable[[Any], Any]
+    config: Config
+    views: MultiView
+    steps_per_epoch: int
+    total_steps: int
+
+
+def create_task(config: Config) -> Task:
+    """Loads what `config` names and checks that it fits together.
+
+    Raises:
+      UserError: something is missing, damaged or doesn't fit.
+    """
+    method = create_method(config.method.name, config.method)
+    mesh = partition.create_mesh(config.mesh.data, config.mesh.model)
+    if config.batch_size % mesh.shape["data"]:
+        raise UserError(
+            f"batch_size={config.batch_size} doesn't divide over the {mesh.shape['data']} devices "
+            f"of the mesh; take a multiple of {mesh.shape['data']}."
+        )
+    teacher_file = load_teacher_file(config) if method.needs_teacher else None
+    train = load_split(config, config.data.train)
+    if config.batch_size > len(train):
+        raise UserError(
+            f"batch_size={config.batch_size} is larger than the {len(train)} images of "
+            f"{config.data.train!r}; take a smaller batch."
+        )
+    student = create_student(config, train)
+    teacher = create_teacher(config, train, teacher_file) if teacher_file else None
+    data.check(config.data.name, config.data.test, config.data.dir)
+    if teacher:
+        method.check(teacher.output_shapes(), student.output_shapes())
+    steps_per_epoch = len(train) // config.batch_size
+    rate = create_learning_rate_fn(
+        config.schedule, config.optimizer.learning_rate, config.epochs, steps_per_epoch
+    )
+    adversary_rate = optax.constant_schedule(config.adversary_optimizer.learning_rate)
+    return Task(
+        mesh=mesh,
+        train=train,
+        evaluation=load_split(config, config.data.eval),
+        student=student,
+        teacher=teacher,
+        method=method,
+        optimizers={
+            "student": create_optimizer(config.optimizer, rate),
+            "method": create_optimizer(config.optimizer, rate),
+            "adversary": create_optimizer(config.adversary_optimizer, adversary_rate),
+        },
+        learning_rate_fn=rate,
+        config=config,
+        views=MultiView(**config.views),
+        steps_per_epoch=steps_per_epoch,
+        total_steps=steps_per_epoch * config.epochs,
+    )
+
+
+def compute_dtype(name: str) -> Any:
+    """What networks compute in: `config.dtype`, where "auto" is bfloat16 on a GPU or TPU."""
+    if name == "auto":
+        name = "float32" if jax.default_backend() == "cpu" else "bfloat16"
+    return jnp.dtype(name)
+
+
+def load_split(config: Config, split: str) -> data.Split:
+    """One split of the config's data set; runs of one comparison share it."""
+    return _cached_load(config.data.name, split, config.data.dir)
+
+
+_cached_load = functools.lru_cache(maxsize=4)(data.load)
+
+
+def create_student(config: Config, train: data.Split) -> Network:
+    """The student for `train`'s classes, images and statistics."""
+    module = create_model(
+        config.student.model,
+        num_classes=train.num_classes,
+        dtype=compute_dtype(config.dtype),
+        **config.student.args.to_dict(),
+    )
+    network = Network(module, _data_size(config, train), train.mean, train.std)
+    shapes = jax.eval_shape(network.init, jax.random.key(0))
+    if not config.student.weights:
+        return network
+    variables, _ = load_weights(config.student.weights)
+    check_weights(config.student.weights, variables, shapes, config.student.model)
+    return dataclasses.replace(network, variables=variables)
+
+
+def _data_size(config: Config, train: data.Split) -> int:
+    return config.image_size or train.images.shape[1]
+
+
+def load_teacher_file(config: Config) -> tuple[Any, dict[str, Any]]:
+    """The teacher's variables and metadata, before anything slow.
+
+    Raises:
+      UserError: the file is missing or damaged, or holds another network than `teacher.model`.
+    """
+    wanted = config.teacher
+    if wanted.weights == RANDOM or not wanted.weights:
+        if wanted.weights != RANDOM or not wanted.model:
+            raise UserError(
+                "the teacher has no weights; set teacher.weights to a .safetensors file, or to "
+                "'random', with teacher.model, for a control."
+            )
+        return None, {"model": wanted.model, "args": wanted.args.to_dict()}
+    variables, metadata = load_weights(wanted.weights)
+    if wanted.model and wanted.model != metadata["model"]:
+        raise UserError(
+            f"{wanted.weights} holds a {metadata['model']}, and teacher.model is {wanted.model}; "
+            "leave teacher.model empty to take what the file holds."
+        )
+    return variables, metadata
+
+
+def create_teacher(config: Config, train: data.Split, file: tuple[Any, dict[str, Any]]) -> Network:
+    """The teacher that its file describes, with the file's own image size, mean and std.
+
+    Raises:
+      UserError: it was trained for other classes, or its tensors don't fit.
+    """
+    variables, metadata = file
+    classes = metadata.get("num_classes", train.num_classes)
+    if classes != train.num_classes:
+        raise UserError(
+            f"{config.teacher.weights} tells {classes} classes apart, and {config.data.name} has "
+            f"{train.num_classes}; fine-tune the teacher on this data set first."
+        )
+    module = create_model(
+        metadata["model"],
+        num_classes=classes,
+        dtype=compute_dtype(config.dtype),
+        **metadata["args"],
+    )
+    network = Network(
+        module,
+        metadata.get("image_size", getattr(module, "img_size", _data_size(config, train))),
+        tuple(metadata.get("mean", train.mean)),
+        tuple(metadata.get("std", train.std)),
+    )
+    shapes = jax.eval_shape(network.init, jax.random.key(0))
+    if variables is None:
+        variables = jax.device_get(jax.jit(network.init)(jax.random.key(config.seed)))
+    else:
+        check_weights(config.teacher.weights, variables, shapes, metadata["model"])
+    return dataclasses.replace(network, variables=variables, fingerprint=fingerprint(variables))
