@@ -643,6 +643,7 @@ def test_a_stage_can_be_named():
         ({"teacher_block": -4}, r"-1 \(the last\) to -3 \(the first\)"),
         ({"teacher_block": 0}, "teacher_block=0 doesn't exist"),
         ({"adversary_every": 0}, "at least 1"),
+        ({"adversary_clock": "epochs"}, "adversary clock 'epochs'; did you mean epoch"),
     ],
 )
 def test_wrong_options_are_refused(options, message):
@@ -660,5 +661,5 @@ def test_wrong_networks_are_refused():
 
 
 def test_the_adversary_moves_every_fifth_step():
-    assert CAKD().adversary_period == 5
+    assert (CAKD().adversary_period, CAKD().adversary_clock) == (5, "step")
     assert CAKD(adversary_every=2).adversary_period == 2

@@ -82,6 +82,12 @@ def test_the_adversary_is_cakds(name):
     assert loss == expected == metrics["discriminator"]
 
 
+def test_the_adversarys_clock_is_cakds():
+    assert create_method("logits+cakd", OPTIONS).adversary_clock == "step"
+    options = {"cakd": {"adversary_clock": "epoch"}}
+    assert create_method("logits+cakd", options).adversary_clock == "epoch"
+
+
 def test_parts_get_keys_of_their_own():
     class Keyed(Method):
         def loss(self, params, state, teacher_out, student_out, batch, key, progress, adversary):

@@ -1,7 +1,7 @@
 """Bad input is refused in one sentence, before anything is compiled."""
 
-import importlib.util
 import json
+import runpy
 from pathlib import Path
 
 import jax
@@ -175,14 +175,12 @@ def test_unwritable_workdir(tmp_path):
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
 def test_recipes_are_valid(path):
-    spec = importlib.util.spec_from_file_location(path.stem, path)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    validate(module.get_config())
-    assert "--config configs/" + path.name in " ".join(module.__doc__.split())
-    validate(module.get_config("smoke"))
+    recipe = runpy.run_path(str(path))
+    validate(recipe["get_config"]())
+    assert "--config configs/" + path.name in " ".join(recipe["__doc__"].split())
+    validate(recipe["get_config"]("smoke"))
     with pytest.raises(UserError, match="unknown variant 'smoek'; did you mean smoke"):
-        module.get_config("smoek")
+        recipe["get_config"]("smoek")
 
 
 def test_default_config_is_locked():

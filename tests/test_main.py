@@ -22,13 +22,13 @@ TINY = "tests/tiny.py"
 @pytest.fixture(scope="module")
 def start(tmp_path_factory):
     """Starts `python -m xkd_jax.main`; all processes share a new compilation cache."""
-    cache = str(tmp_path_factory.mktemp("cache"))
+    environment = os.environ | {"XDG_CACHE_HOME": str(tmp_path_factory.mktemp("cache"))}
 
-    def start(*arguments):
+    def start(*arguments, **variables):
         return subprocess.Popen(
             [sys.executable, "-m", "xkd_jax.main", *map(str, arguments)],
             cwd=ROOT,
-            env=environment,
+            env=environment | variables,
             text=True,
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
@@ -134,7 +134,10 @@ def test_killed_run_ends_bit_identical_to_an_unbroken_one(start, unbroken, tmp_p
     assert_same_run(folder, unbroken[0])
 
 
-@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 0), (signal.SIGINT, 130)])
+@pytest.mark.parametrize(
+    ("number", "code"),
+    [(signal.SIGTERM, 0), pytest.param(signal.SIGINT, 130, marks=pytest.mark.slow)],
+)
 def test_a_signal_saves_and_says_how_to_go_on(start, unbroken, tmp_path, number, code):
     folder = tmp_path / "unbroken"
     process = start("--config", TINY, "--workdir", folder)
@@ -150,6 +153,47 @@ def test_a_signal_saves_and_says_how_to_go_on(start, unbroken, tmp_path, number,
     assert code == 0, err
     assert int(re.search(r"step (\d+)/40", err)[1]) == stopped_at + 1
     assert_same_run(folder, unbroken[0])
+
+
+@pytest.mark.slow
+def test_four_devices_train_like_one(start, unbroken, tmp_path):
+    flags = "--xla_force_host_platform_device_count=4"
+    folder = tmp_path / "unbroken"
+    code, _, err = finish(start("--config", TINY, "--workdir", folder, XLA_FLAGS=flags))
+    assert code == 0, err
+    for line, expected in zip(timeless(folder)[:10], timeless(unbroken[0])[:10], strict=True):
+        # Sums in another order; the gap grows with the steps.
+        assert line["loss"] == pytest.approx(expected["loss"], rel=1e-3)
+        assert line.keys() == expected.keys()
+
+
+def test_comparison_has_a_folder_for_each_method(start, tmp_path):
+    folder = tmp_path / "runs"
+    changes = ["--config.compare=('none','logits')", "--config.epochs=1", "--config.data.noisy"]
+    code, out, err = finish(start("--config", f"{TINY}:none", "--workdir", folder, *changes))
+    assert code == 0, err
+    assert re.findall(r"\| (teacher|student, [\w -]+?) +\|", out) == [
+        "teacher",
+        "student, cross-entropy alone",
+        "student, logits",
+    ]
+    assert "noisy top-1" in out
+    losses = [read_metrics(folder / name)[0]["label_loss"] for name in ("none", "logits")]
+    # Equal seeds: the same first student on the same first images.
+    assert losses[0] == pytest.approx(losses[1], rel=1e-5)
+    (folder / "none" / "summary.json").unlink()
+    code, again, err = finish(start("--config", f"{TINY}:none", "--workdir", folder, *changes))
+    assert code == 0, err
+    assert "logits is complete" in err
+    assert sorted(again.splitlines()) == sorted(out.splitlines())
+
+
+@pytest.mark.slow
+def test_quickstart_smoke(start, tmp_path):
+    code, out, err = finish(start("--config=configs/quickstart.py:smoke", "--workdir", tmp_path))
+    assert code == 0, err
+    assert "| teacher " in out
+    assert "| student, cakd " in out
 
 
 def test_a_complete_run_is_not_trained_again(start, unbroken):

@@ -24,10 +24,11 @@ class RunLog:
     """
 
     def __init__(self, folder: Path, step: int):
-        self._path = folder / "metrics.jsonl"
+        path, part = folder / "metrics.jsonl", folder / "metrics.jsonl.part"
         kept = [line for line in read_metrics(folder) if line["step"] <= step]
-        self._path.write_text("".join(json.dumps(line) + "\n" for line in kept))
-        self._file = self._path.open("a")
+        part.write_text("".join(json.dumps(line) + "\n" for line in kept))
+        part.replace(path)
+        self._file = path.open("a")
         self._board = SummaryWriter(str(folder / "tensorboard"), purge_step=step + 1)
 
     def write(self, step: int, metrics: dict[str, float]) -> None:

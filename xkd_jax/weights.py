@@ -13,7 +13,7 @@ import jax
 import numpy as np
 from flax import traverse_util
 from safetensors import SafetensorError, safe_open
-from safetensors.numpy import save_file
+from safetensors.numpy import save
 
 from xkd_jax.errors import UserError
 
@@ -35,8 +35,9 @@ def save_weights(path: str | os.PathLike, variables: dict, metadata: dict[str, A
     text = json.dumps(metadata, sort_keys=True)
     part = path.with_name(f".{path.name}.{os.getpid()}.part")
     try:
-        save_file(_flatten(variables), part, metadata={_METADATA_KEY: text})
-        with part.open("rb") as file:
+        with part.open("wb") as file:
+            file.write(save(_flatten(variables), metadata={_METADATA_KEY: text}))
+            file.flush()
             os.fsync(file.fileno())
         os.replace(part, path)
     finally:

@@ -250,7 +250,7 @@ class CAKD(Method):
         """See `Method.check`."""
         if "query" not in teacher_out:
             raise UserError(
-                "method cakd taps a Transformer's query, key and value, and this teacher is a CNN; "
+                "this method taps a Transformer's query, key and value, and this teacher is a CNN; "
                 "choose a ViT teacher, or method.name=logits."
             )
         choose_stage(student_out, teacher_out["grid"], self.student_stage)

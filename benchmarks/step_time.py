@@ -1,0 +1,86 @@
+"""What a training step costs, against the limit: one teacher forward and one plain student step.
+
+python benchmarks/step_time.py [--config configs/quickstart.py] [--steps 30]
+
+Everything is compiled first, then timed in turn, so that a machine that slows down slows all alike.
+"""
+
+import argparse
+import functools
+import runpy
+import statistics
+import time
+from collections.abc import Callable
+from typing import Any
+
+import jax
+
+from xkd_jax import partition, train
+from xkd_jax.data.order import batch_indices
+from xkd_jax.methods.base import apply
+from xkd_jax.task import Task, create_task
+
+METHODS = ("none", "logits", "cakd", "cakd+logits")
+
+
+def create_step(task: Task) -> Callable[[], Any]:
+    """A function that makes one training step and returns its metrics."""
+    everywhere = partition.replicated(task.mesh)
+    teacher = partition.put(task.teacher.variables, everywhere) if task.teacher else {}
+    data = partition.put((task.train.images, task.train.labels), everywhere)
+    indices = batch_indices(len(task.train), task.config.batch_size, 0, 0)
+    indices = partition.put(indices, partition.over_batch(task.mesh))
+    step_fn = jax.jit(functools.partial(train.train_step, task), donate_argnums=0)
+    holder = [train.init_state(task)]
+
+    def step():
+        holder[0], metrics = step_fn(holder[0], teacher, *data, indices)
+        return metrics
+
+    return step
+
+
+def create_teacher_forward(task: Task) -> Callable[[], Any]:
+    """A function that runs the teacher on one batch and returns its logits."""
+    assert task.teacher
+    network = task.teacher
+    variables = partition.put(network.variables, partition.replicated(task.mesh))
+    shape = (task.config.batch_size, network.image_size, network.image_size, 3)
+    images = jax.random.normal(jax.random.key(0), shape)
+    forward = jax.jit(lambda v, x: apply(network.module, v, x, train=False)[0])
+    return lambda: forward(variables, images)
+
+
+def main() -> None:
+    """The command line."""
+    parser = argparse.ArgumentParser(description="What a training step costs.")
+    parser.add_argument("--config", default="configs/quickstart.py", help="a recipe")
+    parser.add_argument("--steps", type=int, default=30, help="timed steps of each")
+    arguments = parser.parse_args()
+    config = runpy.run_path(arguments.config)["get_config"]()
+    config.compare = ()
+    functions = {}
+    for method in METHODS:
+        config.method.name = method
+        task = create_task(config)
+        functions[method] = create_step(task)
+    functions["teacher forward"] = create_teacher_forward(task)
+    for function in functions.values():
+        jax.block_until_ready(function())
+    seconds = {name: [] for name in functions}
+    for _ in range(arguments.steps):
+        for name, function in functions.items():
+            begun = time.perf_counter()
+            jax.block_until_ready(function())
+            seconds[name].append(time.perf_counter() - begun)
+    milliseconds = {name: 1e3 * statistics.median(times) for name, times in seconds.items()}
+    limit = milliseconds["teacher forward"] + milliseconds["none"]
+    print(f"{jax.devices()[0].device_kind}, jax {jax.__version__}, batch {config.batch_size}")
+    print("| | ms (median) | over the limit |\n|---|---|---|")
+    print(f"| limit: teacher forward + plain student step | {limit:.1f} | 1.00 |")
+    for name, value in milliseconds.items():
+        print(f"| {name} | {value:.1f} | {value / limit:.2f} |")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,58 @@
+"""The quickstart's teacher: a small ViT on all 60,000 training images of Fashion-MNIST.
+
+Claim and cost: see the card, docs/quickstart.md.
+Command:
+  python -m xkd_jax.main --config configs/quickstart_teacher.py --config.data.name=idx:FOLDER
+
+FOLDER holds the four idx files (Debian's package dataset-fashion-mnist puts them into
+/usr/share/datasets/fashion-mnist).
+"""
+
+from xkd_jax.config import Config, default_config
+from xkd_jax.errors import unknown
+
+
+def get_config(variant: str = "") -> Config:
+    config = default_config()
+    config.epochs = 12
+    config.batch_size = 64
+    config.student.model = "vit_tiny_patch16_224"
+    config.student.args = {
+        "img_size": 28,
+        "patch_size": 4,
+        "embed_dim": 64,
+        "depth": 4,
+        "num_heads": 2,
+        # Pooling over the tokens gives every token a gradient; a class token would leave the last
+        # block's patch tokens, which the student imitates, without one.
+        "class_token": False,
+        "global_pool": "avg",
+        "fc_norm": False,
+    }
+    config.data.name = "idx:/usr/share/datasets/fashion-mnist"
+    # The curve is drawn on images that the teacher has learnt from: the student's validation and
+    # training images come from the same 60,000, and the test split is measured once.
+    config.data.eval = "train[:5000]"
+    config.data.noisy = True
+    # The teacher must know the views that it will be asked about: crops, flips and the multi-view
+    # generator's geometry; its colours, noise and masks are for the student alone.
+    config.method.none.multi_view = True
+    config.views.rotation = 10.0
+    config.views.min_scale = 0.9
+    for strength in ("brightness", "contrast", "saturation", "noise", "mask_ratio"):
+        config.views[strength] = 0.0
+    config.augment.crop_padding = 1
+    config.optimizer.name = "adamw"
+    config.optimizer.learning_rate = 2e-3
+    config.optimizer.weight_decay = 0.05
+    config.optimizer.clip_norm = 1.0
+    config.schedule.name = "cosine"
+    config.schedule.warmup_epochs = 0.5
+    if variant == "smoke":
+        config.epochs = 1
+        config.data.train = "train[:6400]"
+        config.data.eval = config.data.test = "test[:1000]"
+        config.log_every = 10
+    elif variant:
+        raise unknown("variant", variant, ("smoke",))
+    return config

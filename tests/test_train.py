@@ -1,0 +1,361 @@
+"""The training step, on 64 small images with tiny networks."""
+
+import collections
+import dataclasses
+import functools
+import itertools
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from xkd_jax.config import default_config
+from xkd_jax.data.order import batch_indices
+from xkd_jax.methods.base import Method
+from xkd_jax.task import Network, create_task
+from xkd_jax.train import (
+    TrainState,
+    create_views,
+    init_state,
+    label_loss,
+    student_variables,
+    train_step,
+)
+
+METHOD_TERMS = ("attention", "value_relation", "tokens", "generator")
+
+Run = collections.namedtuple("Run", "task step_fn states metrics")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def quick_compilation():
+    """Compiling is most of these tests' time; XLA's optimizations change none of the claims."""
+    jax.config.update("jax_disable_most_optimizations", True)
+    yield
+    jax.config.update("jax_disable_most_optimizations", False)
+
+
+def tiny_task(method, seed=0):
+    config = default_config()
+    config.seed = seed
+    config.batch_size = 16
+    config.label_smoothing = 0.1
+    config.label_weight = 0.5
+    config.method.name = method
+    config.data.update(name="fashion_mnist_mini", train="train[:64]", eval="validation[:64]")
+    config.student.args = {"layers": (1, 1, 1, 1), "width": 0.125, "stem": "cifar"}
+    config.teacher.update(model="vit_tiny_patch16_224", weights="random")
+    config.teacher.args = {
+        "img_size": 28, "patch_size": 4, "embed_dim": 16, "depth": 2, "num_heads": 2,
+        "class_token": False, "global_pool": "avg",
+    }  # fmt: skip
+    config.augment.update(crop_padding=0, flip=False)
+    config.optimizer.learning_rate = 0.05
+    return create_task(config)
+
+
+def run(task, step_fn, state, steps):
+    """The states before, between and after the steps, and the metrics of each."""
+    variables = task.teacher.variables if task.teacher else {}
+    states, metrics = [state], []
+    for step in range(steps):
+        indices = batch_indices(len(task.train), 16, task.config.seed, step)
+        state, of_step = step_fn(state, variables, task.train.images, task.train.labels, indices)
+        states.append(state)
+        metrics.append(jax.device_get(of_step))
+    return Run(task, step_fn, states, metrics)
+
+
+def start(method):
+    task = tiny_task(method)
+    return run(task, jax.jit(functools.partial(train_step, task)), init_state(task), 30)
+
+
+@pytest.fixture(scope="module")
+def none():
+    return start("none")
+
+
+@pytest.fixture(scope="module")
+def cakd():
+    return start("cakd")
+
+
+def leaves(tree):
+    """Host arrays by path; keys as their data."""
+    return {
+        jax.tree_util.keystr(path): np.asarray(
+            jax.random.key_data(leaf) if jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.prng_key)
+            else leaf
+        )
+        for path, leaf in jax.tree_util.tree_leaves_with_path(tree)
+    }  # fmt: skip
+
+
+def changed(before, after):
+    """The paths of the leaves that are not bit-identical."""
+    before, after = leaves(before), leaves(after)
+    assert before.keys() == after.keys()
+    return {path for path in before if before[path].tobytes() != after[path].tobytes()}
+
+
+# ---- cakd
+
+
+def test_the_adversary_moves_at_every_fifth_step_only(cakd):
+    moved = []
+    for step, (before, after) in enumerate(itertools.pairwise(cakd.states)):
+        parameters = changed(before.adversary, after.adversary)
+        optimizer = changed(before.adversary_opt_state, after.adversary_opt_state)
+        assert bool(parameters) == bool(optimizer)
+        if parameters:
+            moved.append(step)
+            assert parameters == leaves(before.adversary).keys()
+            assert optimizer == leaves(before.adversary_opt_state).keys()
+    assert moved == [0, 5, 10, 15, 20, 25]
+
+
+def test_discriminator_metrics_are_nan_between_updates(cakd):
+    for step, metrics in enumerate(cakd.metrics):
+        for name in ("discriminator", "discriminator_accuracy"):
+            assert np.isnan(metrics[name]) == (step % 5 != 0)
+    others = cakd.metrics[0].keys() - {"discriminator", "discriminator_accuracy"}
+    assert {f"{name}_weighted" for name in METHOD_TERMS} < others
+    assert all(np.isfinite(metrics[name]) for metrics in cakd.metrics for name in others)
+
+
+def test_every_step_moves_student_and_projectors(cakd):
+    # From the second step on: the zeros that end every residual branch hide what is behind them.
+    for before, after in itertools.pairwise(cakd.states[1:]):
+        for part in ("params", "batch_stats", "method_params"):
+            old = getattr(before, part)
+            assert changed(old, getattr(after, part)) == leaves(old).keys(), part
+        assert after.step == before.step + 1
+        assert not changed(before.key, after.key)
+
+
+def test_the_teacher_is_not_in_the_state(cakd):
+    assert {field.name for field in dataclasses.fields(TrainState)} == {
+        "step", "key", "params", "batch_stats", "opt_state", "method_params", "method_opt_state",
+        "method_state", "adversary", "adversary_opt_state",
+    }  # fmt: skip
+    teacher = {
+        leaf.tobytes() for leaf in jax.tree.leaves(cakd.task.teacher.variables) if leaf.any()
+    }
+    state = {leaf.tobytes() for leaf in leaves(cakd.states[0]).values()}
+    shapes = {leaf.shape for leaf in leaves(cakd.states[-1]).values()}
+    assert (1, 49, 16) not in shapes  # the position embedding
+    assert (16, 48) not in shapes  # query, key and value
+    ones = np.ones(16, np.float32).tobytes()  # any normalisation starts so
+    assert not (teacher - {ones}) & state
+
+
+def test_the_loss_is_the_sum_of_its_weighted_terms(cakd):
+    for metrics in cakd.metrics:
+        total = 0.5 * metrics["label_loss"]
+        total += sum(metrics[f"{name}_weighted"] for name in METHOD_TERMS)
+        np.testing.assert_allclose(metrics["loss"], total, rtol=1e-5)
+
+
+def test_teacher_accuracy_is_reported_only_with_a_teacher(none, cakd):
+    assert 0 <= cakd.metrics[0]["teacher_accuracy"] <= 1
+    assert none.task.teacher is None
+    assert none.metrics[0].keys() == {
+        "loss", "label_loss", "accuracy", "gradient_norm", "learning_rate",
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize("method", ["none", "cakd"])
+def test_the_loss_falls(request, method):
+    metrics = request.getfixturevalue(method).metrics
+    for name in ("loss", "label_loss"):
+        values = [m[name] for m in metrics]
+        assert np.mean(values[-5:]) < 0.96 * np.mean(values[:5])
+
+
+def test_the_same_seed_gives_the_same_bits(cakd):
+    task = tiny_task("cakd")
+    assert not changed(task.teacher.variables, cakd.task.teacher.variables)
+    again = run(task, cakd.step_fn, init_state(task), 11)
+    assert not changed(again.states[0], cakd.states[0])
+    assert not changed(again.states[11], cakd.states[11])
+
+
+def test_another_seed_gives_another_run(none):
+    task = tiny_task("none", seed=1)
+    other = run(task, none.step_fn, init_state(task), 1)
+    kernels = {path for path in leaves(none.states[0].params) if "kernel" in path}
+    assert changed(other.states[0].params, none.states[0].params) == kernels
+    assert changed(other.states[0].key, none.states[0].key)
+    assert other.metrics[0]["loss"] != none.metrics[0]["loss"]
+
+
+def test_the_steps_draws_follow_the_states_key(cakd):
+    state = cakd.states[0]
+    key = jax.device_put(jax.random.key(123), state.key.sharding)  # or it would compile again
+    redrawn = run(cakd.task, cakd.step_fn, dataclasses.replace(state, key=key), 1).metrics[0]
+    for name in ("label_loss", "attention", "tokens"):
+        assert redrawn[name] != cakd.metrics[0][name]
+
+
+def test_student_variables_are_the_plain_network(none, cakd):
+    for trained in (none, cakd):
+        variables = student_variables(trained.states[-1])
+        shapes = jax.eval_shape(trained.task.student.init, jax.random.key(0))
+        assert jax.tree.structure(variables) == jax.tree.structure(shapes)
+
+
+# ---- what the step does, through a network of one layer
+
+
+class Linear(nn.Module):
+    """One layer on the mean colour."""
+
+    @nn.compact
+    def __call__(self, images, train=False):
+        logits = nn.Dense(10)(images.mean((1, 2)))
+        return logits, {"logits": logits}
+
+
+class Probe(Method):
+    """Reports what it is given."""
+
+    def loss(self, params, state, teacher_out, student_out, batch, key, progress, adversary):
+        seen = {"key": jax.random.key_data(key), "progress": progress, **batch}
+        return jnp.zeros(()), {"calls": state.get("calls", 0) + 1}, seen
+
+    def init(self, key, teacher_out, student_out):
+        return {}, {"calls": jnp.zeros((), jnp.int32)}
+
+
+class Adversarial(Probe):
+    """With an adversary of one number that always wants to grow."""
+
+    adversary_period = 2
+
+    def __init__(self, clock):
+        object.__setattr__(self, "adversary_clock", clock)
+
+    def init_adversary(self, key, teacher_out, student_out):
+        return jnp.zeros(())
+
+    def adversary_loss(self, adversary, params, teacher_out, student_out, key):
+        return -adversary, {"discriminator": -adversary}
+
+
+def probe(method):
+    student = Network(Linear(), 28, (0.5, 0.4, 0.3), (0.2, 0.3, 0.4))
+    task = dataclasses.replace(tiny_task("none"), method=method, student=student)
+    return run(task, jax.jit(functools.partial(train_step, task)), init_state(task), 9)
+
+
+@pytest.fixture(scope="module")
+def probed():
+    return probe(Probe())
+
+
+def test_every_step_has_a_key_of_its_own(probed):
+    """With which the partial replacement and the dropout draw afresh (test_cakd.py)."""
+    keys = {metrics["key"].tobytes() for metrics in probed.metrics}
+    assert len(keys) == len(probed.metrics)
+    masks = {
+        np.asarray(jax.random.bits(jax.random.wrap_key_data(m["key"]), (4,))).tobytes()
+        for m in probed.metrics
+    }
+    assert len(masks) == len(probed.metrics)
+
+
+def test_methods_see_the_batch_and_the_epochs_so_far(probed):
+    assert probed.task.steps_per_epoch == 4
+    for step, metrics in enumerate(probed.metrics):
+        indices = batch_indices(64, 16, 0, step)
+        np.testing.assert_array_equal(metrics["index"], indices)
+        np.testing.assert_array_equal(metrics["label"], probed.task.train.labels[indices])
+        assert metrics["progress"] == step / 4
+    assert probed.states[9].method_state == {"calls": 9}
+
+
+@pytest.mark.parametrize(
+    ("clock", "turns"), [("step", [0, 2, 4, 6, 8]), ("epoch", [0, 1, 2, 3, 8])]
+)
+def test_the_adversary_counts_steps_or_epochs_of_four_steps(clock, turns):
+    states = probe(Adversarial(clock)).states
+    moved = [b.adversary != a.adversary for b, a in itertools.pairwise(states)]
+    assert [step for step, move in enumerate(moved) if move] == turns
+
+
+def test_training_is_sgd_on_normalised_images(probed):
+    """Every step written out: cross-entropy, its gradient, decay, momentum and the rate."""
+    params = leaves(probed.states[0].params)
+    layer = np.vstack([params["['Dense_0']['kernel']"], params["['Dense_0']['bias']"]])
+    layer, buffer = np.float64(layer), 0
+    for step, metrics in enumerate(probed.metrics):
+        indices = batch_indices(64, 16, 0, step)
+        pixels = np.float64(probed.task.train.images[indices]) / 255
+        x = ((pixels - [0.5, 0.4, 0.3]) / [0.2, 0.3, 0.4]).mean((1, 2))
+        x = np.hstack([x, np.ones((16, 1))])
+        p = np.exp(x @ layer) / np.exp(x @ layer).sum(1, keepdims=True)
+        labels = probed.task.train.labels[indices]
+        targets = 0.9 * np.eye(10)[labels] + 0.01
+        gradient = 0.5 * x.T @ (p - targets) / 16
+        expected = {
+            "label_loss": -np.mean(np.sum(targets * np.log(p), 1)),
+            "loss": -0.5 * np.mean(np.sum(targets * np.log(p), 1)),
+            "accuracy": np.mean(p.argmax(1) == labels),
+            "gradient_norm": np.sqrt((gradient**2).sum()),
+            "learning_rate": 0.05,
+        }
+        for name, value in expected.items():
+            np.testing.assert_allclose(metrics[name], value, rtol=1e-4, err_msg=name)
+        buffer = 0.9 * buffer + gradient + 1e-4 * layer
+        layer = layer - 0.05 * buffer
+    params = leaves(probed.states[-1].params)
+    np.testing.assert_allclose(params["['Dense_0']['kernel']"], layer[:-1], atol=1e-5)
+    np.testing.assert_allclose(params["['Dense_0']['bias']"], layer[-1], atol=1e-5)
+
+
+def test_each_network_sees_the_same_crop_normalised_its_own_way(probed):
+    teacher = Network(Linear(), 28, (0.1, 0.2, 0.3), (0.5, 0.6, 0.7))
+    task = dataclasses.replace(
+        probed.task, teacher=teacher, config=probed.task.config.copy_and_resolve_references()
+    )
+    task.config.augment.update(crop_padding=3, flip=True)
+    images = probed.task.train.images[:8]
+    seen = create_views(task, jax.random.key(0), images)
+    pixels = [
+        np.asarray(view) * network.std + network.mean
+        for view, network in zip(seen, (teacher, task.student), strict=True)
+    ]
+    np.testing.assert_allclose(*pixels, atol=1e-6)
+    assert not np.allclose(pixels[0], images / 255, atol=0.01)
+    larger = dataclasses.replace(teacher, image_size=42)
+    task = dataclasses.replace(task, teacher=larger)
+    shapes = jax.eval_shape(lambda key: create_views(task, key, images), jax.random.key(0))
+    assert [view.shape for view in shapes] == [(8, 42, 42, 3), (8, 28, 28, 3)]
+
+
+# ---- the label term
+
+
+@pytest.mark.parametrize("smoothing", [0.0, 0.1])
+def test_label_loss_is_smoothed_cross_entropy(smoothing):
+    rng = np.random.default_rng(0)
+    logits, labels = 3 * rng.normal(size=(6, 5)), rng.integers(0, 5, 6)
+    total = 0.0
+    for row, label in zip(logits, labels, strict=True):
+        log_p = row - np.log(np.sum(np.exp(row)))
+        total -= (1 - smoothing) * log_p[label] + smoothing * log_p.mean()
+    ours = label_loss(jnp.float32(logits), jnp.asarray(labels), smoothing)
+    np.testing.assert_allclose(ours, total / 6, rtol=1e-5)
+
+
+def test_label_loss_is_computed_in_float32_and_finite():
+    logits = jnp.asarray([[1.3, 0.7, -2.1]], jnp.bfloat16)
+    for x, label in ((logits, 0), (100 * logits, 2)):
+        loss = label_loss(x, jnp.array([label]), 0.0)
+        assert loss.dtype == jnp.float32
+        row = np.asarray(x, np.float64)[0]
+        expected = row.max() - row[label] + np.log(np.sum(np.exp(row - row.max())))
+        np.testing.assert_allclose(loss, expected, rtol=1e-6)
