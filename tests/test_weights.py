@@ -95,7 +95,7 @@ def test_not_safetensors(tmp_path):
 def test_somebody_elses_safetensors(tmp_path, metadata):
     path = tmp_path / "w.safetensors"
     save_file({"conv1.weight": np.zeros(3)}, path, metadata=metadata)
-    with pytest.raises(UserError, match=r"without xkd_jax's metadata; convert it"):
+    with pytest.raises(UserError, match=r"without xkd_jax's metadata; give one that"):
         load_weights(path)
 
 

@@ -22,10 +22,7 @@ DTYPES = ("auto", "float32", "bfloat16")
 
 def default_config() -> Config:
     """Plain supervised training with the paper's optimizer; every field there is."""
-    config = ConfigDict()
-    config.seed = 0
-    config.epochs = 200
-    config.batch_size = 64
+    config = ConfigDict({"seed": 0, "epochs": 200, "batch_size": 64})
     config.dtype = "auto"  # what networks compute in; auto: bfloat16 on a GPU or TPU
 
     # Methods to train one after the other with everything else equal; empty: `method.name` alone.
@@ -63,7 +60,7 @@ def default_config() -> Config:
     config.schedule = ConfigDict(
         {"name": "step", "boundaries": (100, 150), "factor": 0.1, "warmup_epochs": 0.0}
     )
-    # The adversary's own; the paper states none. Its rate stays constant.
+    # The paper states none. Its rate stays constant.
     config.adversary_optimizer = ConfigDict(
         {
             "name": "adam",

@@ -127,67 +127,77 @@ def train_step(
     step_key = jax.random.fold_in(state.key, state.step)
     view_key, dropout_key, method_key = jax.random.split(step_key, 3)
     teacher_view, student_view = create_views(task, view_key, images[indices])
-    teacher_out, metrics = {}, {}
+    teacher_out, metrics = {}, {"learning_rate": task.learning_rate_fn(state.step)}
     if task.teacher:
         teacher_out = apply(task.teacher.module, teacher_variables, teacher_view, train=False)[1]
         metrics["teacher_accuracy"] = _accuracy(teacher_out["logits"], batch["label"])
 
     def loss_fn(params, method_params):
-        (logits, out), updates = apply(
-            task.student.module,
-            {"params": params, "batch_stats": state.batch_stats},
-            student_view,
-            train=True,
-            mutable=["batch_stats"],
-            rngs={"dropout": dropout_key},
-        )
-        label = label_loss(logits, batch["label"], task.config.label_smoothing)
-        extra, method_state, method_metrics = task.method.loss(
-            method_params,
-            state.method_state,
-            teacher_out,
-            out,
-            batch,
-            method_key,
-            state.step / task.steps_per_epoch,
-            state.adversary,
-        )
-        loss = task.config.label_weight * label + extra
-        return loss, (out, updates.get("batch_stats", {}), method_state, label, method_metrics)
+        return student_loss(
+            task, state, params, method_params, teacher_out, student_view, batch,
+            dropout_key, method_key,
+        )  # fmt: skip
 
-    (loss, aux), (grads, method_grads) = jax.value_and_grad(loss_fn, (0, 1), has_aux=True)(
-        state.params, state.method_params
-    )
-    student_out, batch_stats, method_state, label, method_metrics = aux
+    gradients = jax.grad(loss_fn, (0, 1), has_aux=True)
+    (grads, method_grads), aux = gradients(state.params, state.method_params)
     adversary, adversary_opt_state, adversary_metrics = _update_adversary(
-        task, state, teacher_out, student_out, method_key
+        task, state, teacher_out, aux["student_out"], method_key
     )
     params, opt_state = _update(task, "student", grads, state.opt_state, state.params)
     method_params, method_opt_state = _update(
         task, "method", method_grads, state.method_opt_state, state.method_params
     )
-    metrics |= {
-        "loss": loss,
-        "label_loss": label,
-        "accuracy": _accuracy(student_out["logits"], batch["label"]),
-        "gradient_norm": optax.tree.norm(grads),
-        "learning_rate": task.learning_rate_fn(state.step),
-        **method_metrics,
-        **adversary_metrics,
-    }
+    metrics |= aux["metrics"] | adversary_metrics | {"gradient_norm": optax.tree.norm(grads)}
     state = dataclasses.replace(
         state,
         step=state.step + 1,
         params=params,
-        batch_stats=batch_stats,
+        batch_stats=aux["batch_stats"],
         opt_state=opt_state,
         method_params=method_params,
         method_opt_state=method_opt_state,
-        method_state=method_state,
+        method_state=aux["method_state"],
         adversary=adversary,
         adversary_opt_state=adversary_opt_state,
     )
     return state, metrics
+
+
+def student_loss(
+    task: Task,
+    state: TrainState,
+    params: Any,
+    method_params: Any,
+    teacher_out: dict[str, Any],
+    view: jax.Array,
+    batch: dict[str, jax.Array],
+    dropout_key: jax.Array,
+    method_key: jax.Array,
+) -> tuple[jax.Array, dict[str, Any]]:
+    """The label term plus the method's, a scalar; and all else that the forward pass yields."""
+    (logits, out), updates = apply(
+        task.student.module,
+        {"params": params, "batch_stats": state.batch_stats},
+        view,
+        train=True,
+        mutable=["batch_stats"],
+        rngs={"dropout": dropout_key},
+    )
+    label = label_loss(logits, batch["label"], task.config.label_smoothing)
+    progress = state.step / task.steps_per_epoch
+    extra, method_state, metrics = task.method.loss(
+        method_params, state.method_state, teacher_out, out, batch, method_key, progress,
+        state.adversary,
+    )  # fmt: skip
+    loss = task.config.label_weight * label + extra
+    accuracy = _accuracy(logits, batch["label"])
+    metrics = metrics | {"loss": loss, "label_loss": label, "accuracy": accuracy}
+    return loss, {
+        "student_out": out,
+        "batch_stats": updates.get("batch_stats", {}),
+        "method_state": method_state,
+        "metrics": metrics,
+    }
 
 
 def _accuracy(logits: jax.Array, labels: jax.Array) -> jax.Array:
