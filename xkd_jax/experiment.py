@@ -14,9 +14,9 @@ from xkd_jax import report, results, train
 from xkd_jax.config import Config, default_config, has_field, missing_field, used, validate
 from xkd_jax.errors import UserError
 from xkd_jax.metrics import say
+from xkd_jax.report import CONFIG_FILE
 from xkd_jax.task import create_task
 
-CONFIG_FILE = "config.json"
 # Fields that may change when a run goes on: they don't change what it computes.
 FREE = ("data.dir", "log_every", "checkpoint_every", "keep_checkpoints")
 
@@ -88,7 +88,8 @@ def run(config: Config, workdir: Path) -> int:
     for alone in left.values():
         create_task(alone)
     for folder, alone in left.items():
-        (folder / CONFIG_FILE).write_text(json.dumps(used(alone), indent=2) + "\n")
+        if not (folder / CONFIG_FILE).exists():
+            (folder / CONFIG_FILE).write_text(json.dumps(used(alone), indent=2) + "\n")
         stopped = _train(alone, folder)
         if stopped:
             say(

@@ -13,22 +13,25 @@ from xkd_jax.errors import UserError
 from xkd_jax.metrics import read_metrics
 from xkd_jax.results import SUMMARY
 
+CONFIG_FILE = "config.json"
 CURVES = "curves.png"
 TABLE = "report.md"
 
 
 def find_runs(folder: Path) -> dict[str, Path]:
-    """The finished runs in `folder`, by name: itself, or its subfolders in order of finishing.
+    """The finished runs in `folder`, by name: itself, or its subfolders in order of starting.
 
     Raises:
       UserError: there is none.
     """
     if (folder / SUMMARY).exists():
         return {folder.name: folder}
-    summaries = sorted(folder.glob(f"*/{SUMMARY}"), key=lambda path: path.stat().st_mtime)
-    if not summaries:
+    finished = [path.parent for path in folder.glob(f"*/{SUMMARY}")]
+    if not finished:
         raise UserError(f"{folder} holds no finished run; give the folder of one or of several.")
-    return {path.parent.name: path.parent for path in summaries}
+    # A run's config is written once, when it starts for the first time.
+    finished.sort(key=lambda run: (run / CONFIG_FILE).stat().st_mtime_ns)
+    return {run.name: run for run in finished}
 
 
 def write(folder: Path) -> str:
