@@ -1,0 +1,66 @@
+"""Accuracy over a whole split."""
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import linen as nn
+
+from xkd_jax import partition
+from xkd_jax.data import Split
+from xkd_jax.evaluate import IMAGES_PER_DEVICE, create_eval_step, evaluate
+from xkd_jax.task import Network
+
+
+class FirstRow(nn.Module):
+    """A network whose ten logits are the first row of the image."""
+
+    @nn.compact
+    def __call__(self, images, train=False):
+        return images[:, 0, :, 0], {}
+
+
+@pytest.fixture(scope="module")
+def network():
+    return Network(FirstRow(), 10, (0.0,) * 3, (1.0,) * 3)
+
+
+@pytest.fixture(scope="module")
+def split():
+    """300 images, so that the last batch is not full, and their labels at random."""
+    rng = np.random.default_rng(0)
+    # No two values of a row are equal: ties would make the rank a matter of taste.
+    rows = rng.permuted(np.tile(np.arange(10) * 25, (300, 1)), axis=1)
+    images = np.broadcast_to(rows[:, None, :, None], (300, 10, 10, 3)).astype(np.uint8)
+    labels = rng.integers(0, 10, 300).astype(np.int32)
+    return Split(images, labels, tuple("abcdefghij"))
+
+
+def test_every_image_counts_once(network, split):
+    assert len(split) % IMAGES_PER_DEVICE
+    scores = evaluate(create_eval_step(network), {}, split, partition.create_mesh(-1, 1))
+    logits = split.images[:, 0, :, 0].astype(np.float64) / 255
+    rank = (logits > logits[np.arange(300), split.labels][:, None]).sum(axis=1)
+    assert scores["top1"] == pytest.approx(np.mean(rank < 1), abs=1e-9)
+    assert scores["top5"] == pytest.approx(np.mean(rank < 5), abs=1e-9)
+    likelihood = logits[np.arange(300), split.labels] - np.log(np.exp(logits).sum(axis=1))
+    assert scores["loss"] == pytest.approx(-likelihood.mean(), rel=1e-5)
+
+
+def test_noise_is_the_same_each_time_and_changes_the_images(network, split):
+    noisy = create_eval_step(network, noisy=True)
+    mesh = partition.create_mesh(-1, 1)
+    first = evaluate(noisy, {}, split, mesh)
+    assert first == evaluate(noisy, {}, split, mesh)
+    assert first["loss"] != evaluate(create_eval_step(network), {}, split, mesh)["loss"]
+
+
+def test_fewer_than_five_classes(split):
+    class ThreeLogits(nn.Module):
+        @nn.compact
+        def __call__(self, images, train=False):
+            return jnp.zeros((len(images), 3)), {}
+
+    network = Network(ThreeLogits(), 10, (0.0,) * 3, (1.0,) * 3)
+    three = Split(split.images[:5], split.labels[:5] % 3, tuple("abc"))
+    scores = evaluate(create_eval_step(network), {}, three, partition.create_mesh(-1, 1))
+    assert scores["top5"] == 1.0
