@@ -1,7 +1,7 @@
 """The quickstart over several seeds: mean and standard deviation of what it measures.
 
 python benchmarks/quickstart_seeds.py --seeds 5 --out runs/seeds
-python benchmarks/quickstart_seeds.py --out runs/control --config.teacher.weights=random ...
+python benchmarks/quickstart_seeds.py --recipe configs/quickstart.py:control --out runs/control
 
 Every argument that the script doesn't know goes to `xkd_jax.main`. Seeds that are finished are not
 run again.
@@ -17,10 +17,12 @@ from pathlib import Path
 SCORES = {"top1": "top-1 %", "noisy_top1": "noisy top-1 %"}
 
 
-def run_seed(seed: int, out: Path, overrides: list[str]) -> dict[str, dict[str, float]]:
-    """Runs one seed; returns the test scores and the training time of every method."""
+def run_seed(
+    recipe: str, seed: int, out: Path, overrides: list[str]
+) -> dict[str, dict[str, float]]:
+    """Runs one seed; returns the scores of every method, by its name."""
     folder = out / f"seed{seed}"
-    command = [sys.executable, "-m", "xkd_jax.main", "--config", "configs/quickstart.py"]
+    command = [sys.executable, "-m", "xkd_jax.main", "--config", recipe]
     command += ["--workdir", str(folder), f"--config.seed={seed}", *overrides]
     subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
     scores = {}
@@ -38,10 +40,14 @@ def run_seed(seed: int, out: Path, overrides: list[str]) -> dict[str, dict[str, 
 def main() -> None:
     """The command line."""
     parser = argparse.ArgumentParser(description="The quickstart over several seeds.")
+    parser.add_argument("--recipe", default="configs/quickstart.py", help="what is run")
     parser.add_argument("--seeds", type=int, default=5, help="seeds 0 to N-1")
     parser.add_argument("--out", type=Path, default=Path("runs/seeds"), help="where runs go")
     arguments, overrides = parser.parse_known_args()
-    seeds = [run_seed(seed, arguments.out, overrides) for seed in range(arguments.seeds)]
+    seeds = [
+        run_seed(arguments.recipe, seed, arguments.out, overrides)
+        for seed in range(arguments.seeds)
+    ]
     columns = {"validation": "validation top-1 %"} | SCORES
     print(f"\n| method | {' | '.join(columns.values())} | test gain over `none` |")
     print(f"|---|{'---|' * (len(columns) + 1)}")
