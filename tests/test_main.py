@@ -161,10 +161,13 @@ def test_four_devices_train_like_one(start, unbroken, tmp_path):
     folder = tmp_path / "unbroken"
     code, _, err = finish(start("--config", TINY, "--workdir", folder, XLA_FLAGS=flags))
     assert code == 0, err
-    for line, expected in zip(timeless(folder)[:10], timeless(unbroken[0])[:10], strict=True):
-        # Sums in another order; the gap grows with the steps.
-        assert line["loss"] == pytest.approx(expected["loss"], rel=1e-3)
-        assert line.keys() == expected.keys()
+    losses = [
+        [line["loss"] for line in timeless(run) if "loss" in line][:10]
+        for run in (folder, unbroken[0])
+    ]
+    # Sums in another order; the gap grows with the steps.
+    assert losses[0] == pytest.approx(losses[1], rel=1e-3)
+    assert len(losses[0]) == 10
 
 
 def test_comparison_has_a_folder_for_each_method(start, tmp_path):
