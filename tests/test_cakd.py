@@ -22,12 +22,7 @@ HEADS, HEAD_DIM = 2, 3
 WIDTH = HEADS * HEAD_DIM
 
 
-@pytest.fixture(scope="module", autouse=True)
-def quick_compilation():
-    """Compiling is most of these tests' time; XLA's optimizations change none of the claims."""
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
+pytestmark = pytest.mark.usefixtures("quick_compilation")
 
 
 def normal(*shape, seed=0):

@@ -18,12 +18,7 @@ from xkd_jax.train import init_state, train_step
 GRID, WIDTH = (3, 5), 24  # 16 student heads of 2; the teacher has 4 heads of 6
 
 
-@pytest.fixture(scope="module", autouse=True)
-def quick_compilation():
-    """Compiling is most of these tests' time; XLA's optimizations change none of the claims."""
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
+pytestmark = pytest.mark.usefixtures("quick_compilation")
 
 
 def normal(*shape, seed=0):

@@ -19,12 +19,7 @@ OPTIONS = {"cakd": {"token_weight": 2.0}, "logits": {"weight": 0.5, "temperature
 PARTS = {"cakd": CAKD(token_weight=2.0), "logits": Logits(weight=0.5, temperature=2.0)}
 
 
-@pytest.fixture(scope="module", autouse=True)
-def quick_compilation():
-    """Compiling is most of these tests' time; XLA's optimizations change none of the claims."""
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
+pytestmark = pytest.mark.usefixtures("quick_compilation")
 
 
 def outputs():

@@ -29,12 +29,7 @@ METHOD_TERMS = ("attention", "value_relation", "tokens", "generator")
 Run = collections.namedtuple("Run", "task step_fn states metrics")
 
 
-@pytest.fixture(scope="module", autouse=True)
-def quick_compilation():
-    """Compiling is most of these tests' time; XLA's optimizations change none of the claims."""
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
+pytestmark = pytest.mark.usefixtures("quick_compilation")
 
 
 def tiny_task(method, seed=0):
