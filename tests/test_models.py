@@ -310,7 +310,7 @@ def test_lists_become_tuples():
 
 def test_variants_are_not_changed_by_arguments():
     create_model("resnet18", num_classes=2, width=2.0)
-    assert "width" not in MODELS["resnet18"][1]
+    assert "width" not in MODELS["resnet18"].args
 
 
 @pytest.mark.parametrize(

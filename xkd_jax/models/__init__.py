@@ -1,7 +1,7 @@
 """Networks by name: `create_model("resnet50", num_classes=10)`.
 
-A family is a file of its own with `NETWORK`, its module class, and `VARIANTS`, constructor
-arguments by timm name. Adding one: an import, and an entry in `_FAMILIES`.
+A family is a file of its own with its module class and `VARIANTS`, a `Variant` by timm name.
+Adding one: an import, and an entry in `_FAMILIES`.
 """
 
 import dataclasses
@@ -12,11 +12,12 @@ from flax import linen as nn
 
 from xkd_jax import errors
 from xkd_jax.models import resnet, vit
+from xkd_jax.models.variant import Variant
 
 _FAMILIES = (resnet, vit)
 
-MODELS: dict[str, tuple[type[nn.Module], dict[str, Any]]] = {
-    name: (family.NETWORK, args) for family in _FAMILIES for name, args in family.VARIANTS.items()
+MODELS: dict[str, Variant] = {
+    name: variant for family in _FAMILIES for name, variant in family.VARIANTS.items()
 }
 
 
@@ -38,13 +39,14 @@ def create_model(name: str, *, num_classes: int, dtype: Any = jnp.float32, **arg
     """
     if name not in MODELS:
         raise errors.unknown("network", name, MODELS)
-    network, variant = MODELS[name]
-    known = {field.name for field in dataclasses.fields(network)} - {"parent", "name"}
+    variant = MODELS[name]
+    known = {field.name for field in dataclasses.fields(variant.network)} - {"parent", "name"}
     for arg in args:
         if arg not in known:
             raise errors.unknown(f"{name} argument", arg, known)
     args = {key: _hashable(value) for key, value in args.items()}
-    return network(**{**variant, **args, "num_classes": num_classes, "dtype": dtype})
+    args = {**variant.args, **args, "num_classes": num_classes, "dtype": dtype}
+    return variant.network(**args)
 
 
 def _hashable(value: Any) -> Any:

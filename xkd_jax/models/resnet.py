@@ -12,6 +12,7 @@ import jax.numpy as jnp
 from flax import linen as nn
 
 from xkd_jax import errors
+from xkd_jax.models.variant import Variant
 
 _conv_init = nn.initializers.variance_scaling(2.0, "fan_out", "normal")
 # PyTorch's default for a linear layer, which timm keeps: uniform +-1/sqrt(fan_in).
@@ -177,13 +178,10 @@ class ResNet(nn.Module):
             )
 
 
-NETWORK = ResNet
-
 _50 = {"block": "bottleneck", "layers": (3, 4, 6, 3)}
 _101 = {"block": "bottleneck", "layers": (3, 4, 23, 3)}
 _152 = {"block": "bottleneck", "layers": (3, 8, 36, 3)}
-
-VARIANTS: dict[str, dict[str, Any]] = {
+_ARGS: dict[str, dict[str, Any]] = {
     "resnet18": {"block": "basic", "layers": (2, 2, 2, 2)},
     "resnet34": {"block": "basic", "layers": (3, 4, 6, 3)},
     "resnet50": _50,
@@ -193,3 +191,5 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "resnet101x3": {**_101, "width": 3.0},
     "resnet152x2": {**_152, "width": 2.0},
 }
+
+VARIANTS = {name: Variant(ResNet, args) for name, args in _ARGS.items()}

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 from flax import linen as nn
 
 from xkd_jax import errors
+from xkd_jax.models.variant import HALF_MEAN, HALF_STD, Variant
 
 # torch's trunc_normal_ cuts at +-2 in absolute terms: at std .02 that is a plain normal.
 _weight_init = nn.initializers.normal(0.02)
@@ -233,27 +234,25 @@ class VisionTransformer(nn.Module):
             )
 
 
-NETWORK = VisionTransformer
-
-_TINY = {"embed_dim": 192, "depth": 12, "num_heads": 3}
-_SMALL = {"embed_dim": 384, "depth": 12, "num_heads": 6}
-_BASE = {"embed_dim": 768, "depth": 12, "num_heads": 12}
-_LARGE = {"embed_dim": 1024, "depth": 24, "num_heads": 16}
-
-
-def _variants() -> dict[str, dict[str, Any]]:
-    sizes = {"tiny": _TINY, "small": _SMALL, "base": _BASE, "large": _LARGE}
-    variants = {
-        f"vit_{size}_patch{patch}_{img}": {"img_size": img, "patch_size": patch, **args}
-        for size, args in sizes.items()
-        for patch in (16, 32)
-        for img in (224, 384)
-        if (size, patch) != ("tiny", 32)
-    }
-    # Ours, not timm's: for the 32x32 images of CIFAR.
-    for size in ("tiny", "small"):
-        variants[f"vit_{size}_patch4_32"] = {"img_size": 32, "patch_size": 4, **sizes[size]}
-    return variants
+_SIZES = {
+    "tiny": {"embed_dim": 192, "depth": 12, "num_heads": 3},
+    "small": {"embed_dim": 384, "depth": 12, "num_heads": 6},
+    "base": {"embed_dim": 768, "depth": 12, "num_heads": 12},
+    "large": {"embed_dim": 1024, "depth": 24, "num_heads": 16},
+}
 
 
-VARIANTS: dict[str, dict[str, Any]] = _variants()
+def _variant(size: str, patch: int, img: int) -> Variant:
+    args = {"img_size": img, "patch_size": patch, **_SIZES[size]}
+    return Variant(VisionTransformer, args, img, HALF_MEAN, HALF_STD)
+
+
+VARIANTS = {
+    f"vit_{size}_patch{patch}_{img}": _variant(size, patch, img)
+    for size in _SIZES
+    for patch in (16, 32)
+    for img in (224, 384)
+    if (size, patch) != ("tiny", 32)
+}
+# Ours, not timm's: for the 32x32 images of CIFAR.
+VARIANTS |= {f"vit_{size}_patch4_32": _variant(size, 4, 32) for size in ("tiny", "small")}

@@ -1,0 +1,117 @@
+"""Layers that several families share, with PyTorch's padding, statistics and initialisation."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+
+# Kaiming, fan out: He et al. (arXiv:1502.01852), as timm initialises most convolutions.
+kaiming_fan_out = nn.initializers.variance_scaling(2.0, "fan_out", "normal")
+# PyTorch's default for convolutions and linear layers: uniform +-1/sqrt(fan_in).
+torch_default = nn.initializers.variance_scaling(1 / 3, "fan_in", "uniform")
+
+
+class Conv(nn.Module):
+    """A convolution with PyTorch's arguments; its parameters are those of `nn.Conv`.
+
+    `kernel_size`, `stride` and `padding` are one number or (vertical, horizontal). `padding`
+    None is "same" at stride 1, PyTorch's (kernel - 1) / 2 on every side; "SAME" is TensorFlow's,
+    uneven where the stride asks for it. `groups` as in PyTorch.
+    """
+
+    features: int
+    kernel_size: int | tuple[int, int]
+    stride: int | tuple[int, int] = 1
+    padding: int | tuple[int, int] | str | None = None
+    groups: int = 1
+    use_bias: bool = False
+    kernel_init: Any = kaiming_fan_out
+    dtype: Any = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """Maps `x` [N, H, W, C] to [N, h, w, features]."""
+        kernel, stride = _pair(self.kernel_size), _pair(self.stride)
+        padding: Any = self.padding
+        if padding is None:
+            padding = tuple((side - 1) // 2 for side in kernel)
+        if padding != "SAME":
+            padding = [(side, side) for side in _pair(padding)]
+        shape = (*kernel, x.shape[-1] // self.groups, self.features)
+        weights = self.param("kernel", self.kernel_init, shape)
+        y = jax.lax.conv_general_dilated(
+            x.astype(self.dtype),
+            weights.astype(self.dtype),
+            stride,
+            padding,
+            dimension_numbers=("NHWC", "HWIO", "NHWC"),
+            feature_group_count=self.groups,
+        )
+        if self.use_bias:
+            y = y + self.param("bias", nn.initializers.zeros, (self.features,)).astype(y.dtype)
+        return y
+
+
+def _pair(value: int | Sequence[int]) -> tuple[int, int]:
+    return (value, value) if isinstance(value, int) else (value[0], value[1])
+
+
+class BatchNorm(nn.Module):
+    """Batch normalisation with PyTorch's running statistics (arXiv:1502.03167).
+
+    `momentum` is PyTorch's, the share of the new batch. Unlike Flax's own, the running variance
+    takes the unbiased estimate, as PyTorch's does; the normalisation itself takes the biased one
+    in both. Under jit the batch is the global one, so its statistics need no axis name.
+    Parameters, statistics and their computation are float32 whatever `dtype` is.
+    """
+
+    epsilon: float = 1e-5
+    momentum: float = 0.1
+    scale_init: Any = nn.initializers.ones
+    dtype: Any = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: jax.Array, train: bool = False) -> jax.Array:
+        """Normalises `x` [..., C] over all axes but the last, keeping its shape."""
+        channels = x.shape[-1]
+        scale = self.param("scale", self.scale_init, (channels,))
+        bias = self.param("bias", nn.initializers.zeros, (channels,))
+        running_mean = self.variable("batch_stats", "mean", jnp.zeros, (channels,))
+        running_var = self.variable("batch_stats", "var", jnp.ones, (channels,))
+        if not train:
+            factor = scale * jax.lax.rsqrt(running_var.value + self.epsilon)
+            shift = bias - running_mean.value * factor
+            return x.astype(self.dtype) * factor.astype(self.dtype) + shift.astype(self.dtype)
+        axes = tuple(range(x.ndim - 1))
+        full = x.astype(jnp.float32)
+        mean = jnp.mean(full, axes)
+        var = jnp.mean(jnp.square(full - mean), axes)
+        if not self.is_initializing():
+            count = x.size // channels
+            unbiased = var * (count / max(count - 1, 1))
+            keep = 1 - self.momentum
+            running_mean.value = keep * running_mean.value + self.momentum * mean
+            running_var.value = keep * running_var.value + self.momentum * unbiased
+        factor = scale * jax.lax.rsqrt(var + self.epsilon)
+        return ((full - mean) * factor + bias).astype(self.dtype)
+
+
+def max_pool(x: jax.Array, size: int, stride: int, padding: int = 0) -> jax.Array:
+    """Maximum over windows of `x` [N, H, W, C], padded with -inf on every side."""
+    pads: Any = ((padding, padding), (padding, padding))  # flax annotates only the string
+    return nn.max_pool(x, (size, size), strides=(stride, stride), padding=pads)
+
+
+def drop_path(module: nn.Module, x: jax.Array, rate: float, train: bool) -> jax.Array:
+    """Stochastic depth (arXiv:1603.09382): drops whole samples of a branch `x` [N, ...].
+
+    Draws from the "dropout" key of `module`, and only where `rate` is above 0.
+    """
+    if not train or rate == 0.0:
+        return x
+    keep = jax.random.bernoulli(
+        module.make_rng("dropout"), 1 - rate, (x.shape[0],) + (1,) * (x.ndim - 1)
+    )
+    return jnp.where(keep, x / (1 - rate), jnp.zeros_like(x))
