@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from xkd_jax.errors import UserError
-from xkd_jax.models import MODELS, create_model, resnet, vit
+from xkd_jax.models import MODELS, create_model, scan
 
 TINY_VIT = {"embed_dim": 16, "depth": 2, "num_heads": 2}
 
@@ -21,6 +21,10 @@ TIMM_COUNTS = {
     "resnet50": 25_557_032,
     "resnet101": 44_549_160,
     "resnet152": 60_192_808,
+    "resnext50_32x4d": 25_028_904,
+    "resnext101_32x8d": 88_791_336,
+    "deit_tiny_distilled_patch16_224": 5_910_800,
+    "deit_base_distilled_patch16_384": 87_630_032,
 }
 
 
@@ -79,11 +83,13 @@ def test_every_name_builds():
     for name in MODELS:
         model = create_model(name, num_classes=3)
         hash(model)  # jit needs it
-        kind = {vit.VisionTransformer: "transformer", resnet.ResNet: "cnn"}[type(model)]
+        kind = "transformer" if "patch" in name else "cnn"
         assert model.kind == kind  # pyright: ignore[reportAttributeAccessIssue]
         assert "kind" not in {field.name for field in dataclasses.fields(model)}
-        size = getattr(model, "img_size", 224)
-        assert size == (int(name[-3:].strip("_")) if kind == "transformer" else 224)
+        size = getattr(model, "img_size", MODELS[name].image_size)
+        assert size == MODELS[name].image_size
+        ending = name.split("_")[-1]
+        assert not ending.isdigit() or kind == "cnn" or size == int(ending)
 
 
 def test_every_channel_count_is_multiplied():
@@ -334,6 +340,8 @@ def test_wrong_names(name, args, message):
         ("vit_tiny_patch4_32", {"num_heads": 5}, "embed_dim 192 must be a multiple of num_heads 5"),
         ("vit_tiny_patch4_32", {"global_pool": "tokens"}, "did you mean token"),
         ("vit_tiny_patch4_32", {"class_token": False}, "needs class_token=True"),
+        ("deit_tiny_distilled_patch16_224", {"global_pool": "avg"}, "distilled=True needs"),
+        ("resnet18", {"groups": 32}, "need block='bottleneck'"),
         ("resnet18", {"block": "botleneck"}, "did you mean bottleneck"),
         ("resnet18", {"stem": "cifar10"}, "did you mean cifar"),
         ("resnet18", {"layers": (2, 2)}, "four block counts"),
@@ -344,3 +352,56 @@ def test_wrong_values(name, args, message):
     model = create_model(name, num_classes=2, **args)
     with pytest.raises(UserError, match=message):
         jax.eval_shape(model.init, jax.random.key(0), jnp.zeros((1, 32, 32, 3)))
+
+
+def test_scanned_blocks_compute_what_unrolled_ones_do(monkeypatch):
+    model = tiny_vit(depth=4, drop_path_rate=0.5)
+    variables, x, key = init(model), images(4), jax.random.key(0)
+
+    def loss(params, train):
+        rngs = {"dropout": key} if train else None
+        logits, out = model.apply({"params": params}, x, train=train, rngs=rngs)
+        return (logits**2).mean() + (out["block02_key"] ** 2).mean(), out
+
+    def run(train):
+        return jax.value_and_grad(loss, has_aux=True)(variables["params"], train)
+
+    unrolled = run(False)
+    monkeypatch.setattr(scan, "pays", lambda depth, train: True)
+    scanned = run(False)
+    assert jax.tree.structure(scanned) == jax.tree.structure(unrolled)
+    for (path, a), b in zip(
+        jax.tree_util.tree_leaves_with_path(scanned), jax.tree.leaves(unrolled), strict=True
+    ):
+        np.testing.assert_allclose(a, b, atol=1e-5, err_msg=str(path))
+    (_, out), grads = run(True)
+    assert all(leaf.any() for leaf in jax.tree.leaves(grads["blocks_1"]))
+    # Stochastic depth, scanned: never in the first block, and other samples in other blocks.
+    np.testing.assert_allclose(out["block01"], unrolled[0][1]["block01"], atol=1e-5)
+    assert not jnp.allclose(out["logits"], unrolled[0][1]["logits"])
+
+
+def test_scan_compiles_one_block(monkeypatch):
+    model = tiny_vit(depth=6)
+    variables = init(model)
+
+    def products():
+        jaxpr = jax.make_jaxpr(lambda v: model.apply(v, images())[0])(variables)
+        return str(jaxpr).count("dot_general")
+
+    unrolled = products()
+    monkeypatch.setattr(scan, "pays", lambda depth, train: True)
+    # The head, one block in the loop, and the last one, whose taps methods read.
+    assert (products() - 1) * 3 == unrolled - 1
+
+
+def test_deit_has_two_heads():
+    model = create_model("deit_tiny_distilled_patch16_224", num_classes=5, img_size=32, **TINY_VIT)
+    variables, x = init(model), images()
+    logits, out = jax.jit(model.apply)(variables, x)
+    assert variables["params"]["pos_embed"].shape == (1, 2 + 4, 16)
+    assert out["tokens"].shape == (2, 4, 16)
+    assert out["query"].shape == (2, 2, 4, 8)
+    np.testing.assert_allclose(logits, (out["cls_logits"] + out["dist_logits"]) / 2, atol=1e-6)
+    assert not jnp.allclose(out["cls_logits"], out["dist_logits"])
+    np.testing.assert_allclose(out["pooled"], (out["cls"] + out["dist"]) / 2, atol=1e-6)

@@ -104,14 +104,13 @@ def max_pool(x: jax.Array, size: int, stride: int, padding: int = 0) -> jax.Arra
     return nn.max_pool(x, (size, size), strides=(stride, stride), padding=pads)
 
 
-def drop_path(module: nn.Module, x: jax.Array, rate: float, train: bool) -> jax.Array:
+def drop_path(module: nn.Module, x: jax.Array, rate: float | jax.Array, train: bool) -> jax.Array:
     """Stochastic depth (arXiv:1603.09382): drops whole samples of a branch `x` [N, ...].
 
-    Draws from the "dropout" key of `module`, and only where `rate` is above 0.
+    Draws from the "dropout" key of `module`, and only where `rate` is not plainly 0.
     """
-    if not train or rate == 0.0:
+    if not train or (isinstance(rate, float) and rate == 0.0):
         return x
-    keep = jax.random.bernoulli(
-        module.make_rng("dropout"), 1 - rate, (x.shape[0],) + (1,) * (x.ndim - 1)
-    )
-    return jnp.where(keep, x / (1 - rate), jnp.zeros_like(x))
+    shape = (x.shape[0],) + (1,) * (x.ndim - 1)
+    keep = jax.random.bernoulli(module.make_rng("dropout"), 1 - rate, shape)
+    return jnp.where(keep, x / (1 - rate), 0).astype(x.dtype)

@@ -1,9 +1,11 @@
 """Vision Transformers, with timm's names, weights layout and numerics.
 
 Dosovitskiy et al., "An Image is Worth 16x16 Words" (arXiv:2010.11929). The options and their
-meaning follow `VisionTransformer` in timm (Ross Wightman, Apache-2.0).
+meaning follow `VisionTransformer` and `VisionTransformerDistilled` in timm (Ross Wightman,
+Apache-2.0).
 """
 
+from functools import partial
 from typing import Any, ClassVar
 
 import jax
@@ -11,12 +13,12 @@ import jax.numpy as jnp
 from flax import linen as nn
 
 from xkd_jax import errors
+from xkd_jax.models import scan
+from xkd_jax.models.layers import drop_path, torch_default
 from xkd_jax.models.variant import HALF_MEAN, HALF_STD, Variant
 
 # torch's trunc_normal_ cuts at +-2 in absolute terms: at std .02 that is a plain normal.
 _weight_init = nn.initializers.normal(0.02)
-# timm leaves the patch projection at PyTorch's default, uniform +-1/sqrt(fan_in).
-_patch_init = nn.initializers.variance_scaling(1 / 3, "fan_in", "uniform")
 
 
 @jax.tree_util.register_static
@@ -51,7 +53,7 @@ class PatchEmbed(nn.Module):
             strides=patch,
             padding="VALID",
             dtype=self.dtype,
-            kernel_init=_patch_init,
+            kernel_init=torch_default,  # timm leaves this one as PyTorch makes it
             name="proj",
         )(images)
 
@@ -106,30 +108,33 @@ class Mlp(nn.Module):
 
 
 class Block(nn.Module):
-    """A pre-norm Transformer block; `drop_path` drops a whole branch per sample."""
+    """A pre-norm Transformer block."""
 
     num_heads: int
     mlp_ratio: float = 4.0
     qkv_bias: bool = True
-    drop_path: float = 0.0
     dtype: Any = jnp.float32
 
     @nn.compact
-    def __call__(self, x: jax.Array, train: bool = False) -> tuple[jax.Array, tuple]:
-        """Maps `x` [N, T, D] to [N, T, D]; also returns query, key and value."""
-        # Stochastic depth (arXiv:1603.09382) is dropout with one draw per sample.
-        drop_path = nn.Dropout(self.drop_path, broadcast_dims=(1, 2), deterministic=not train)
+    def __call__(
+        self, x: jax.Array, train: bool = False, rate: float | jax.Array = 0.0
+    ) -> tuple[jax.Array, tuple[jax.Array, ...]]:
+        """Maps `x` [N, T, D] to [N, T, D]; also returns query, key and value.
+
+        `rate` is how often a branch is dropped, sample by sample.
+        """
         y = _layer_norm(self.dtype, "norm1")(x)
         y, qkv = Attention(self.num_heads, self.qkv_bias, self.dtype, name="attn")(y)
-        x = x + drop_path(y)
+        x = x + drop_path(self, y, rate, train)
         y = _layer_norm(self.dtype, "norm2")(x)
         y = Mlp(int(x.shape[-1] * self.mlp_ratio), self.dtype, name="mlp")(y)
-        return x + drop_path(y), qkv
+        return x + drop_path(self, y, rate, train), qkv
 
 
 class VisionTransformer(nn.Module):
     """timm's `VisionTransformer`; the fields have timm's names and defaults.
 
+    `distilled` is DeiT's: a second token beside the class token, with a head of its own.
     `fc_norm=None` is timm's rule: with `global_pool="avg"` the final norm moves behind the
     pooling, and the tokens stay unnormalised. With `drop_rate` or `drop_path_rate` above 0,
     training needs `rngs={"dropout": key}`.
@@ -146,6 +151,7 @@ class VisionTransformer(nn.Module):
     mlp_ratio: float = 4.0
     qkv_bias: bool = True
     class_token: bool = True
+    distilled: bool = False
     global_pool: str = "token"
     fc_norm: bool | None = None
     drop_rate: float = 0.0
@@ -160,29 +166,23 @@ class VisionTransformer(nn.Module):
           logits [N, num_classes] float32, and the intermediates: `tokens` [N, T, D], `cls`
           [N, D] with a class token, `block01` ... [N, T, D], `query`, `key`, `value` of the
           last block and `block01_query` ... of each [N, heads, T, d], `grid` (h, w), `pooled`
-          [N, D], `logits`. Everything by token covers the patch tokens alone.
+          [N, D], `logits`. Everything by token covers the patch tokens alone. With `distilled`
+          also `dist` [N, D], and the two heads' `cls_logits` and `dist_logits`, whose mean
+          `logits` is.
 
         Raises:
           UserError: the options contradict each other, or `images` has another size.
         """
         self._check(images.shape)
-        prefix = int(self.class_token)
+        prefix = self.class_token + self.distilled
         x, grid = self._embed(images)
         out: dict[str, Any] = {"grid": grid}
-        for i in range(self.depth):
-            x, qkv = Block(
-                self.num_heads,
-                self.mlp_ratio,
-                self.qkv_bias,
-                self.drop_path_rate * i / max(self.depth - 1, 1),
-                self.dtype,
-                name=f"blocks_{i}",
-            )(x, train)
-            block = f"block{i + 1:02d}"
-            out[block] = x[:, prefix:]
+        x, blocks = self._blocks(x, train)
+        for i, (tokens, qkv) in enumerate(blocks, start=1):
+            out[f"block{i:02d}"] = tokens[:, prefix:]
             for name, head in zip(("query", "key", "value"), qkv, strict=True):
                 # The last block's overwrite the earlier ones' under the short name.
-                out[name] = out[f"{block}_{name}"] = head[:, :, prefix:]
+                out[name] = out[f"block{i:02d}_{name}"] = head[:, :, prefix:]
 
         use_fc_norm = self.global_pool == "avg" if self.fc_norm is None else self.fc_norm
         if not use_fc_norm:
@@ -190,24 +190,52 @@ class VisionTransformer(nn.Module):
         out["tokens"] = x[:, prefix:]
         if self.class_token:
             out["cls"] = x[:, 0]
+        if self.distilled:
+            out["dist"] = x[:, 1]
+            out["cls_logits"] = self._head("head", x[:, 0], train)
+            out["dist_logits"] = self._head("head_dist", x[:, 1], train)
+            out["pooled"] = (x[:, 0] + x[:, 1]) / 2
+            out["logits"] = (out["cls_logits"] + out["dist_logits"]) / 2
+            return out["logits"], out
         pooled = x[:, 0] if self.global_pool == "token" else jnp.mean(x[:, prefix:], axis=1)
         if use_fc_norm:
             pooled = _layer_norm(self.dtype, "fc_norm")(pooled)
         out["pooled"] = pooled
-        pooled = nn.Dropout(self.drop_rate, deterministic=not train)(pooled)
-        # The head is a sliver of the work: in float32 it costs nothing and rounds nothing.
-        head = nn.Dense(self.num_classes, dtype=jnp.float32, kernel_init=_weight_init, name="head")
-        out["logits"] = head(pooled)
+        out["logits"] = self._head("head", pooled, train)
         return out["logits"], out
 
+    def _blocks(self, x: jax.Array, train: bool) -> tuple[jax.Array, list]:
+        """The last block's output, and of each its output and its query, key and value."""
+        rates = [self.drop_path_rate * i / max(self.depth - 1, 1) for i in range(self.depth)]
+        block = partial(Block, self.num_heads, self.mlp_ratio, self.qkv_bias, self.dtype)
+        outs, first = [], 0
+        if scan.pays(self.depth, train) and not self.is_initializing():
+            first = self.depth - 1  # the last one's taps are what methods read
+            names = [f"blocks_{i}" for i in range(first)]
+            x, outs = scan.scan_blocks(self, [block(parent=None)], names, x, train, rates[:first])
+        for i in range(first, self.depth):
+            x, qkv = block(name=f"blocks_{i}")(x, train, rates[i])
+            outs.append((x, qkv))
+        return x, outs
+
+    def _head(self, name: str, x: jax.Array, train: bool) -> jax.Array:
+        x = nn.Dropout(self.drop_rate, deterministic=not train)(x)
+        # A head is a sliver of the work: in float32 it costs nothing and rounds nothing.
+        return nn.Dense(self.num_classes, dtype=jnp.float32, kernel_init=_weight_init, name=name)(x)
+
     def _embed(self, images: jax.Array) -> tuple[jax.Array, Grid]:
-        """Images to embedded tokens [N, (1 +) T, D], class token first, and the patch grid."""
+        """Images to embedded tokens [N, (2 +) T, D], class token first, and the patch grid."""
         x = PatchEmbed(self.patch_size, self.embed_dim, self.dtype, name="patch_embed")(images)
         n, height, width, dim = x.shape
         x = x.reshape(n, height * width, dim)
+        prefix = []
         if self.class_token:
-            cls = self.param("cls_token", nn.initializers.normal(1e-6), (1, 1, dim))
-            x = jnp.concatenate([jnp.tile(cls.astype(x.dtype), (n, 1, 1)), x], axis=1)
+            prefix.append(self.param("cls_token", nn.initializers.normal(1e-6), (1, 1, dim)))
+        if self.distilled:
+            prefix.append(self.param("dist_token", _weight_init, (1, 1, dim)))
+        if prefix:
+            prefix = [jnp.tile(token.astype(x.dtype), (n, 1, 1)) for token in prefix]
+            x = jnp.concatenate([*prefix, x], axis=1)
         pos = self.param("pos_embed", _weight_init, (1, x.shape[1], dim))
         return x + pos.astype(x.dtype), Grid((height, width))
 
@@ -217,6 +245,11 @@ class VisionTransformer(nn.Module):
         if self.global_pool == "token" and not self.class_token:
             raise errors.UserError(
                 "global_pool='token' needs class_token=True; without one use global_pool='avg'."
+            )
+        if self.distilled and not (self.class_token and self.global_pool == "token"):
+            raise errors.UserError(
+                "distilled=True needs class_token=True and global_pool='token'; its head reads "
+                "both tokens."
             )
         if self.embed_dim % self.num_heads:
             raise errors.UserError(
@@ -234,7 +267,7 @@ class VisionTransformer(nn.Module):
             )
 
 
-_SIZES = {
+SIZES = {
     "tiny": {"embed_dim": 192, "depth": 12, "num_heads": 3},
     "small": {"embed_dim": 384, "depth": 12, "num_heads": 6},
     "base": {"embed_dim": 768, "depth": 12, "num_heads": 12},
@@ -243,13 +276,13 @@ _SIZES = {
 
 
 def _variant(size: str, patch: int, img: int) -> Variant:
-    args = {"img_size": img, "patch_size": patch, **_SIZES[size]}
+    args = {"img_size": img, "patch_size": patch, **SIZES[size]}
     return Variant(VisionTransformer, args, img, HALF_MEAN, HALF_STD)
 
 
 VARIANTS = {
     f"vit_{size}_patch{patch}_{img}": _variant(size, patch, img)
-    for size in _SIZES
+    for size in SIZES
     for patch in (16, 32)
     for img in (224, 384)
     if (size, patch) != ("tiny", 32)

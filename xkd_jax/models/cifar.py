@@ -1,0 +1,286 @@
+"""The small networks of the CIFAR-100 distillation literature, for 32x32 images.
+
+He et al., "Deep Residual Learning for Image Recognition" (arXiv:1512.03385, section 4.2);
+Zagoruyko and Komodakis, "Wide Residual Networks" (arXiv:1605.07146); Simonyan and Zisserman,
+"Very Deep Convolutional Networks" (arXiv:1409.1556). The variants are those of Tian et al.,
+"Contrastive Representation Distillation" (arXiv:1910.10699): names, layout and numerics follow
+its RepDistiller (BSD-2), in whose format the published teachers come. So `vgg13` is not timm's,
+the ImageNet network of that name.
+"""
+
+from typing import Any, ClassVar
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+
+from xkd_jax import errors
+from xkd_jax.models.layers import BatchNorm, Conv, max_pool, torch_default
+from xkd_jax.models.resnet import BasicBlock
+from xkd_jax.models.variant import CIFAR100_MEAN, CIFAR100_STD, Variant
+
+
+class CifarResNet(nn.Module):
+    """A ResNet of 6n + 2 layers: a stem and three groups of n blocks.
+
+    `channels` are the stem's and the groups'. The shortcut projects where the shape changes (He
+    et al. pad with zeros there). Training changes the collection `batch_stats`; with `drop_rate`
+    above 0, before the classifier, it needs `rngs={"dropout": key}`.
+    """
+
+    kind: ClassVar[str] = "cnn"
+
+    depth: int = 20
+    channels: tuple[int, ...] = (16, 16, 32, 64)
+    num_classes: int = 100
+    drop_rate: float = 0.0
+    dtype: Any = jnp.float32
+
+    @nn.compact
+    def __call__(self, images: jax.Array, train: bool = False) -> tuple[jax.Array, dict[str, Any]]:
+        """Classifies `images` [N, H, W, 3], already normalised, of any size.
+
+        Returns:
+          logits [N, num_classes] float32, and the intermediates: `stage1`, the stem, and
+          `stage2` ... `stage4`, the groups, [N, h, w, C] after the activation, `stage1_pre` ...
+          before it, `pooled` [N, C], `logits`. The literature calls the stages f0 ... f3.
+
+        Raises:
+          UserError: `depth` is not 6n + 2, or `channels` are not four positive numbers.
+        """
+        self._check()
+        out: dict[str, Any] = {}
+        pre = Conv(self.channels[0], 3, dtype=self.dtype, name="conv1")(images)
+        out["stage1_pre"] = pre = BatchNorm(dtype=self.dtype, name="bn1")(pre, train)
+        out["stage1"] = x = nn.relu(pre)
+        for group, planes in enumerate(self.channels[1:], start=1):
+            for i in range((self.depth - 2) // 6):
+                stride = 2 if group > 1 and i == 0 else 1
+                pre = BasicBlock(
+                    planes,
+                    stride,
+                    zero_init_last=False,
+                    dtype=self.dtype,
+                    name=f"layer{group}_{i}",
+                )(x, train)
+                x = nn.relu(pre)
+            out[f"stage{group + 1}_pre"] = pre
+            out[f"stage{group + 1}"] = x
+        out["pooled"] = pooled = jnp.mean(x, axis=(1, 2))
+        pooled = nn.Dropout(self.drop_rate, deterministic=not train)(pooled)
+        # The head is a sliver of the work: in float32 it costs nothing and rounds nothing.
+        head = nn.Dense(self.num_classes, dtype=jnp.float32, kernel_init=torch_default, name="fc")
+        out["logits"] = head(pooled)
+        return out["logits"], out
+
+    def _check(self) -> None:
+        if self.depth < 8 or (self.depth - 2) % 6:
+            raise errors.UserError(
+                f"depth must be 6n + 2 for a whole n of at least 1, not {self.depth}."
+            )
+        if len(self.channels) != 4 or min(self.channels) < 1:
+            raise errors.UserError(
+                "channels must be four positive numbers, the stem's and three groups', not "
+                f"{self.channels}."
+            )
+
+
+class WideBlock(nn.Module):
+    """A pre-activation block; the projection shares the first norm and ReLU.
+
+    `drop_rate` drops elements between the two convolutions.
+    """
+
+    planes: int
+    stride: int = 1
+    drop_rate: float = 0.0
+    dtype: Any = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: jax.Array, train: bool = False) -> tuple[jax.Array, jax.Array]:
+        """Maps `x` [N, h, w, C] to [N, h / stride, w / stride, planes].
+
+        Returns:
+          the sum, which no activation follows, and what the first ReLU takes [N, h, w, C].
+        """
+        pre = BatchNorm(dtype=self.dtype, name="bn1")(x, train)
+        y = nn.relu(pre)
+        if x.shape[-1] != self.planes:
+            x = Conv(self.planes, 1, self.stride, dtype=self.dtype, name="convShortcut")(y)
+        y = Conv(self.planes, 3, self.stride, dtype=self.dtype, name="conv1")(y)
+        y = nn.relu(BatchNorm(dtype=self.dtype, name="bn2")(y, train))
+        y = nn.Dropout(self.drop_rate, deterministic=not train)(y)
+        y = Conv(self.planes, 3, dtype=self.dtype, name="conv2")(y)
+        return x + y, pre
+
+
+class WideGroup(nn.Module):
+    """Blocks of which the first has the stride."""
+
+    depth: int
+    planes: int
+    stride: int = 1
+    drop_rate: float = 0.0
+    dtype: Any = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: jax.Array, train: bool = False) -> tuple[jax.Array, jax.Array]:
+        """Maps `x` [N, h, w, C] to [N, h / stride, w / stride, planes].
+
+        Returns:
+          the last sum, and what the first ReLU takes [N, h, w, C].
+        """
+        pres = []
+        for i in range(self.depth):
+            stride = self.stride if i == 0 else 1
+            block = WideBlock(self.planes, stride, self.drop_rate, self.dtype, name=f"layer_{i}")
+            x, pre = block(x, train)
+            pres.append(pre)
+        return x, pres[0]
+
+
+class WideResNet(nn.Module):
+    """A wide ResNet of 6n + 4 layers: a stem and three groups of n pre-activation blocks.
+
+    `widen_factor` multiplies the groups' 16, 32 and 64 channels. Training changes the collection
+    `batch_stats`; with `drop_rate` above 0, inside the blocks, it needs
+    `rngs={"dropout": key}`.
+    """
+
+    kind: ClassVar[str] = "cnn"
+
+    depth: int = 16
+    widen_factor: int = 2
+    num_classes: int = 100
+    drop_rate: float = 0.0
+    dtype: Any = jnp.float32
+
+    @nn.compact
+    def __call__(self, images: jax.Array, train: bool = False) -> tuple[jax.Array, dict[str, Any]]:
+        """Classifies `images` [N, H, W, 3], already normalised, of any size.
+
+        The activations of a pre-activation network belong to the next group. The literature's
+        features, which published results come from, are therefore neither of the usual pair:
+        `stage1` ... `stage4` are the convolution of the stem and the sums at the groups' ends
+        (f0 ... f3), with no norm or activation; `stage1_pre` ... are the same behind the norm
+        that follows, which the next ReLU takes (preact; there f0 stays without its norm).
+
+        Returns:
+          logits [N, num_classes] float32, and the intermediates: `stage1` ... `stage4` and
+          `stage1_pre` ... [N, h, w, C] as above, `pooled` [N, C], `logits`.
+
+        Raises:
+          UserError: `depth` is not 6n + 4, or `widen_factor` is below 1.
+        """
+        self._check()
+        out: dict[str, Any] = {}
+        out["stage1"] = x = Conv(16, 3, dtype=self.dtype, name="conv1")(images)
+        for group in range(1, 4):
+            x, out[f"stage{group}_pre"] = WideGroup(
+                (self.depth - 4) // 6,
+                8 * 2**group * self.widen_factor,
+                1 if group == 1 else 2,
+                self.drop_rate,
+                self.dtype,
+                name=f"block{group}",
+            )(x, train)
+            out[f"stage{group + 1}"] = x
+        out["stage4_pre"] = pre = BatchNorm(dtype=self.dtype, name="bn1")(x, train)
+        out["pooled"] = pooled = jnp.mean(nn.relu(pre), axis=(1, 2))
+        head = nn.Dense(self.num_classes, dtype=jnp.float32, kernel_init=torch_default, name="fc")
+        out["logits"] = head(pooled)
+        return out["logits"], out
+
+    def _check(self) -> None:
+        if self.depth < 10 or (self.depth - 4) % 6:
+            raise errors.UserError(
+                f"depth must be 6n + 4 for a whole n of at least 1, not {self.depth}."
+            )
+        if self.widen_factor < 1:
+            raise errors.UserError(f"widen_factor must be at least 1, not {self.widen_factor}.")
+
+
+class CifarVGG(nn.Module):
+    """A VGG of five blocks with batch normalisation and one linear layer.
+
+    `channels` are the convolutions of each block. Training changes the collection `batch_stats`;
+    with `drop_rate` above 0, before the classifier, it needs `rngs={"dropout": key}`.
+    """
+
+    kind: ClassVar[str] = "cnn"
+
+    channels: tuple[tuple[int, ...], ...] = ((64,), (128,), (256,), (512,), (512,))
+    num_classes: int = 100
+    drop_rate: float = 0.0
+    dtype: Any = jnp.float32
+
+    @nn.compact
+    def __call__(self, images: jax.Array, train: bool = False) -> tuple[jax.Array, dict[str, Any]]:
+        """Classifies `images` [N, H, W, 3], already normalised, of 8 pixels or more a side.
+
+        A 2x2 max-pool separates the blocks, but the last two only in images 64 pixels high, as
+        in the literature.
+
+        Returns:
+          logits [N, num_classes] float32, and the intermediates: `stage1` ... `stage4`, the
+          second to fifth block [N, h, w, C] after the activation, `stage1_pre` ... before it,
+          both before the pooling, `pooled` [N, C], `logits`.
+
+        Raises:
+          UserError: `images` is smaller, or `channels` are not five blocks of positive numbers.
+        """
+        self._check(images.shape)
+        out: dict[str, Any] = {}
+        x = images
+        for block, widths in enumerate(self.channels):
+            if block in (1, 2, 3) or (block == 4 and images.shape[1] == 64):
+                x = max_pool(x, 2, 2)
+            pre = x
+            for i, width in enumerate(widths):
+                # The published names count ReLUs too.
+                conv, norm = f"block{block}_{3 * i}", f"block{block}_{3 * i + 1}"
+                pre = Conv(width, 3, use_bias=True, dtype=self.dtype, name=conv)(x)
+                pre = BatchNorm(dtype=self.dtype, name=norm)(pre, train)
+                x = nn.relu(pre)
+            if block > 0:
+                out[f"stage{block}_pre"] = pre
+                out[f"stage{block}"] = x
+        out["pooled"] = pooled = jnp.mean(x, axis=(1, 2))
+        pooled = nn.Dropout(self.drop_rate, deterministic=not train)(pooled)
+        init = nn.initializers.normal(0.01)
+        head = nn.Dense(self.num_classes, dtype=jnp.float32, kernel_init=init, name="classifier")
+        out["logits"] = head(pooled)
+        return out["logits"], out
+
+    def _check(self, shape: tuple[int, ...]) -> None:
+        if min(shape[1:3]) < 8:
+            raise errors.UserError(
+                f"this VGG takes images of 8 pixels or more a side, not {shape[1]}x{shape[2]}; "
+                "it was made for 32."
+            )
+        if len(self.channels) != 5 or min(min(block, default=0) for block in self.channels) < 1:
+            raise errors.UserError(
+                "channels must be five blocks of at least one positive number, not "
+                f"{self.channels}."
+            )
+
+
+_X4 = (32, 64, 128, 256)
+_VGG13 = ((64, 64), (128, 128), (256, 256), (512, 512), (512, 512))
+_NETWORKS: dict[str, tuple[type[nn.Module], dict[str, Any]]] = {
+    **{f"resnet{depth}": (CifarResNet, {"depth": depth}) for depth in (8, 20, 32, 44, 56, 110)},
+    "resnet8x4": (CifarResNet, {"depth": 8, "channels": _X4}),
+    "resnet32x4": (CifarResNet, {"depth": 32, "channels": _X4}),
+    **{
+        f"wrn_{depth}_{widen}": (WideResNet, {"depth": depth, "widen_factor": widen})
+        for depth in (16, 40)
+        for widen in (1, 2)
+    },
+    "vgg8": (CifarVGG, {}),
+    "vgg13": (CifarVGG, {"channels": _VGG13}),
+}
+
+VARIANTS = {
+    name: Variant(network, args, 32, CIFAR100_MEAN, CIFAR100_STD)
+    for name, (network, args) in _NETWORKS.items()
+}

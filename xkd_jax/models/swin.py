@@ -1,0 +1,373 @@
+"""Swin Transformers, with timm's names, weights layout and numerics.
+
+Liu et al., "Swin Transformer: Hierarchical Vision Transformer using Shifted Windows"
+(arXiv:2103.14030). The layout follows `SwinTransformer` in timm (Ross Wightman, Apache-2.0).
+"""
+
+import math
+from functools import partial
+from typing import Any, ClassVar
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import linen as nn
+
+from xkd_jax import errors
+from xkd_jax.models.layers import drop_path, torch_default
+from xkd_jax.models.scan import scan_blocks
+from xkd_jax.models.variant import Variant
+from xkd_jax.models.vit import Grid, Mlp
+
+# torch's trunc_normal_ cuts at +-2 in absolute terms: at std .02 that is a plain normal.
+_weight_init = nn.initializers.normal(0.02)
+# Deeper stages compile one pair of blocks, unshifted and shifted, and scan over the pairs.
+_SCAN_FROM = 6
+
+
+def _layer_norm(dtype: Any, name: str) -> nn.LayerNorm:
+    return nn.LayerNorm(epsilon=1e-5, dtype=dtype, use_fast_variance=False, name=name)
+
+
+def _side(x: jax.Array) -> int:
+    """The side of the square map whose positions `x` [N, T, C] lists in raster order."""
+    return math.isqrt(x.shape[1])
+
+
+class PatchEmbed(nn.Module):
+    """Cuts an image into square patches, projects each and normalises the result."""
+
+    patch_size: int
+    embed_dim: int
+    dtype: Any = jnp.float32
+
+    @nn.compact
+    def __call__(self, images: jax.Array) -> jax.Array:
+        """Maps `images` [N, H, W, 3] to [N, H/patch * W/patch, D], in raster order."""
+        patch = (self.patch_size, self.patch_size)
+        bound = (3 * self.patch_size**2) ** -0.5  # PyTorch's default for a bias
+        x = nn.Conv(
+            self.embed_dim,
+            patch,
+            strides=patch,
+            padding="VALID",
+            dtype=self.dtype,
+            kernel_init=torch_default,
+            bias_init=lambda key, shape, dtype: jax.random.uniform(
+                key, shape, dtype, -bound, bound
+            ),
+            name="proj",
+        )(images)
+        return _layer_norm(self.dtype, "norm")(x.reshape(len(x), -1, self.embed_dim))
+
+
+class PatchMerging(nn.Module):
+    """Halves a map, rounding up: 2x2 neighbours become one position with twice the channels."""
+
+    dtype: Any = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """Maps `x` [N, T, C], a square map in raster order, to [N, about T/4, 2C]."""
+        n, _, dim = x.shape
+        side = _side(x)
+        x = x.reshape(n, side, side, dim)
+        if side % 2:
+            x = jnp.pad(x, ((0, 0), (0, 1), (0, 1), (0, 0)))
+        half = (side + 1) // 2
+        # Channels by column, then row of the neighbour: the order that the weights know.
+        x = x.reshape(n, half, 2, half, 2, dim).transpose(0, 1, 3, 4, 2, 5)
+        x = _layer_norm(self.dtype, "norm")(x.reshape(n * half * half, 4 * dim))
+        x = nn.Dense(
+            2 * dim, use_bias=False, dtype=self.dtype, kernel_init=_weight_init, name="reduction"
+        )(x)
+        return x.reshape(n, half * half, 2 * dim)
+
+
+def _relative_position_index(window: int) -> np.ndarray:
+    """The row of the bias table for each pair of a window's positions, [L, L]."""
+    row, column = np.divmod(np.arange(window * window), window)
+    rows = row[:, None] - row + window - 1
+    columns = column[:, None] - column + window - 1
+    return rows * (2 * window - 1) + columns
+
+
+def _regions(side: int, window: int, shift: int) -> np.ndarray:
+    """Which part of the image each position of the rolled map shows, by window [windows, L].
+
+    The roll brings opposite edges of the image together in the last row and column of windows;
+    positions there attend to each other only within a region.
+    """
+    position = np.arange(side)
+    part = (position >= side - window).astype(np.int32) + (position >= side - shift)
+    regions = 3 * part[:, None] + part
+    count = side // window
+    regions = regions.reshape(count, window, count, window).transpose(0, 2, 1, 3)
+    return regions.reshape(count * count, window * window)
+
+
+class WindowAttention(nn.Module):
+    """Multi-head self-attention within (shifted) windows, with a bias by relative position.
+
+    A map that no window size divides is padded with zeros on the right and below, which take
+    part in the attention, as in timm. Windows no smaller than the map are the map, unshifted.
+    """
+
+    num_heads: int
+    window_size: int
+    shifted: bool
+    qkv_bias: bool = True
+    dtype: Any = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> tuple[jax.Array, tuple[jax.Array, ...]]:
+        """Attends over `x` [N, T, C], a square map in raster order.
+
+        Also returns query, key and value [N, heads, T, d], in raster order whatever the windows.
+        """
+        n, t, dim = x.shape
+        side, heads, head_dim = _side(x), self.num_heads, dim // self.num_heads
+        window = min(side, self.window_size)
+        shift = window // 2 if self.shifted and window < side else 0
+        padded = side + -side % window
+        count = padded // window
+
+        def restore(y):
+            """Undoes roll and padding: [..., padded, padded, C] to [N, T, C]."""
+            y = y.reshape(n, padded, padded, -1)[:, :side, :side]
+            return (jnp.roll(y, (shift, shift), (1, 2)) if shift else y).reshape(n, t, -1)
+
+        x = x.reshape(n, side, side, dim)
+        if shift:
+            x = jnp.roll(x, (-shift, -shift), (1, 2))
+        if padded > side:
+            pad = (0, padded - side)
+            x = jnp.pad(x, ((0, 0), pad, pad, (0, 0)))
+        qkv = nn.Dense(
+            3 * dim,
+            use_bias=self.qkv_bias,
+            dtype=self.dtype,
+            kernel_init=_weight_init,
+            name="qkv",
+        )(x.reshape(-1, dim))
+        raster = restore(qkv).reshape(n, t, 3, heads, head_dim).transpose(2, 0, 3, 1, 4)
+
+        # One transpose cuts the windows and splits the heads.
+        qkv = qkv.reshape(n, count, window, count, window, 3, heads, head_dim)
+        qkv = qkv.transpose(5, 0, 1, 3, 6, 2, 4, 7)
+        query, key, value = qkv.reshape(3, n, count**2, heads, window**2, head_dim)
+        scores = jnp.einsum(
+            "nwhqd,nwhkd->nwhqk", query * head_dim**-0.5, key, preferred_element_type=jnp.float32
+        )
+        scores = scores + self._position_bias(window)
+        if shift:
+            # From the regions at run time: the mask itself is [windows, L, L] per block.
+            region = jnp.asarray(_regions(padded, window, shift))
+            apart = region[:, None, :, None] != region[:, None, None, :]
+            scores = scores + jnp.where(apart, -100.0, 0.0)
+        weights = nn.softmax(scores, axis=-1).astype(self.dtype)
+        y = jnp.einsum("nwhqk,nwhkd->nwhqd", weights, value)
+        y = y.reshape(n, count, count, heads, window, window, head_dim)
+        y = restore(y.transpose(0, 1, 4, 2, 5, 3, 6)).reshape(n * t, dim)
+        y = nn.Dense(dim, dtype=self.dtype, kernel_init=_weight_init, name="proj")(y)
+        return y.reshape(n, t, dim), tuple(raster)
+
+    def _position_bias(self, window: int) -> jax.Array:
+        """What each pair of a window's positions adds to its score, [heads, L, L]."""
+        shape = ((2 * window - 1) ** 2, self.num_heads)
+        table = self.param("relative_position_bias_table", _weight_init, shape)
+        return table[_relative_position_index(window)].transpose(2, 0, 1)
+
+
+class Block(nn.Module):
+    """A pre-norm Transformer block whose attention keeps to (shifted) windows."""
+
+    num_heads: int
+    window_size: int
+    mlp_ratio: float = 4.0
+    qkv_bias: bool = True
+    dtype: Any = jnp.float32
+    shifted: bool = False
+
+    @nn.compact
+    def __call__(
+        self, x: jax.Array, train: bool = False, rate: float | jax.Array = 0.0
+    ) -> tuple[jax.Array, tuple[jax.Array, ...]]:
+        """Maps `x` [N, T, C] to [N, T, C]; also returns query, key and value.
+
+        `rate` is how often a branch is dropped, sample by sample.
+        """
+        y = _layer_norm(self.dtype, "norm1")(x)
+        y, qkv = WindowAttention(
+            self.num_heads, self.window_size, self.shifted, self.qkv_bias, self.dtype, name="attn"
+        )(y)
+        x = x + drop_path(self, y, rate, train)
+        y = _layer_norm(self.dtype, "norm2")(x)
+        y = Mlp(int(x.shape[-1] * self.mlp_ratio), self.dtype, name="mlp")(y)
+        return x + drop_path(self, y, rate, train), qkv
+
+
+class Stage(nn.Module):
+    """The blocks at one resolution, every second one shifted, after an optional downsampling."""
+
+    drop_paths: tuple[float, ...]
+    downsample: bool
+    num_heads: int
+    window_size: int
+    mlp_ratio: float = 4.0
+    qkv_bias: bool = True
+    dtype: Any = jnp.float32
+
+    @nn.compact
+    def __call__(
+        self, x: jax.Array, train: bool = False
+    ) -> list[tuple[jax.Array, tuple[jax.Array, ...]]]:
+        """Maps `x` [N, T, C] to each block's output and its query, key and value."""
+        if self.downsample:
+            x = PatchMerging(self.dtype, name="downsample")(x)
+        block = partial(
+            Block, self.num_heads, self.window_size, self.mlp_ratio, self.qkv_bias, self.dtype
+        )
+        outs, first, depth = [], 0, len(self.drop_paths)
+        if depth >= _SCAN_FROM and not self.is_initializing():
+            first = (depth - 1) // 2 * 2  # the last ones' taps are what methods read
+            pair = [block(shifted=shifted, parent=None) for shifted in (False, True)]
+            names = [f"blocks_{i}" for i in range(first)]
+            x, outs = scan_blocks(self, pair, names, x, train, self.drop_paths[:first])
+        for i in range(first, depth):
+            x, qkv = block(shifted=i % 2 == 1, name=f"blocks_{i}")(x, train, self.drop_paths[i])
+            outs.append((x, qkv))
+        return outs
+
+
+class Head(nn.Module):
+    """timm's `ClassifierHead` behind the pooling: dropout and the linear classifier."""
+
+    num_classes: int
+    drop_rate: float
+
+    @nn.compact
+    def __call__(self, x: jax.Array, train: bool = False) -> jax.Array:
+        """Classifies `x` [N, C]: logits [N, num_classes] float32."""
+        x = nn.Dropout(self.drop_rate, deterministic=not train)(x)
+        fc = nn.Dense(self.num_classes, dtype=jnp.float32, kernel_init=_weight_init, name="fc")
+        return fc(x)
+
+
+class SwinTransformer(nn.Module):
+    """timm's `SwinTransformer`; the fields have timm's names and, but drop_path_rate, defaults.
+
+    `img_size` is any multiple of `patch_size`: maps are padded where a window or a halving asks
+    for it, and windows shrink to a map smaller than they are. With `drop_rate` or
+    `drop_path_rate` above 0, training needs `rngs={"dropout": key}`.
+    """
+
+    kind: ClassVar[str] = "transformer"
+
+    num_classes: int = 1000
+    img_size: int = 224
+    patch_size: int = 4
+    window_size: int = 7
+    embed_dim: int = 96
+    depths: tuple[int, ...] = (2, 2, 6, 2)
+    num_heads: tuple[int, ...] = (3, 6, 12, 24)
+    mlp_ratio: float = 4.0
+    qkv_bias: bool = True
+    drop_rate: float = 0.0
+    drop_path_rate: float = 0.0
+    dtype: Any = jnp.float32
+
+    @nn.compact
+    def __call__(self, images: jax.Array, train: bool = False) -> tuple[jax.Array, dict[str, Any]]:
+        """Classifies `images` [N, img_size, img_size, 3], already normalised.
+
+        Returns:
+          logits [N, num_classes] float32, and the intermediates: `tokens` [N, T, D] after the
+          final norm and `grid` (h, w), theirs; `stage1` ... `stage4` [N, h, w, C], each before
+          the next one's downsampling; by block, counted through all stages and each with its
+          stage's T and C, `block01` ... [N, T, C] and `block01_query` ... [N, heads, T, d];
+          `query`, `key`, `value` of the last block; `pooled` [N, D], `logits`. Whatever has a T
+          is in raster order.
+
+        Raises:
+          UserError: the options contradict each other, or `images` has another size.
+        """
+        self._check(images.shape)
+        x = PatchEmbed(self.patch_size, self.embed_dim, self.dtype, name="patch_embed")(images)
+        rates = [float(r) for r in np.linspace(0, self.drop_path_rate, sum(self.depths))]
+        out: dict[str, Any] = {}
+        block = 0
+        for i, (depth, heads) in enumerate(zip(self.depths, self.num_heads, strict=True)):
+            outs = Stage(
+                tuple(rates[block : block + depth]),
+                i > 0,
+                heads,
+                self.window_size,
+                self.mlp_ratio,
+                self.qkv_bias,
+                self.dtype,
+                name=f"layers_{i}",
+            )(x, train)
+            for x, qkv in outs:
+                block += 1
+                out[f"block{block:02d}"] = x
+                for name, head in zip(("query", "key", "value"), qkv, strict=True):
+                    # The last block's overwrite the earlier ones' under the short name.
+                    out[name] = out[f"block{block:02d}_{name}"] = head
+            side = _side(x)
+            out[f"stage{i + 1}"] = x.reshape(len(x), side, side, -1)
+
+        out["grid"] = Grid((side, side))
+        x = _layer_norm(self.dtype, "norm")(x)
+        out["tokens"] = x
+        out["pooled"] = jnp.mean(x, axis=1)
+        out["logits"] = Head(self.num_classes, self.drop_rate, name="head")(out["pooled"], train)
+        return out["logits"], out
+
+    def _check(self, shape: tuple[int, ...]) -> None:
+        if len(self.depths) != 4 or len(self.num_heads) != 4 or min(self.depths) < 1:
+            raise errors.UserError(
+                f"depths {self.depths} and num_heads {self.num_heads} must be four numbers each, "
+                "one by stage and from 1 up."
+            )
+        for i, heads in enumerate(self.num_heads):
+            if (self.embed_dim << i) % heads:
+                raise errors.UserError(
+                    f"stage {i + 1} has {self.embed_dim << i} channels (embed_dim times {2**i}), "
+                    f"which must be a multiple of its num_heads {heads}."
+                )
+        if self.img_size % self.patch_size:
+            near = max(self.img_size // self.patch_size, 1) * self.patch_size
+            raise errors.UserError(
+                f"img_size {self.img_size} must be a multiple of patch_size {self.patch_size}, "
+                f"such as {near} or {near + self.patch_size}."
+            )
+        if shape[1:] != (self.img_size, self.img_size, 3):
+            raise errors.UserError(
+                f"this Transformer takes images [N, {self.img_size}, {self.img_size}, 3], not "
+                f"{list(shape)}; for another size set img_size, a multiple of patch_size "
+                f"{self.patch_size}."
+            )
+
+
+_SIZES = {
+    "tiny": {"embed_dim": 96, "depths": (2, 2, 6, 2), "num_heads": (3, 6, 12, 24)},
+    "small": {"embed_dim": 96, "depths": (2, 2, 18, 2), "num_heads": (3, 6, 12, 24)},
+    "base": {"embed_dim": 128, "depths": (2, 2, 18, 2), "num_heads": (4, 8, 16, 32)},
+    "large": {"embed_dim": 192, "depths": (2, 2, 18, 2), "num_heads": (6, 12, 24, 48)},
+}
+
+
+def _variant(size: str, patch: int, window: int, img: int) -> Variant:
+    args = {"img_size": img, "patch_size": patch, "window_size": window, **_SIZES[size]}
+    return Variant(SwinTransformer, args, img)
+
+
+VARIANTS = {
+    f"swin_{size}_patch4_window{window}_{img}": _variant(size, 4, window, img)
+    for size in _SIZES
+    for window, img in ((7, 224), (12, 384))
+    if img == 224 or size in ("base", "large")
+}
+# Ours, not timm's: for the 32x32 images of CIFAR.
+VARIANTS["swin_tiny_patch2_window4_32"] = _variant("tiny", 2, 4, 32)
