@@ -11,10 +11,10 @@ import jax.numpy as jnp
 from flax import linen as nn
 
 from xkd_jax import errors
-from xkd_jax.models import deit, resnet, vit
+from xkd_jax.models import deit, efficientnet, mobilenetv2, resnet, vit
 from xkd_jax.models.variant import Variant
 
-_FAMILIES = (resnet, vit, deit)
+_FAMILIES = (resnet, mobilenetv2, efficientnet, vit, deit)
 
 MODELS: dict[str, Variant] = {
     name: variant for family in _FAMILIES for name, variant in family.VARIANTS.items()
