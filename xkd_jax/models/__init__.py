@@ -11,10 +11,30 @@ import jax.numpy as jnp
 from flax import linen as nn
 
 from xkd_jax import errors
-from xkd_jax.models import deit, efficientnet, mobilenetv2, resnet, vit
+from xkd_jax.models import (
+    cifar,
+    deit,
+    efficientnet,
+    inception,
+    mobilenetv2,
+    resnet,
+    swin,
+    vit,
+    xception,
+)
 from xkd_jax.models.variant import Variant
 
-_FAMILIES = (resnet, mobilenetv2, efficientnet, vit, deit)
+_FAMILIES = (
+    vit,
+    deit,
+    swin,
+    resnet,
+    mobilenetv2,
+    efficientnet,
+    xception,
+    inception,
+    cifar,
+)
 
 MODELS: dict[str, Variant] = {
     name: variant for family in _FAMILIES for name, variant in family.VARIANTS.items()

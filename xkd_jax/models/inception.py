@@ -217,9 +217,9 @@ class AuxHead(nn.Module):
 class InceptionV3(nn.Module):
     """Inception-v3; `aux_logits` gives it the auxiliary classifier, which only training runs.
 
-    The paper adds the auxiliary classifier's cross-entropy to the loss with weight 0.4 (the
-    published value in TensorFlow's and torchvision's training). Training changes the collection
-    `batch_stats`; with `drop_rate` above 0 it needs `rngs={"dropout": key}`.
+    Its cross-entropy joins the loss with weight 0.4, as in TF-Slim and PyTorch's tutorials (the
+    paper names no weight). Training changes the collection `batch_stats`; with `drop_rate` above
+    0 it needs `rngs={"dropout": key}`.
     """
 
     kind: ClassVar[str] = "cnn"

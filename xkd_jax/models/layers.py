@@ -7,6 +7,8 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
+from xkd_jax.models.convolution import convolve
+
 # Kaiming, fan out: He et al. (arXiv:1502.01852), as timm initialises most convolutions.
 kaiming_fan_out = nn.initializers.variance_scaling(2.0, "fan_out", "normal")
 # PyTorch's default for convolutions and linear layers: uniform +-1/sqrt(fan_in).
@@ -40,15 +42,8 @@ class Conv(nn.Module):
         if padding != "SAME":
             padding = [(side, side) for side in _pair(padding)]
         shape = (*kernel, x.shape[-1] // self.groups, self.features)
-        weights = self.param("kernel", self.kernel_init, shape)
-        y = jax.lax.conv_general_dilated(
-            x.astype(self.dtype),
-            weights.astype(self.dtype),
-            stride,
-            padding,
-            dimension_numbers=("NHWC", "HWIO", "NHWC"),
-            feature_group_count=self.groups,
-        )
+        weights = self.param("kernel", self.kernel_init, shape).astype(self.dtype)
+        y = convolve(x.astype(self.dtype), weights, stride, padding, self.groups)
         if self.use_bias:
             y = y + self.param("bias", nn.initializers.zeros, (self.features,)).astype(y.dtype)
         return y

@@ -15,14 +15,12 @@ from flax import linen as nn
 
 from xkd_jax import errors
 from xkd_jax.models.layers import drop_path, torch_default
-from xkd_jax.models.scan import scan_blocks
+from xkd_jax.models.scan import pays, scan_blocks
 from xkd_jax.models.variant import Variant
 from xkd_jax.models.vit import Grid, Mlp
 
 # torch's trunc_normal_ cuts at +-2 in absolute terms: at std .02 that is a plain normal.
 _weight_init = nn.initializers.normal(0.02)
-# Deeper stages compile one pair of blocks, unshifted and shifted, and scan over the pairs.
-_SCAN_ABOVE = 6
 
 
 def _layer_norm(dtype: Any, name: str) -> nn.LayerNorm:
@@ -229,7 +227,7 @@ class Stage(nn.Module):
             Block, self.num_heads, self.window_size, self.mlp_ratio, self.qkv_bias, self.dtype
         )
         outs, first, depth = [], 0, len(self.drop_paths)
-        if depth > _SCAN_ABOVE and not self.is_initializing():
+        if pays(depth, train) and not self.is_initializing():
             first = (depth - 1) // 2 * 2  # the last ones' taps are what methods read
             pair = [block(shifted=shifted, parent=None) for shifted in (False, True)]
             names = [f"blocks_{i}" for i in range(first)]

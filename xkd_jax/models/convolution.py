@@ -1,0 +1,152 @@
+"""Convolutions as the backend computes them fastest.
+
+XLA's own are what GPUs and TPUs want. On a CPU its depthwise ones take forty times as long as the
+sums and products that they stand for, the kernel gradients of its grouped ones take seconds, and
+its 1x1 ones lose to a matrix product.
+`docs/results/networks_speed.md` has the measurements.
+"""
+
+import contextlib
+from collections.abc import Iterator, Sequence
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+
+Pairs = tuple[tuple[int, int], tuple[int, int]]
+
+_plain = False
+
+
+@contextlib.contextmanager
+def plain() -> Iterator[None]:
+    """Inside, every convolution that is traced is XLA's own, whatever the backend."""
+    global _plain  # noqa: PLW0603
+    before, _plain = _plain, True
+    try:
+        yield
+    finally:
+        _plain = before
+
+
+def convolve(
+    x: jax.Array,
+    kernel: jax.Array,
+    stride: tuple[int, int] = (1, 1),
+    padding: Sequence[tuple[int, int]] | str = "SAME",
+    groups: int = 1,
+) -> jax.Array:
+    """Convolves `x` [N, H, W, C] with `kernel` [kh, kw, C / groups, features].
+
+    Returns [N, h, w, features]. `padding` is before and after, vertical and horizontal, or
+    "SAME", TensorFlow's.
+    """
+    height, width, channels, features = kernel.shape
+    if isinstance(padding, str):
+        padding = jax.lax.padtype_to_pads(x.shape[1:3], (height, width), stride, padding)
+    (top, bottom), (left, right) = padding
+    pads = ((top, bottom), (left, right))
+    if jax.default_backend() == "cpu" and not _plain:
+        if groups == 1 and (height, width) == (1, 1) and not any((top, bottom, left, right)):
+            x = x[:, :: stride[0], :: stride[1]]
+            y = x.reshape(-1, channels) @ kernel.reshape(channels, features)
+            return y.reshape(*x.shape[:3], features)
+        if channels == 1 and groups == features:
+            return _depthwise(x, kernel, stride, pads)
+        if groups > 1:
+            return _grouped(x, kernel, stride, pads, groups)
+    return _xla(x, kernel, stride, pads, groups)
+
+
+def _xla(
+    x: jax.Array, kernel: jax.Array, stride: tuple[int, int], pads: Pairs, groups: int = 1
+) -> jax.Array:
+    return jax.lax.conv_general_dilated(
+        x,
+        kernel,
+        stride,
+        pads,
+        dimension_numbers=("NHWC", "HWIO", "NHWC"),
+        feature_group_count=groups,
+    )
+
+
+def _grouped(
+    x: jax.Array, kernel: jax.Array, stride: tuple[int, int], pads: Pairs, groups: int
+) -> jax.Array:
+    """Groups in bundles of about 64 channels, each bundle dense with zeros between its groups."""
+    height, width, channels, features = kernel.shape
+    size = max(n for n in range(1, groups + 1) if groups % n == 0 and n * channels <= 64 or n == 1)
+    bundles = groups // size
+    kernel = kernel.reshape(height, width, channels, bundles, size, features // groups)
+    # The zeros cost less than convolutions of a few channels do.
+    kernel = jnp.einsum("hwcbgf,gn->bhwncgf", kernel, jnp.eye(size, dtype=kernel.dtype))
+    kernel = kernel.reshape(bundles, height, width, size * channels, features // bundles)
+    parts = jnp.split(x, bundles, axis=-1)
+    return jnp.concatenate(
+        [_xla(*pair, stride, pads) for pair in zip(parts, kernel, strict=True)], axis=-1
+    )
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(2, 3))
+def _depthwise(x: jax.Array, kernel: jax.Array, stride: tuple[int, int], pads: Pairs) -> jax.Array:
+    """One [kh, kw, 1, C] filter a channel, as shifted products: XLA fuses them into one loop."""
+    x = jnp.pad(x, ((0, 0), *pads, (0, 0)))
+    height, width = kernel.shape[:2]
+    rows = (x.shape[1] - height) // stride[0] + 1
+    columns = (x.shape[2] - width) // stride[1] + 1
+    total = jnp.zeros((), x.dtype)
+    for i in range(height):
+        for j in range(width):
+            shifted = x[:, i : i + stride[0] * (rows - 1) + 1 : stride[0]]
+            shifted = shifted[:, :, j : j + stride[1] * (columns - 1) + 1 : stride[1]]
+            total = total + shifted * kernel[i, j, 0]
+    return total
+
+
+def _depthwise_forward(x, kernel, stride, pads):
+    return _depthwise(x, kernel, stride, pads), (x, kernel)
+
+
+def _depthwise_backward(stride, pads, saved, dy):
+    x, kernel = saved
+    return _input_gradient(x, kernel, stride, pads, dy), _kernel_gradient(
+        x, kernel, stride, pads, dy
+    )
+
+
+def _input_gradient(x, kernel, stride, pads, dy):
+    """The same convolution with the flipped kernel, over `dy` spread out by the stride."""
+    spread = []
+    for axis in range(2):
+        low = kernel.shape[axis] - 1 - pads[axis][0]
+        filled = stride[axis] * (dy.shape[1 + axis] - 1) + 1
+        high = x.shape[1 + axis] + kernel.shape[axis] - 1 - low - filled
+        spread.append((low, high, stride[axis] - 1))
+    dy = jax.lax.pad(dy, jnp.zeros((), dy.dtype), ((0, 0, 0), *spread, (0, 0, 0)))
+    return _depthwise(dy, kernel[::-1, ::-1], (1, 1), ((0, 0), (0, 0)))
+
+
+def _kernel_gradient(x, kernel, stride, pads, dy):
+    """Row by row: a reduction of products over the whole batch at once would miss the cache."""
+    x = jnp.pad(x, ((0, 0), *pads, (0, 0)))
+    height, width = kernel.shape[:2]
+    reach = stride[1] * (dy.shape[2] - 1) + 1
+
+    def add_row(sums: list[jax.Array], row: jax.Array) -> tuple[list[jax.Array], None]:
+        d = jax.lax.dynamic_index_in_dim(dy, row, 1, keepdims=False)
+        new = []
+        for i in range(height):
+            line = jax.lax.dynamic_index_in_dim(x, row * stride[0] + i, 1, keepdims=False)
+            for j in range(width):
+                new.append(sums[i * width + j] + line[:, j : j + reach : stride[1]] * d)
+        return new, None
+
+    zeros = [jnp.zeros((dy.shape[0], *dy.shape[2:]), dy.dtype)] * (height * width)
+    sums, _ = jax.lax.scan(add_row, zeros, jnp.arange(dy.shape[1]))
+    # XLA would fuse the loop's last step into the reduction, which then reads across the rows.
+    sums = jax.lax.optimization_barrier(sums)
+    return jnp.stack([jnp.sum(part, (0, 1)) for part in sums]).reshape(kernel.shape)
+
+
+_depthwise.defvjp(_depthwise_forward, _depthwise_backward)
