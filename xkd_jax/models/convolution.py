@@ -76,7 +76,9 @@ def _grouped(
 ) -> jax.Array:
     """Groups in bundles of about 64 channels, each bundle dense with zeros between its groups."""
     height, width, channels, features = kernel.shape
-    size = max(n for n in range(1, groups + 1) if groups % n == 0 and n * channels <= 64 or n == 1)
+    size = max(
+        n for n in range(1, groups + 1) if n == 1 or (groups % n == 0 and n * channels <= 64)
+    )
     bundles = groups // size
     kernel = kernel.reshape(height, width, channels, bundles, size, features // groups)
     # The zeros cost less than convolutions of a few channels do.

@@ -1,6 +1,7 @@
 """Layers that several families share, with PyTorch's padding, statistics and initialisation."""
 
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import jax
@@ -79,18 +80,53 @@ class BatchNorm(nn.Module):
             factor = scale * jax.lax.rsqrt(running_var.value + self.epsilon)
             shift = bias - running_mean.value * factor
             return x.astype(self.dtype) * factor.astype(self.dtype) + shift.astype(self.dtype)
-        axes = tuple(range(x.ndim - 1))
-        full = x.astype(jnp.float32)
-        mean = jnp.mean(full, axes)
-        var = jnp.mean(jnp.square(full - mean), axes)
+        out: Any = _normalize(x.astype(self.dtype), scale, bias, self.epsilon)
+        y, mean, var = out
         if not self.is_initializing():
             count = x.size // channels
             unbiased = var * (count / max(count - 1, 1))
             keep = 1 - self.momentum
             running_mean.value = keep * running_mean.value + self.momentum * mean
             running_var.value = keep * running_var.value + self.momentum * unbiased
-        factor = scale * jax.lax.rsqrt(var + self.epsilon)
-        return ((full - mean) * factor + bias).astype(self.dtype)
+        return y
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(3,))
+def _normalize(
+    x: jax.Array, scale: jax.Array, bias: jax.Array, epsilon: float
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Normalises `x` [..., C] by its own mean and biased variance, which come back too.
+
+    No gradient flows through the two that come back. The derivative is written out because the
+    automatic one keeps several arrays of the size of `x`, and memory is what it all costs.
+    """
+    axes = tuple(range(x.ndim - 1))
+    full = x.astype(jnp.float32)
+    mean = jnp.mean(full, axes)
+    # Both sums read `x` as it is; centring it first would write it out once more.
+    var = jnp.maximum(jnp.mean(jnp.square(full), axes) - jnp.square(mean), 0.0)
+    y = (full - mean) * (scale * jax.lax.rsqrt(var + epsilon)) + bias
+    return y.astype(x.dtype), mean, var
+
+
+def _normalize_forward(x, scale, bias, epsilon):
+    out: Any = _normalize(x, scale, bias, epsilon)  # pyright loses the type behind custom_vjp
+    _, mean, var = out
+    return out, (x, scale, mean, jax.lax.rsqrt(var + epsilon))
+
+
+def _normalize_backward(epsilon, saved, cotangents):
+    x, scale, mean, rstd = saved
+    axes = tuple(range(x.ndim - 1))
+    full, dy = x.astype(jnp.float32), cotangents[0].astype(jnp.float32)
+    dbias = jnp.sum(dy, axes)
+    dscale = (jnp.sum(dy * full, axes) - mean * dbias) * rstd
+    count = x.size // x.shape[-1]
+    dx = (dy - dbias / count - (full - mean) * (dscale * rstd / count)) * (scale * rstd)
+    return dx.astype(x.dtype), dscale, dbias
+
+
+_normalize.defvjp(_normalize_forward, _normalize_backward)
 
 
 def max_pool(x: jax.Array, size: int, stride: int, padding: int = 0) -> jax.Array:

@@ -253,7 +253,7 @@ class Head(nn.Module):
 
 
 class SwinTransformer(nn.Module):
-    """timm's `SwinTransformer`; the fields have timm's names and, but drop_path_rate, defaults.
+    """timm's `SwinTransformer`, with its names and, except for drop_path_rate, its defaults.
 
     `img_size` is any multiple of `patch_size`: maps are padded where a window or a halving asks
     for it, and windows shrink to a map smaller than they are. With `drop_rate` or
