@@ -73,7 +73,7 @@ def refuse(tmp_path, match, method="cakd", **changes):
         ("unknown method 'x'", {"method__name": "none", "compare": ("none", "x")}),
         ("has no effect beside compare", {"compare": ("none", "cakd")}),
         ("method cakd needs a teacher", {"teacher__weights": "", "teacher__model": ""}),
-        ("unknown network 'resnet81'; did you mean resnet18", {"student__model": "resnet81"}),
+        ("unknown network 'resnt18'; did you mean resnet18", {"student__model": "resnt18"}),
         ("unknown resnet18 argument 'widht'; did you mean width", {"student__args": {"widht": 1}}),
         ("unknown data set 'fashion'", {"data__name": "fashion"}),
         ("unknown split 'trian'", {"data__train": "trian"}),

@@ -20,6 +20,7 @@ from xkd_jax.train import (
     create_views,
     init_state,
     label_loss,
+    student_loss,
     student_variables,
     train_step,
 )
@@ -214,6 +215,15 @@ class Linear(nn.Module):
         return logits, {"logits": logits}
 
 
+class TwoHeads(nn.Module):
+    """As Inception-v3 does in training: with a second classifier."""
+
+    @nn.compact
+    def __call__(self, images, train=False):
+        logits, _ = Linear(name="linear")(images)
+        return logits, {"logits": logits, **({"aux_logits": 2 * logits} if train else {})}
+
+
 class Probe(Method):
     """Reports what it is given."""
 
@@ -244,6 +254,21 @@ def probe(method):
     student = Network(Linear(), 28, (0.5, 0.4, 0.3), (0.2, 0.3, 0.4))
     task = dataclasses.replace(tiny_task("none"), method=method, student=student)
     return run(task, jax.jit(functools.partial(train_step, task)), init_state(task), 9)
+
+
+def test_a_second_classifier_learns_too_with_weight_0_4():
+    config = tiny_task("none").config
+    student = Network(TwoHeads(), 28, (0.5,) * 3, (0.5,) * 3)
+    task = dataclasses.replace(tiny_task("none"), method=Probe(), student=student)
+    state, images = init_state(task), jnp.ones((2, 28, 28, 3))
+    batch = {"index": jnp.arange(2), "label": jnp.array([3, 7])}
+    keys = jax.random.key(0), jax.random.key(1)
+    _, aux = student_loss(task, state, state.params, {}, {}, images, batch, *keys)
+    logits = aux["student_out"]["logits"]
+    first, second = (
+        label_loss(x, batch["label"], config.label_smoothing) for x in (logits, 2 * logits)
+    )
+    np.testing.assert_allclose(aux["metrics"]["label_loss"], first + 0.4 * second, rtol=1e-6)
 
 
 @pytest.fixture(scope="module")

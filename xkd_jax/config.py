@@ -33,9 +33,11 @@ def default_config() -> Config:
     for name, method in METHODS.items():
         config.method[name] = ConfigDict(dataclasses.asdict(method))
 
-    # args: fields of the network's module. weights: a .safetensors of ours; "" starts at random.
+    # args: fields of the network's module. weights: a .safetensors, .pth or .bin, ours or timm's,
+    # or "timm:NAME" to download it; "" starts at random.
     config.student = ConfigDict({"model": "resnet18", "args": {}, "weights": ""})
-    # model may be "" when the weights say what they are; weights="random" is a control.
+    # weights: a .safetensors of ours, which says what it is: model may be ""; or "timm:NAME"; or
+    # "random", a control.
     config.teacher = ConfigDict({"model": "", "args": {}, "weights": ""})
 
     # train: what is learnt from; eval: what the curves show; test: measured once, at the end.

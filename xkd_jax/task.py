@@ -6,6 +6,7 @@ Every wrong input shows here, before anything is compiled.
 import dataclasses
 import functools
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -16,14 +17,18 @@ from jax.sharding import Mesh
 
 from xkd_jax import data, partition
 from xkd_jax.config import Config
+from xkd_jax.convert.conversion import convert, fetch
+from xkd_jax.convert.files import read_checkpoint
 from xkd_jax.errors import UserError
 from xkd_jax.methods import create_method
 from xkd_jax.methods.base import Method, Outputs
+from xkd_jax.metrics import say
 from xkd_jax.models import create_model
 from xkd_jax.optimizer import create_learning_rate_fn, create_optimizer
 from xkd_jax.views import MultiView
 from xkd_jax.weights import check_weights, fingerprint, load_weights
 
+TIMM = "timm:"  # before a name: timm's weights from the hub, converted once
 RANDOM = "random"  # teacher.weights of a teacher that knows nothing: a control
 
 
@@ -173,9 +178,28 @@ def create_student(config: Config, train: data.Split) -> Network:
     shapes = jax.eval_shape(network.init, jax.random.key(0))
     if not config.student.weights:
         return network
-    variables, _ = load_weights(config.student.weights)
-    check_weights(config.student.weights, variables, shapes, config.student.model)
-    return dataclasses.replace(network, variables=variables)
+    # Weights for other classes or images are a start too: the head and the like are made anew.
+    converted = convert(
+        read_checkpoint(_weights_file(config.student.weights)),
+        config.student.model,
+        num_classes=train.num_classes,
+        image_size=network.image_size,
+        args=config.student.args.to_dict(),
+    )
+    for change in converted.changes:
+        _say_once(f"student.weights {config.student.weights}: {change}")
+    check_weights(config.student.weights, converted.variables, shapes, config.student.model)
+    return dataclasses.replace(network, variables=converted.variables)
+
+
+@functools.cache
+def _say_once(text: str) -> None:
+    say(text)  # a run makes its task twice
+
+
+def _weights_file(weights: str) -> str | Path:
+    """The file of `student.weights` or `teacher.weights`, made first if they are timm's."""
+    return fetch(weights.removeprefix(TIMM)) if weights.startswith(TIMM) else weights
 
 
 def _data_size(config: Config, train: data.Split) -> int:
@@ -192,11 +216,11 @@ def load_teacher_file(config: Config) -> tuple[Any, dict[str, Any]]:
     if wanted.weights == RANDOM or not wanted.weights:
         if wanted.weights != RANDOM or not wanted.model:
             raise UserError(
-                "the teacher has no weights; set teacher.weights to a .safetensors file, or to "
-                "'random', with teacher.model, for a control."
+                "the teacher has no weights; set teacher.weights to a .safetensors file, to "
+                "timm:NAME, or to 'random', with teacher.model, for a control."
             )
         return None, {"model": wanted.model, "args": wanted.args.to_dict()}
-    variables, metadata = load_weights(wanted.weights)
+    variables, metadata = load_weights(_weights_file(wanted.weights))
     if wanted.model and wanted.model != metadata["model"]:
         raise UserError(
             f"{wanted.weights} holds a {metadata['model']}, and teacher.model is {wanted.model}; "

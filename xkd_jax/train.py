@@ -20,6 +20,8 @@ from xkd_jax.methods.base import apply
 from xkd_jax.metrics import Reporter
 from xkd_jax.task import Network, Task
 
+AUXILIARY_WEIGHT = 0.4  # of Inception's second classifier, as TF-Slim and torchvision train it
+
 
 @flax.struct.dataclass
 class TrainState:
@@ -184,6 +186,9 @@ def student_loss(
         rngs={"dropout": dropout_key},
     )
     label = label_loss(logits, batch["label"], task.config.label_smoothing)
+    if "aux_logits" in out:
+        auxiliary = label_loss(out["aux_logits"], batch["label"], task.config.label_smoothing)
+        label = label + AUXILIARY_WEIGHT * auxiliary
     progress = state.step / task.steps_per_epoch
     extra, method_state, metrics = task.method.loss(
         method_params, state.method_state, teacher_out, out, batch, method_key, progress,

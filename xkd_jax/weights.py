@@ -17,7 +17,9 @@ from safetensors.numpy import save
 
 from xkd_jax.errors import UserError
 
-_METADATA_KEY = "xkd_jax"
+# How files of torch.save begin: a zip, or before PyTorch 1.6 a pickle.
+PYTORCH_MAGIC = (b"PK\x03\x04", b"\x80\x02\x8a\x0a")
+METADATA_KEY = "xkd_jax"  # in the file's own metadata: JSON of ours
 
 
 def save_weights(path: str | os.PathLike, variables: dict, metadata: dict[str, Any]) -> None:
@@ -30,13 +32,17 @@ def save_weights(path: str | os.PathLike, variables: dict, metadata: dict[str, A
       variables: `{"params": ..., "batch_stats": ...}`, arrays of any shape.
       metadata: what JSON can hold: model name, args, num_classes, mean, std, image_size, ...
     """
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
     text = json.dumps(metadata, sort_keys=True)
+    write_file(Path(path), save(_flatten(variables), metadata={METADATA_KEY: text}))
+
+
+def write_file(path: Path, contents: bytes) -> None:
+    """Writes a file that appears whole or not at all; missing folders are made."""
+    path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(f".{path.name}.{os.getpid()}.part")
     try:
         with part.open("wb") as file:
-            file.write(save(_flatten(variables), metadata={_METADATA_KEY: text}))
+            file.write(contents)
             file.flush()
             os.fsync(file.fileno())
         os.replace(part, path)
@@ -54,28 +60,74 @@ def load_weights(path: str | os.PathLike) -> tuple[dict[str, Any], dict[str, Any
       UserError: the file is missing, damaged, or not one of ours.
     """
     path = Path(path)
+    tensors, texts = read_safetensors(path)
+    if METADATA_KEY not in texts:
+        raise UserError(
+            f"{path} is a safetensors file without xkd_jax's metadata; give one that xkd_jax "
+            f"wrote, or convert it: python -m xkd_jax.convert --from {path} --out FILE."
+        )
+    metadata = parse_metadata(path, texts[METADATA_KEY])
+    return traverse_util.unflatten_dict(tensors, sep="/"), metadata
+
+
+def read_safetensors(path: Path) -> tuple[dict[str, np.ndarray], dict[str, str]]:
+    """Reads anybody's safetensors file: its tensors by name, and its metadata.
+
+    Raises:
+      UserError: the file is missing or damaged.
+    """
     if not path.is_file():
         raise UserError(f"there is no weights file at {path}; give the path of a .safetensors.")
     try:
         with safe_open(path, framework="np") as file:
-            metadata = (file.metadata() or {}).get(_METADATA_KEY)
-            flat = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+            return tensors, file.metadata() or {}
     except SafetensorError as error:
         raise UserError(
-            f"{path} is not a whole safetensors file ({error}); copy or write it again."
+            f"{path} is not a whole safetensors file ({_damage(path) or error}); copy or write it "
+            "again."
         ) from error
-    if metadata is None:
-        raise UserError(
-            f"{path} is a safetensors file without xkd_jax's metadata; give one that xkd_jax "
-            "wrote, such as a run's student.safetensors."
-        )
+
+
+def _damage(path: Path) -> str:
+    """What became of a safetensors file that can't be read, if it can be told.
+
+    It begins with its header's length in 8 bytes, and its header with where each tensor ends.
+    """
+    size = path.stat().st_size
+    with path.open("rb") as file:
+        start = file.read(8)
+        if start.startswith(PYTORCH_MAGIC):
+            return f"PyTorch's are read by python -m xkd_jax.convert --from {path}"
+        begin = 8 + int.from_bytes(start, "little")
+        if begin > 100_000_000:  # safetensors' own limit
+            return ""
+        header = file.read(begin - 8)
+    needed = begin
+    if size >= begin:
+        try:
+            tensors = json.loads(header)
+            needed += max(
+                value["data_offsets"][1] for value in tensors.values() if "data_offsets" in value
+            )
+        except (ValueError, TypeError, LookupError, AttributeError):
+            return ""
+    return f"it is cut off: {size:,} of {needed:,} bytes" if size < needed else ""
+
+
+def parse_metadata(path: Path, text: str) -> dict[str, Any]:
+    """What `text`, a part of the metadata of the file at `path`, tells of a network.
+
+    Raises:
+      UserError: it is damaged.
+    """
     try:
-        metadata = json.loads(metadata)
+        metadata = json.loads(text)
     except ValueError:
         metadata = None
     if not isinstance(metadata, dict):
         raise UserError(f"{path} has metadata that is not a JSON object; write the file again.")
-    return traverse_util.unflatten_dict(flat, sep="/"), metadata
+    return metadata
 
 
 def check_weights(

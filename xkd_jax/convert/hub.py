@@ -1,0 +1,129 @@
+"""timm's weights on huggingface.co."""
+
+import dataclasses
+import re
+
+from xkd_jax.convert.files import Checkpoint, first_line, read_checkpoint
+from xkd_jax.errors import UserError, unknown
+from xkd_jax.models import MODELS
+
+# The weights that timm means by a bare name (version 1.0.31).
+DEFAULT_TAGS = {
+    **dict.fromkeys(
+        (
+            "vit_tiny_patch16_224",
+            "vit_tiny_patch16_384",
+            "vit_small_patch16_224",
+            "vit_small_patch16_384",
+            "vit_small_patch32_224",
+            "vit_small_patch32_384",
+            "vit_base_patch16_384",
+            "vit_base_patch32_224",
+            "vit_base_patch32_384",
+            "vit_large_patch16_224",
+            "vit_large_patch16_384",
+        ),
+        "augreg_in21k_ft_in1k",
+    ),
+    "vit_base_patch16_224": "augreg2_in21k_ft_in1k",
+    "vit_large_patch32_224": "orig_in21k",
+    "vit_large_patch32_384": "orig_in21k_ft_in1k",
+    **dict.fromkeys(
+        (
+            "deit_tiny_patch16_224",
+            "deit_small_patch16_224",
+            "deit_base_patch16_224",
+            "deit_base_patch16_384",
+            "deit_tiny_distilled_patch16_224",
+            "deit_small_distilled_patch16_224",
+            "deit_base_distilled_patch16_224",
+            "deit_base_distilled_patch16_384",
+        ),
+        "fb_in1k",
+    ),
+    "swin_tiny_patch4_window7_224": "ms_in1k",
+    **dict.fromkeys(
+        (
+            "swin_small_patch4_window7_224",
+            "swin_base_patch4_window7_224",
+            "swin_base_patch4_window12_384",
+            "swin_large_patch4_window7_224",
+            "swin_large_patch4_window12_384",
+        ),
+        "ms_in22k_ft_in1k",
+    ),
+    "resnet18": "a1_in1k",
+    "resnet34": "a1_in1k",
+    "resnet50": "a1_in1k",
+    "resnet101": "a1h_in1k",
+    "resnet152": "a1h_in1k",
+    "resnext50_32x4d": "a1h_in1k",
+    "resnext101_32x8d": "tv_in1k",
+    "mobilenetv2_050": "lamb_in1k",
+    "mobilenetv2_100": "ra_in1k",
+    **dict.fromkeys(("mobilenetv2_110d", "mobilenetv2_120d", "mobilenetv2_140"), "ra_in1k"),
+    "efficientnet_b0": "ra_in1k",
+    "tf_efficientnet_lite0": "in1k",
+    "legacy_xception": "tf_in1k",
+    "inception_v3": "tv_in1k",
+}
+
+
+def full_name(name: str) -> str:
+    """A timm name with its tag, "resnet18.a1_in1k"; timm's default tag if it has none.
+
+    Raises:
+      UserError: the network is unknown, or timm has no weights for it.
+    """
+    model, _, tag = name.partition(".")
+    if model not in MODELS:
+        raise unknown("network", model, MODELS)
+    if model not in DEFAULT_TAGS:
+        raise UserError(f"timm publishes no weights for {model}; train it, or give its file.")
+    if not re.fullmatch(r"\w*", tag):
+        raise UserError(f"{name!r} is no name of weights; write NAME or NAME.TAG, as timm does.")
+    return f"{model}.{tag or DEFAULT_TAGS[model]}"
+
+
+def download(name: str) -> Checkpoint:
+    """timm's weights from the hub, or from the hub's cache on this machine.
+
+    Args:
+      name: timm's, "resnet18" or "resnet18.a1_in1k".
+
+    Raises:
+      UserError: the name is unknown, the package `huggingface_hub` is missing, or the hub has no
+        such weights or can't be reached.
+    """
+    name = full_name(name)
+    model, repository = name.partition(".")[0], f"timm/{name}"
+    try:
+        from huggingface_hub import (  # pyright: ignore[reportMissingImports]
+            errors,
+            hf_hub_download,
+        )
+    except ImportError as error:
+        raise UserError(
+            "downloading needs huggingface_hub: pip install 'xkd_jax[hub]', or download the file "
+            "yourself and give it with --from."
+        ) from error
+    try:
+        hf_hub_download(repository, "config.json")
+        try:
+            path = hf_hub_download(repository, "model.safetensors")
+        except errors.EntryNotFoundError:
+            path = hf_hub_download(repository, "pytorch_model.bin")
+    except (errors.LocalEntryNotFoundError, errors.OfflineModeIsEnabled) as error:
+        raise UserError(
+            f"huggingface.co can't be reached, and {repository} was not downloaded before; "
+            "connect, or give its file with --from."
+        ) from error
+    except (errors.RepositoryNotFoundError, errors.EntryNotFoundError) as error:
+        default = f"{model}.{DEFAULT_TAGS[model]}"
+        hint = "give its file with --from" if name == default else f"timm's default is {default}"
+        raise UserError(f"huggingface.co has no weights {repository}; {hint}.") from error
+    except (errors.HfHubHTTPError, OSError) as error:
+        raise UserError(f"{repository} could not be downloaded: {first_line(error)}") from error
+    checkpoint = read_checkpoint(path, repository)
+    known = {"model": model, "source": f"https://huggingface.co/{repository}"}
+    return dataclasses.replace(checkpoint, metadata=checkpoint.metadata | known)

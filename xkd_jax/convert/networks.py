@@ -1,0 +1,153 @@
+"""What each of our networks needs, tensor by tensor, and which one a checkpoint looks like."""
+
+import dataclasses
+import functools
+import re
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+from flax import traverse_util
+
+from xkd_jax.convert.resize import is_resizable
+from xkd_jax.convert.rules import family_of, timm_name, torch_shape
+from xkd_jax.models import MODELS, create_model
+
+_RESIZING = {"img_size", "patch_size", "window_size"}
+_CLASSES = 999_983  # a prime that no network has channels of: its place in a shape is the head's
+
+
+@dataclasses.dataclass(frozen=True)
+class Place:
+    """Where a tensor belongs.
+
+    Attributes:
+      path: ours, such as "params/conv1/kernel".
+      shape: in our layout; -1 stands for the number of classes, which only heads have.
+    """
+
+    path: str
+    shape: tuple[int, ...]
+
+    @property
+    def in_head(self) -> bool:
+        """Whether the shape depends on the number of classes."""
+        return -1 in self.shape
+
+    @property
+    def torch_shape(self) -> tuple[int, ...]:
+        """The shape in PyTorch's layout."""
+        return torch_shape(self.path, self.shape)
+
+    def takes(self, shape: tuple[int, ...]) -> bool:
+        """Whether a tensor of PyTorch's `shape` fits, for some number of classes."""
+        want = self.torch_shape
+        return len(shape) == len(want) and all(
+            side in (-1, have) for side, have in zip(want, shape, strict=True)
+        )
+
+
+def get_places(model: str, args: Mapping[str, Any]) -> dict[str, Place]:
+    """The place of every tensor, by timm's name, of a network and its arguments.
+
+    Raises:
+      UserError: the name or an argument is unknown, or the arguments contradict each other.
+    """
+    module = create_model(model, num_classes=_CLASSES, **args)
+    side = getattr(module, "img_size", MODELS[model].image_size)
+    image = jax.ShapeDtypeStruct((1, side, side, 3), jnp.float32)
+    shapes = jax.eval_shape(module.init, jax.random.key(0), image)
+    flat: dict[str, Any] = traverse_util.flatten_dict(shapes, sep="/")
+    family = family_of(model)
+    return {
+        timm_name(path, family): Place(
+            path, tuple(-1 if side == _CLASSES else side for side in leaf.shape)
+        )
+        for path, leaf in flat.items()
+    }
+
+
+def fit(shapes: Mapping[str, tuple[int, ...]], wanted: Mapping[str, Place]) -> float:
+    """The share of tensors, by name and shape, that a checkpoint and a network have in common.
+
+    The number of classes, and the shape of what can be resized, is left out of it.
+
+    Args:
+      shapes: the checkpoint's, by timm's name, in PyTorch's layout.
+      wanted: the network's.
+    """
+    same = sum(
+        name in shapes and (is_resizable(name) or place.takes(shapes[name]))
+        for name, place in wanted.items()
+    )
+    return same / max(len(shapes.keys() | wanted.keys()), 1)
+
+
+def recognize(shapes: Mapping[str, tuple[int, ...]]) -> tuple[list[str], float]:
+    """The networks that a checkpoint looks most like, and how much, by `fit`.
+
+    Several networks can have the same tensors: DeiT's and ViT's differ in nothing that is
+    stored.
+
+    Args:
+      shapes: of the checkpoint's tensors, by timm's name, in PyTorch's layout.
+    """
+    likeness = _likeness(shapes)
+    bound = 0.5 * max(likeness.values())
+    dims = {side for shape in shapes.values() for side in shape}
+
+    def promise(name: str) -> tuple[float, int]:
+        return likeness[MODELS[name].network], len(dims.intersection(_sizes(name)))
+
+    scores: dict[Any, float] = {}
+    sizes = None  # of a network that fits wholly: one of other sizes can't
+    for name in sorted(MODELS, key=promise, reverse=True):
+        if likeness[MODELS[name].network] < bound or sizes not in (None, _sizes(name)):
+            continue
+        if _build(name) not in scores:
+            scores[_build(name)] = fit(shapes, _places_of(name))
+        if scores[_build(name)] == 1:
+            sizes = _sizes(name)
+    best = max(scores.values())
+    alike = {name: 0 for name in MODELS if scores.get(_build(name)) == best}
+    for name in alike:
+        places = _places_of(name).items()
+        alike[name] = sum(place.takes(shapes.get(key, ())) for key, place in places)
+    return [name for name in alike if alike[name] == max(alike.values())], best
+
+
+def _likeness(shapes: Iterable[str]) -> dict[type, float]:
+    """By class of network, the share of names in common but for their numbers."""
+    kinds = {_pattern(name) for name in shapes}
+    likeness = {}
+    for name, variant in MODELS.items():
+        if variant.network not in likeness:
+            theirs = {_pattern(place) for place in _places_of(name)}
+            likeness[variant.network] = len(kinds & theirs) / len(kinds | theirs)
+    return likeness
+
+
+def _pattern(name: str) -> str:
+    return re.sub(r"\d+", "#", name)
+
+
+@functools.cache
+def _build(name: str) -> nn.Module:
+    """A network less what only changes tensors that can be resized."""
+    fields = {field.name for field in dataclasses.fields(MODELS[name].network)}
+    return create_model(name, num_classes=1, **dict.fromkeys(_RESIZING & fields, 0))
+
+
+@functools.cache
+def _sizes(name: str) -> tuple:
+    """The numbers that a network is made with."""
+    values = [getattr(_build(name), field.name) for field in dataclasses.fields(_build(name))]
+    leaves = jax.tree.leaves([value for value in values if not isinstance(value, nn.Module)])
+    return tuple(leaf for leaf in leaves if type(leaf) in (int, float) and leaf)
+
+
+@functools.cache
+def _places_of(name: str) -> dict[str, Place]:
+    return get_places(name, {})

@@ -1,0 +1,131 @@
+"""Tensors whose size follows the image: position embeddings, bias tables, patch projections.
+
+They are resized as timm (Ross Wightman, Apache-2.0) does when it loads a checkpoint: the same
+numbers, to float32's last digits.
+"""
+
+import math
+import re
+from collections.abc import Callable
+from typing import NamedTuple
+
+import numpy as np
+
+
+def resize_position_embedding(table: np.ndarray, tokens: int) -> np.ndarray | None:
+    """A position embedding [1, T, D] for another square grid, [1, tokens, D].
+
+    Bicubic with anti-aliasing, as in timm's `resample_abs_pos_embed`. The tokens before the
+    patches (class, distillation) keep theirs.
+
+    Returns:
+      None where `tokens` has another number of tokens before the patches.
+    """
+    old, new = math.isqrt(table.shape[1]), math.isqrt(tokens)
+    prefix = tokens - new**2
+    if table.shape[1] - old**2 != prefix:
+        return None
+    grid = table[0, prefix:].reshape(old, old, -1)
+    matrix = _bicubic(old, new)
+    grid = np.einsum("Hh,Ww,hwd->HWd", matrix, matrix, grid).reshape(1, new * new, -1)
+    return np.concatenate([table[:, :prefix], grid.astype(table.dtype)], axis=1)
+
+
+def resize_patch_kernel(kernel: np.ndarray, patch: int) -> np.ndarray:
+    """A patch projection [h, w, 3, D] for other patches, [patch, patch, 3, D].
+
+    The pseudo-inverse of enlarging a patch (FlexiViT, arXiv:2212.08013), as in timm's
+    `resample_patch_embed`: an enlarged patch gives the enlarged kernel what the patch gave.
+    """
+    rows, columns = (np.linalg.pinv(_bicubic(side, patch)) for side in kernel.shape[:2])
+    return np.einsum("hH,wW,hwio->HWio", rows, columns, kernel).astype(kernel.dtype)
+
+
+def resize_bias_table(table: np.ndarray, rows: int) -> np.ndarray:
+    """A table of relative position biases [(2w - 1)**2, heads] for another window, [rows, heads].
+
+    Linear between positions that lie closer together near the middle, as in timm's
+    `resize_rel_pos_bias_table` (the idea is BEiT's, arXiv:2106.08254): near neighbours keep
+    their biases.
+    """
+    old, new = math.isqrt(len(table)), math.isqrt(rows)
+    half = new // 2
+    positions = _geometric_positions(old // 2, half)
+    matrix = np.stack(
+        [np.interp(np.arange(-half, half + 1), positions, unit) for unit in np.eye(old)], axis=1
+    )
+    square = table.reshape(old, old, -1)
+    square = np.einsum("Hh,Ww,hwn->HWn", matrix, matrix, square)
+    return square.reshape(rows, -1).astype(table.dtype)
+
+
+class _Resizer(NamedTuple):
+    pattern: str  # of timm's name
+    function: Callable[[np.ndarray, int], np.ndarray | None]
+    axis: int  # whose new length the function takes; the axes behind it are channels
+    what: str  # is resized
+    side: Callable[[int], int]  # of it, from that length
+
+
+_RESIZERS = (
+    _Resizer(r"pos_embed", resize_position_embedding, 1, "grid", math.isqrt),
+    _Resizer(r"patch_embed\.proj\.weight", resize_patch_kernel, 1, "patch", int),
+    _Resizer(
+        r".*\.relative_position_bias_table",
+        resize_bias_table,
+        0,
+        "window",
+        lambda rows: (math.isqrt(rows) + 1) // 2,
+    ),
+)
+
+
+def is_resizable(name: str) -> bool:
+    """Whether the tensor that timm calls `name` follows the image size."""
+    return any(re.fullmatch(resizer.pattern, name) for resizer in _RESIZERS)
+
+
+def resize(name: str, array: np.ndarray, shape: tuple[int, ...]) -> tuple[np.ndarray, str] | None:
+    """Resizes a tensor that follows the image size.
+
+    Args:
+      name: timm's.
+      array: in our layout.
+      shape: that is needed.
+
+    Returns:
+      the resized tensor and what happened in words, or None where resizing can't help.
+    """
+    for pattern, function, axis, what, side in _RESIZERS:
+        channels = axis + 1
+        if (
+            re.fullmatch(pattern, name)
+            and array.ndim == len(shape)
+            and array.shape[channels:] == shape[channels:]
+        ):
+            resized = function(array, shape[axis])
+            old, new = side(array.shape[axis]), side(shape[axis])
+            if resized is not None:
+                return resized, f"resized from {what} {old}x{old} to {new}x{new}"
+    return None
+
+
+def _bicubic(old: int, new: int) -> np.ndarray:
+    """The matrix [new, old] that resizes a line: Keys' kernel with a = -1/2, anti-aliased."""
+    scale = max(old / new, 1.0)
+    centres = (np.arange(new) + 0.5) * (old / new) - 0.5
+    x = np.abs(np.arange(old) - centres[:, None]) / scale
+    weights = np.where(
+        x < 1, (1.5 * x - 2.5) * x * x + 1, np.where(x < 2, ((2.5 - 0.5 * x) * x - 4) * x + 2, 0.0)
+    )
+    return weights / weights.sum(axis=1, keepdims=True)
+
+
+def _geometric_positions(count: int, reach: int) -> np.ndarray:
+    """2 count + 1 positions around 0; each step is q times the one before, up to `reach`."""
+    low, high = 1.01, 1.5
+    while high - low > 1e-6:
+        q = (low + high) / 2
+        low, high = (low, q) if (1 - q**count) / (1 - q) > reach else (q, high)
+    positions = np.cumsum(q ** np.arange(count))
+    return np.concatenate([-positions[::-1], [0.0], positions])
