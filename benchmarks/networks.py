@@ -1,0 +1,139 @@
+"""Networks beside timm's in PyTorch: the forward pass, and forward and backward in training.
+
+python benchmarks/networks.py [--batch 8] [--rounds 9] [NAME ...]
+
+Needs the extra `parity`. Both sides run in this process on the CPU, in float32, on the same images,
+with the same number of threads, and take turns; a time is the median over the rounds. PyTorch is
+eager, and is timed with both memory layouts: the ratio is against the faster one. Training mode is
+cross-entropy, its gradient, and the running statistics.
+"""
+
+import argparse
+import os
+import statistics
+import time
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import torch  # pyright: ignore[reportMissingImports]
+from torch.nn import functional as F  # pyright: ignore[reportMissingImports]
+from torch_peer import import_timm
+
+from xkd_jax.models import MODELS, create_model
+
+NAMES = (
+    "vit_small_patch16_224",
+    "swin_tiny_patch4_window7_224",
+    "resnet18",
+    "resnet50",
+    "mobilenetv2_100",
+    "efficientnet_b0",
+)
+PAUSE = 0.02  # seconds before each turn, in which the other side's waiting threads go to sleep
+
+
+def create_ours(name: str, images: np.ndarray) -> tuple[dict[str, Callable], float]:
+    """Our forward pass and our gradient, compiled, and the seconds that compiling took."""
+    model: Any = create_model(name, num_classes=1000)
+    labels = jnp.zeros(len(images), jnp.int32)
+    options = {"xla_backend_optimization_level": 0}  # it runs once
+    init = jax.jit(model.init, compiler_options=options)
+    variables = init(jax.random.key(0), images)
+
+    def loss(params: Any, rest: Any, images: jax.Array) -> tuple[jax.Array, Any]:
+        (logits, _), updates = model.apply(
+            {"params": params, **rest}, images, train=True, mutable=["batch_stats"]
+        )
+        return -jnp.mean(
+            jnp.take_along_axis(jax.nn.log_softmax(logits), labels[:, None], 1)
+        ), updates
+
+    params = variables.pop("params")
+    forward = jax.jit(lambda variables, images: model.apply(variables, images)[0])
+    gradient = jax.jit(jax.grad(loss, has_aux=True))
+    images = jax.device_put(images)
+    begun = time.monotonic()
+    forward = forward.lower({"params": params, **variables}, images).compile()
+    gradient = gradient.lower(params, variables, images).compile()
+    seconds = time.monotonic() - begun
+    return {
+        "forward": lambda: jax.block_until_ready(forward({"params": params, **variables}, images)),
+        "training": lambda: jax.block_until_ready(gradient(params, variables, images)),
+    }, seconds
+
+
+def create_theirs(name: str, images: np.ndarray, layout: Any) -> dict[str, Callable]:
+    """timm's forward pass and gradient, with images and weights in the memory layout."""
+    model = import_timm().create_model(name).to(memory_format=layout)
+    batch = torch.from_numpy(images.transpose(0, 3, 1, 2)).contiguous(memory_format=layout)
+    labels = torch.zeros(len(images), dtype=torch.long)
+
+    def forward() -> None:
+        model.eval()
+        with torch.inference_mode():
+            model(batch)
+
+    def training() -> None:
+        model.train()
+        model.zero_grad()
+        F.cross_entropy(model(batch), labels).backward()
+
+    return {"forward": forward, "training": training}
+
+
+def measure(sides: dict[str, dict[str, Callable]], rounds: int) -> dict[str, dict[str, float]]:
+    """Milliseconds by what is run, then by side."""
+    times: dict[str, dict[str, list[float]]] = {}
+    for _ in range(rounds + 1):
+        for side, calls in sides.items():
+            for what, call in calls.items():
+                time.sleep(PAUSE)
+                begun = time.perf_counter()
+                call()
+                spent = 1e3 * (time.perf_counter() - begun)
+                times.setdefault(what, {}).setdefault(side, []).append(spent)
+    return {
+        what: {side: statistics.median(spent[1:]) for side, spent in by_side.items()}
+        for what, by_side in times.items()
+    }
+
+
+def row(name: str, batch: int, rounds: int) -> str:
+    """A line of the table."""
+    size = MODELS[name].image_size
+    images = np.random.default_rng(0).normal(size=(batch, size, size, 3)).astype(np.float32)
+    ours, seconds = create_ours(name, images)
+    sides = {"ours": ours}
+    for layout in (torch.contiguous_format, torch.channels_last):
+        sides[str(layout)] = create_theirs(name, images, layout)
+    cells = [name]
+    for times in measure(sides, rounds).values():
+        mine = times.pop("ours")
+        best = min(times.values())
+        cells += [f"{mine:.0f}", f"{best:.0f}", f"{mine / best:.2f}"]
+    return f"| {' | '.join(cells)} | {seconds:.0f} |"
+
+
+def main() -> None:
+    """The command line."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("names", nargs="*", default=NAMES)
+    parser.add_argument("--batch", type=int, default=8)
+    parser.add_argument("--rounds", type=int, default=9)
+    options = parser.parse_args()
+    torch.set_num_threads(os.cpu_count() or 1)
+    print(
+        f"jax {jax.__version__}, torch {torch.__version__}, {os.cpu_count()} cores, "
+        f"batch {options.batch}; milliseconds\n\n"
+        "| network | forward | PyTorch | ratio | training | PyTorch | ratio | compiling, s |\n"
+        "| --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: |"
+    )
+    for name in options.names:
+        print(row(name, options.batch, options.rounds), flush=True)
+
+
+if __name__ == "__main__":
+    main()
