@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from flax import linen as nn
 
-from tests.test_models import images, init, shapes
+from tests.networks import images, init, shapes
 from xkd_jax.errors import UserError
 from xkd_jax.models.efficientnet import VARIANTS, InvertedResidual, round_channels
 

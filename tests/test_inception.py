@@ -3,7 +3,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from tests.test_models import images, init
+from tests.networks import images, init
 from xkd_jax.errors import UserError
 from xkd_jax.models.inception import (
     VARIANTS,

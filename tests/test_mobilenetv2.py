@@ -3,7 +3,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from tests.test_models import images, init, shapes
+from tests.networks import images, init, shapes
 from xkd_jax.errors import UserError
 from xkd_jax.models.mobilenetv2 import VARIANTS
 

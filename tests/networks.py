@@ -1,0 +1,60 @@
+"""What the tests of the networks share."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from xkd_jax.models import create_model
+
+TINY_VIT = {"embed_dim": 16, "depth": 2, "num_heads": 2}
+
+
+def tiny_vit(**args):
+    return create_model("vit_tiny_patch4_32", num_classes=5, **{**TINY_VIT, **args})
+
+
+def tiny_resnet(name="resnet18", **args):
+    args = {"width": 0.125, "stem": "cifar", "layers": (1, 1, 1, 1), **args}
+    return create_model(name, num_classes=5, **args)
+
+
+def images(n=2, size=32):
+    rng = np.random.default_rng(1)
+    return jnp.asarray(rng.normal(size=(n, size, size, 3)).astype(np.float32))
+
+
+def init(model, size=32):
+    """Random variables without compiling `model.init`, most of these tests' time."""
+    rng = np.random.default_rng(0)
+    tree = jax.eval_shape(model.init, jax.random.key(0), jnp.zeros((1, size, size, 3)))
+
+    def fill(path, leaf):
+        noise = rng.normal(size=leaf.shape).astype(np.float32)
+        if path[-1].key in ("scale", "var"):
+            return jnp.ones(leaf.shape)
+        return jnp.asarray(noise * np.prod(leaf.shape[:-1]) ** -0.5 if leaf.ndim > 1 else 0 * noise)
+
+    return jax.tree_util.tree_map_with_path(fill, tree)
+
+
+def shapes(model, x, train=False):
+    """The shapes of `out`, without computing anything."""
+
+    def run(key):
+        variables = model.init(key, x)
+        return model.apply(variables, x, train=train, mutable=["batch_stats"])[0][1]
+
+    return {
+        key: tuple(leaf) if key == "grid" else leaf.shape
+        for key, leaf in jax.eval_shape(run, jax.random.key(0)).items()
+    }
+
+
+def initial(model, *names):
+    """Some of `model.init`'s parameters; jit drops the work for the others."""
+
+    def run(key):
+        params = model.init(key, images())["params"]
+        return [params[name] for name in names]
+
+    return jax.jit(run)(jax.random.key(0))
