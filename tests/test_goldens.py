@@ -1,0 +1,49 @@
+"""Every network against golden files of timm's: logits, taps and running statistics.
+
+The weights are made from parameter names on both sides. `python -m tests.parity.make_goldens`
+wrote the files, with PyTorch; this needs none.
+"""
+
+import functools
+
+import pytest
+
+from tests.parity import goldens, specimen
+from tests.parity.pairs import two_at_a_time
+from xkd_jax.models import MODELS
+
+read = functools.cache(goldens.read)
+
+
+def test_every_network_has_a_golden():
+    families = {goldens.family_of(name) for name in MODELS}
+    kept = {name for family in families for name in read(family)}
+    assert kept == set(MODELS)
+    assert {path.stem for path in goldens.FOLDER.iterdir()} == families
+
+
+@pytest.fixture(scope="module")
+def pending(request, quick_compilation):
+    with two_at_a_time(request, test_equals_its_golden, differences) as futures:
+        yield futures
+
+
+def differences(name):
+    """The largest relative difference to the golden, by tap."""
+    golden = read(goldens.family_of(name))[name]
+    case = specimen.small(name)
+    for field in ("size", "batch", "train_size", "train_batch"):
+        assert golden[field] == getattr(case, field), "made at another size: make it anew"
+    records = specimen.ours(case, specimen.filled(case))
+    assert {key: list(array.shape) for key, array in records.items()} == golden["shapes"]
+    return {
+        key: goldens.sketch_difference(key, goldens.sketch(key, records[key]), want)
+        for key, want in golden["sketches"].items()
+    }
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_equals_its_golden(name, pending):
+    found = pending[name].result()
+    # Not "above": NaN is wrong too.
+    assert not {key: value for key, value in found.items() if not value < specimen.TOLERANCE}
