@@ -6,6 +6,9 @@ Needs the extra `parity`. Both sides run in this process on the CPU, in float32,
 with the same number of threads, and take turns; a time is the median over the rounds. PyTorch is
 eager, and is timed with both memory layouts: the ratio is against the faster one. Training mode is
 cross-entropy, its gradient, and the running statistics.
+
+`taskset -c 0 python benchmarks/networks.py` compares on one core, in CPU time: what else runs on
+the machine hardly shows then.
 """
 
 import argparse
@@ -32,6 +35,8 @@ NAMES = (
     "mobilenetv2_100",
     "efficientnet_b0",
 )
+CORES = len(os.sched_getaffinity(0))
+CLOCK = time.process_time if CORES == 1 else time.perf_counter
 PAUSE = 0.02  # seconds before each turn, in which the other side's waiting threads go to sleep
 
 
@@ -91,9 +96,9 @@ def measure(sides: dict[str, dict[str, Callable]], rounds: int) -> dict[str, dic
         for side, calls in sides.items():
             for what, call in calls.items():
                 time.sleep(PAUSE)
-                begun = time.perf_counter()
+                begun = CLOCK()
                 call()
-                spent = 1e3 * (time.perf_counter() - begun)
+                spent = 1e3 * (CLOCK() - begun)
                 times.setdefault(what, {}).setdefault(side, []).append(spent)
     return {
         what: {side: statistics.median(spent[1:]) for side, spent in by_side.items()}
@@ -124,10 +129,10 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=8)
     parser.add_argument("--rounds", type=int, default=9)
     options = parser.parse_args()
-    torch.set_num_threads(os.cpu_count() or 1)
+    torch.set_num_threads(CORES)
     print(
-        f"jax {jax.__version__}, torch {torch.__version__}, {os.cpu_count()} cores, "
-        f"batch {options.batch}; milliseconds\n\n"
+        f"jax {jax.__version__}, torch {torch.__version__}, {CORES} core(s), "
+        f"batch {options.batch}; milliseconds{' of CPU time' if CORES == 1 else ''}\n\n"
         "| network | forward | PyTorch | ratio | training | PyTorch | ratio | compiling, s |\n"
         "| --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: |"
     )
