@@ -39,6 +39,7 @@ def main() -> int:
     jax.config.update("jax_disable_most_optimizations", True)
     versions = {"timm": reference.timm.__version__, "torch": torch.__version__}
     rows, wrong = [_HEAD.format(**versions, jax=jax.__version__)], []
+    print(rows[0])
     for name in options.names or MODELS:
         specimen = native(name) if options.native else small(name)
         start = time.monotonic()
@@ -50,10 +51,9 @@ def main() -> int:
         seconds = time.monotonic() - start
         print(f"{name}: {worst:.1e} ({seconds:.0f} s)", file=sys.stderr, flush=True)
         rows.append(_row(name, f"{specimen.size}x{specimen.size}", found))
-    table = "\n".join(rows)
-    print(table)
+        print(rows[-1], flush=True)
     if options.out:
-        options.out.write_text(table + "\n")
+        options.out.write_text("\n".join(rows) + "\n")
     if wrong:
         print(f"above {TOLERANCE}: {', '.join(wrong)}", file=sys.stderr)
     return 1 if wrong else 0
