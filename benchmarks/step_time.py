@@ -16,7 +16,7 @@ from typing import Any
 import jax
 
 from xkd_jax import partition, train
-from xkd_jax.data.order import batch_indices
+from xkd_jax.feed import create_feed
 from xkd_jax.methods.base import apply
 from xkd_jax.task import Task, create_task
 
@@ -27,14 +27,13 @@ def create_step(task: Task) -> Callable[[], Any]:
     """A function that makes one training step and returns its metrics."""
     everywhere = partition.replicated(task.mesh)
     teacher = partition.put(task.teacher.variables, everywhere) if task.teacher else {}
-    data = partition.put((task.train.images, task.train.labels), everywhere)
-    indices = batch_indices(len(task.train), task.config.batch_size, 0, 0)
-    indices = partition.put(indices, partition.over_batch(task.mesh))
+    feed = create_feed(task)
+    batch = next(feed.batches(0))
     step_fn = jax.jit(functools.partial(train.train_step, task), donate_argnums=0)
     holder = [train.init_state(task)]
 
     def step():
-        holder[0], metrics = step_fn(holder[0], teacher, *data, indices)
+        holder[0], metrics = step_fn(holder[0], teacher, feed.arrays, batch)
         return metrics
 
     return step

@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 
 from xkd_jax.config import default_config
-from xkd_jax.data.order import batch_indices
 from xkd_jax.errors import UserError
+from xkd_jax.feed import create_feed
 from xkd_jax.methods.cakd_release import CAKDRelease, LinearProjector, PatchGAN
 from xkd_jax.task import create_task
 from xkd_jax.train import init_state, train_step
@@ -237,11 +237,10 @@ def test_it_trains():
     assert task.method == CAKDRelease()
     assert task.teacher is not None
     step_fn = jax.jit(functools.partial(train_step, task))
-    data = task.teacher.variables, task.train.images, task.train.labels
-    state, losses = init_state(task), []
-    for step in range(12):
+    state, losses, feed = init_state(task), [], create_feed(task)
+    for _, batch in zip(range(12), feed.batches(0), strict=False):
         before = state
-        state, metrics = step_fn(state, *data, batch_indices(64, 16, config.seed, step))
+        state, metrics = step_fn(state, task.teacher.variables, feed.arrays, batch)
         losses.append(metrics["loss"])
         assert np.isfinite(metrics["discriminator"])  # the adversary moves at every step
         for old, new in zip(

@@ -9,10 +9,13 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 
+from xkd_jax.augment import Augment
 from xkd_jax.config import default_config
 from xkd_jax.data.order import batch_indices
+from xkd_jax.feed import create_feed
 from xkd_jax.methods.base import Method
 from xkd_jax.task import Network, create_task
 from xkd_jax.train import (
@@ -55,10 +58,9 @@ def tiny_task(method, seed=0):
 def run(task, step_fn, state, steps):
     """The states before, between and after the steps, and the metrics of each."""
     variables = task.teacher.variables if task.teacher else {}
-    states, metrics = [state], []
-    for step in range(steps):
-        indices = batch_indices(len(task.train), 16, task.config.seed, step)
-        state, of_step = step_fn(state, variables, task.train.images, task.train.labels, indices)
+    states, metrics, feed = [state], [], create_feed(task)
+    for _, batch in zip(range(steps), feed.batches(0), strict=False):
+        state, of_step = step_fn(state, variables, feed.arrays, batch)
         states.append(state)
         metrics.append(jax.device_get(of_step))
     return Run(task, step_fn, states, metrics)
@@ -135,7 +137,7 @@ def test_every_step_moves_student_and_projectors(cakd):
 def test_the_teacher_is_not_in_the_state(cakd):
     assert {field.name for field in dataclasses.fields(TrainState)} == {
         "step", "key", "params", "batch_stats", "opt_state", "method_params", "method_opt_state",
-        "method_state", "adversary", "adversary_opt_state",
+        "method_state", "adversary", "adversary_opt_state", "ema",
     }  # fmt: skip
     teacher = {
         leaf.tobytes() for leaf in jax.tree.leaves(cakd.task.teacher.variables) if leaf.any()
@@ -229,6 +231,7 @@ class Probe(Method):
 
     def loss(self, params, state, teacher_out, student_out, batch, key, progress, adversary):
         seen = {"key": jax.random.key_data(key), "progress": progress, **batch}
+        seen = {name: value for name, value in seen.items() if name not in ("image", "target")}
         return jnp.zeros(()), {"calls": state.get("calls", 0) + 1}, seen
 
     def init(self, key, teacher_out, student_out):
@@ -257,17 +260,15 @@ def probe(method):
 
 
 def test_a_second_classifier_learns_too_with_weight_0_4():
-    config = tiny_task("none").config
     student = Network(TwoHeads(), 28, (0.5,) * 3, (0.5,) * 3)
     task = dataclasses.replace(tiny_task("none"), method=Probe(), student=student)
     state, images = init_state(task), jnp.ones((2, 28, 28, 3))
-    batch = {"index": jnp.arange(2), "label": jnp.array([3, 7])}
+    targets = optax.smooth_labels(jax.nn.one_hot(jnp.array([3, 7]), 10), 0.1)
+    batch = {"index": jnp.arange(2), "label": jnp.array([3, 7]), "target": targets}
     keys = jax.random.key(0), jax.random.key(1)
     _, aux = student_loss(task, state, state.params, {}, {}, images, batch, *keys)
     logits = aux["student_out"]["logits"]
-    first, second = (
-        label_loss(x, batch["label"], config.label_smoothing) for x in (logits, 2 * logits)
-    )
+    first, second = (label_loss(x, targets) for x in (logits, 2 * logits))
     np.testing.assert_allclose(aux["metrics"]["label_loss"], first + 0.4 * second, rtol=1e-6)
 
 
@@ -343,7 +344,7 @@ def test_each_network_sees_the_same_crop_normalised_its_own_way(probed):
     )
     task.config.augment.update(crop_padding=3, flip=True)
     images = probed.task.train.images[:8]
-    seen = create_views(task, jax.random.key(0), images)
+    *seen, _ = create_views(task, jax.random.key(0), images, jnp.zeros(8, int))
     pixels = [
         np.asarray(view) * network.std + network.mean
         for view, network in zip(seen, (teacher, task.student), strict=True)
@@ -352,29 +353,85 @@ def test_each_network_sees_the_same_crop_normalised_its_own_way(probed):
     assert not np.allclose(pixels[0], images / 255, atol=0.01)
     larger = dataclasses.replace(teacher, image_size=42)
     task = dataclasses.replace(task, teacher=larger)
-    shapes = jax.eval_shape(lambda key: create_views(task, key, images), jax.random.key(0))
+    shapes = jax.eval_shape(
+        lambda key: create_views(task, key, images, jnp.zeros(8, int))[:2], jax.random.key(0)
+    )
     assert [view.shape for view in shapes] == [(8, 42, 42, 3), (8, 28, 28, 3)]
 
 
 # ---- the label term
 
 
-@pytest.mark.parametrize("smoothing", [0.0, 0.1])
-def test_label_loss_is_smoothed_cross_entropy(smoothing):
+def test_label_loss_is_cross_entropy():
     rng = np.random.default_rng(0)
-    logits, labels = 3 * rng.normal(size=(6, 5)), rng.integers(0, 5, 6)
-    total = 0.0
-    for row, label in zip(logits, labels, strict=True):
-        log_p = row - np.log(np.sum(np.exp(row)))
-        total -= (1 - smoothing) * log_p[label] + smoothing * log_p.mean()
-    ours = label_loss(jnp.float32(logits), jnp.asarray(labels), smoothing)
-    np.testing.assert_allclose(ours, total / 6, rtol=1e-5)
+    logits, targets = 3 * rng.normal(size=(6, 5)), rng.dirichlet(np.ones(5), 6)
+    log_p = logits - np.log(np.sum(np.exp(logits), axis=1, keepdims=True))
+    ours = label_loss(jnp.float32(logits), jnp.float32(targets))
+    np.testing.assert_allclose(ours, -np.sum(targets * log_p) / 6, rtol=1e-5)
+
+
+def test_targets_are_smoothed_labels_and_mixed(probed):
+    task = dataclasses.replace(probed.task, config=probed.task.config.copy_and_resolve_references())
+    images, labels = task.train.images[:8], jnp.arange(8)
+    task.config.label_smoothing = 0.2
+    *_, targets = create_views(task, jax.random.key(0), images, labels)
+    np.testing.assert_allclose(targets, 0.8 * np.eye(10)[:8] + 0.02, rtol=1e-6)
+    mixed = dataclasses.replace(task, augment=Augment(mixup=0.4))
+    teacher_view, view, new = create_views(mixed, jax.random.key(0), images, labels)
+    np.testing.assert_array_equal(teacher_view, view)
+    share = (new[0, 0] - new[0, 1]) / 0.8
+    assert 0 < share < 1
+    np.testing.assert_allclose(new, share * targets + (1 - share) * targets[::-1], atol=1e-6)
+    _, plain, _ = create_views(task, jax.random.key(0), images, labels)
+    np.testing.assert_allclose(view, share * plain + (1 - share) * plain[::-1], atol=1e-5)
+
+
+def test_strong_augmentation_changes_both_networks_views_alike(probed):
+    task, images = probed.task, probed.task.train.images[:8]
+    strong = dataclasses.replace(task, augment=Augment(auto="trivialaugment"))
+    teacher_view, view, _ = create_views(strong, jax.random.key(0), images, jnp.zeros(8, int))
+    _, plain, _ = create_views(task, jax.random.key(0), images, jnp.zeros(8, int))
+    np.testing.assert_array_equal(teacher_view, view)
+    assert not np.allclose(view, plain, atol=0.01)
+
+
+def test_the_average_is_evaluated_and_saved_where_there_is_one():
+    task = tiny_task("none")
+    config = task.config.copy_and_resolve_references()
+    config.ema.decay = 0.75
+    task = dataclasses.replace(task, config=config)
+    states = run(task, jax.jit(functools.partial(train_step, task)), init_state(task), 3).states
+    # The first step leaves no trace of the random start.
+    average = states[1].params
+    for state in states[2:]:
+        average = jax.tree.map(lambda old, new: 0.75 * old + 0.25 * new, average, state.params)
+    got = student_variables(states[3])
+    for a, b in zip(jax.tree.leaves(got["params"]), jax.tree.leaves(average), strict=True):
+        np.testing.assert_allclose(a, b, atol=1e-6)
+    assert got["batch_stats"]
+    assert not np.allclose(states[3].params["fc"]["kernel"], got["params"]["fc"]["kernel"])
+
+
+def test_a_batch_in_parts_makes_the_same_step():
+    task = tiny_task("none")
+    config = task.config.copy_and_resolve_references()
+    config.accumulate = 4
+    student = Network(Linear(), 28, (0.5, 0.4, 0.3), (0.2, 0.3, 0.4))  # no batch normalisation
+    whole = dataclasses.replace(task, student=student)
+    ends = []
+    for task in (whole, dataclasses.replace(whole, config=config)):
+        ends.append(run(task, jax.jit(functools.partial(train_step, task)), init_state(task), 3))
+    for a, b in zip(*(jax.tree.leaves(end.states[3].params) for end in ends), strict=True):
+        np.testing.assert_allclose(a, b, atol=1e-6)
+    for name in ("loss", "accuracy", "gradient_norm", "learning_rate"):
+        values = [[metrics[name] for metrics in end.metrics] for end in ends]
+        np.testing.assert_allclose(*values, rtol=1e-5)
 
 
 def test_label_loss_is_computed_in_float32_and_finite():
     logits = jnp.asarray([[1.3, 0.7, -2.1]], jnp.bfloat16)
     for x, label in ((logits, 0), (100 * logits, 2)):
-        loss = label_loss(x, jnp.array([label]), 0.0)
+        loss = label_loss(x, jax.nn.one_hot(jnp.array([label]), 3))
         assert loss.dtype == jnp.float32
         row = np.asarray(x, np.float64)[0]
         expected = row.max() - row[label] + np.log(np.sum(np.exp(row - row.max())))

@@ -11,8 +11,12 @@ from typing import Any
 from ml_collections import ConfigDict
 
 from xkd_jax import optimizer
+from xkd_jax.augment import Augment
+from xkd_jax.data.encoded import FEEDS
+from xkd_jax.data.examples import ON_ERROR
 from xkd_jax.errors import UserError, unknown
 from xkd_jax.methods import METHODS, create_method
+from xkd_jax.optimizer import OptimizerOptions, ScheduleOptions
 from xkd_jax.views import MultiView
 
 Config = Any  # a ConfigDict; what its fields are is known at run time only
@@ -40,39 +44,39 @@ def default_config() -> Config:
     # "random", a control.
     config.teacher = ConfigDict({"model": "", "args": {}, "weights": ""})
 
-    # train: what is learnt from; eval: what the curves show; test: measured once, at the end.
     config.data = ConfigDict(
-        {"name": "", "dir": "", "train": "train", "eval": "test", "test": "test", "noisy": False}
+        {
+            "name": "",
+            "dir": "",
+            "train": "train",  # what is learnt from
+            "eval": "test",  # what the curves show
+            "test": "test",  # measured once, at the end
+            "noisy": False,
+            "on_error": "stop",  # at damaged images; or "skip", which leaves them out
+            # "resident": as uint8 on the device; "host": decoded and cropped batch by batch;
+            # "auto": by whether the images have one size, and fit.
+            "feed": "auto",
+            "repeats": 1,  # of an example in its epoch: repeated augmentation
+            "workers": 0,  # processes that decode for "host"; 0: threads
+        }
     )
     config.image_size = 0  # the side that networks see, pixels; 0: the data's own
+    # Of images decoded batch by batch: the training crop's share of the area, the evaluation
+    # crop's share of the side.
+    config.crop_scale = (0.08, 1.0)
+    config.crop_pct = 0.875
     config.augment = ConfigDict({"crop_padding": 4, "flip": True})
+    config.augment.update(dataclasses.asdict(Augment()))
     config.views = ConfigDict(dataclasses.asdict(MultiView()))
 
-    config.optimizer = ConfigDict(
-        {
-            "name": "sgd",
-            "learning_rate": 0.1,
-            "momentum": 0.9,
-            "nesterov": False,
-            "weight_decay": 1e-4,
-            "clip_norm": 0.0,  # of each part's gradient (student, method); 0: off
-        }
-    )
-    # step: times `factor` at every one of `boundaries` (epochs).
-    config.schedule = ConfigDict(
-        {"name": "step", "boundaries": (100, 150), "factor": 0.1, "warmup_epochs": 0.0}
-    )
+    config.optimizer = ConfigDict(dataclasses.asdict(OptimizerOptions()))
+    config.schedule = ConfigDict(dataclasses.asdict(ScheduleOptions()))
     # The paper states none. Its rate stays constant.
-    config.adversary_optimizer = ConfigDict(
-        {
-            "name": "adam",
-            "learning_rate": 1e-3,
-            "momentum": 0.9,
-            "nesterov": False,
-            "weight_decay": 0.0,
-            "clip_norm": 0.0,
-        }
-    )
+    adversary = OptimizerOptions(name="adam", learning_rate=1e-3, weight_decay=0.0)
+    config.adversary_optimizer = ConfigDict(dataclasses.asdict(adversary))
+    config.accumulate = 1  # parts that a batch is computed in, one after the other: less memory
+    config.layer_decay = 1.0  # of the student's rate, from each layer to the one below it; 1: off
+    config.ema = ConfigDict({"decay": 0.0, "warmup": False})  # of the student; 0: off
 
     config.mesh = ConfigDict({"data": -1, "model": 1})  # devices along each axis; -1: the rest
     config.log_every = 50  # steps
@@ -96,16 +100,36 @@ def validate(config: Config) -> None:
         ("adversary_optimizer.name", config.adversary_optimizer.name, optimizer.OPTIMIZERS),
         ("schedule.name", config.schedule.name, optimizer.SCHEDULES),
         ("dtype", config.dtype, DTYPES),
+        ("data.feed", config.data.feed, FEEDS),
+        ("data.on_error", config.data.on_error, ON_ERROR),
     ):
         if value not in known:
             raise unknown(field, value, known)
-    positive = ("epochs", "batch_size", "log_every", "eval_every", "checkpoint_every")
+    positive = ("epochs", "batch_size", "log_every", "eval_every", "checkpoint_every", "accumulate")
     for field in (*positive, "keep_checkpoints"):
         if config[field] < 1:
             raise UserError(f"{field} is {config[field]}, but must be at least 1.")
+    if config.batch_size % config.accumulate:
+        raise UserError(
+            f"batch_size={config.batch_size} doesn't divide into accumulate={config.accumulate} "
+            f"parts; take a multiple of {config.accumulate}."
+        )
+    if config.data.repeats < 1 or config.data.workers < 0:
+        raise UserError("data.repeats must be at least 1, and data.workers at least 0.")
     if not 0 <= config.label_smoothing < 1:
         raise UserError(f"label_smoothing is {config.label_smoothing}, but must be in [0, 1).")
+    if not 0 <= config.ema.decay < 1:
+        raise UserError(f"ema.decay is {config.ema.decay}, but must be in [0, 1); 0 turns it off.")
+    low, high = config.crop_scale
+    if not 0 < low <= high <= 1:
+        raise UserError(f"crop_scale is {(low, high)}, but must be two shares, rising, in (0, 1].")
+    if not 0 < config.crop_pct <= 1:
+        raise UserError(f"crop_pct is {config.crop_pct}, but must be in (0, 1].")
     MultiView(**config.views)
+    augmentation(config)
+    OptimizerOptions(**config.optimizer)
+    OptimizerOptions(**config.adversary_optimizer)
+    ScheduleOptions(**config.schedule)
     if not config.data.name:
         raise UserError("data.name is empty; name a data set such as 'tfds:cifar100'.")
     if config.compare and config.method.name != "none":
@@ -119,6 +143,16 @@ def validate(config: Config) -> None:
         method = create_method(name, config.method)
         if method.needs_teacher and not (config.teacher.model or config.teacher.weights):
             raise UserError(f"method {name} needs a teacher; set teacher.weights to its file.")
+
+
+def augmentation(config: Config) -> Augment:
+    """The strong part of `config.augment`: all but crop and flip.
+
+    Raises:
+      UserError: a value is out of range.
+    """
+    options = config.augment.to_dict()
+    return Augment(**{k: v for k, v in options.items() if k not in ("crop_padding", "flip")})
 
 
 def used(config: Config) -> dict[str, Any]:

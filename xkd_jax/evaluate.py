@@ -1,4 +1,7 @@
-"""Top-1 and top-5 accuracy over a whole split; the last, smaller batch is filled up and masked."""
+"""Accuracy over a whole split, and the Equal Error Rate where there are two classes.
+
+The last, smaller batch is filled up and masked.
+"""
 
 import functools
 from collections.abc import Callable
@@ -10,6 +13,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from xkd_jax import data, partition, views
+from xkd_jax.analysis.eer import equal_error_rate
 from xkd_jax.methods.base import apply
 from xkd_jax.task import Network
 
@@ -26,7 +30,8 @@ def create_eval_step(network: Network, noisy: bool = False) -> Callable[..., dic
       noisy: whether images are corrupted (`views.noisy`), as in the paper's Fig. 3(a).
 
     Returns:
-      step(variables, images uint8 [N, H, W, 3], labels [N], valid [N], key) -> sums by name.
+      step(variables, images uint8 [N, H, W, 3], labels [N], valid [N], key) -> sums by name and,
+      of two classes, `scores` [N], how far the second one is ahead.
     """
 
     @jax.jit
@@ -41,11 +46,14 @@ def create_eval_step(network: Network, noisy: bool = False) -> Callable[..., dic
         best = jax.lax.top_k(logits, min(5, logits.shape[-1]))[1]
         hits = (best == labels[:, None]) & valid[:, None]
         log_likelihood = jnp.take_along_axis(jax.nn.log_softmax(logits), labels[:, None], axis=1)
-        return {
+        counts = {
             "top1": jnp.sum(hits[:, 0]),
             "top5": jnp.sum(hits),
             "loss": -jnp.sum(jnp.where(valid, log_likelihood[:, 0], 0)),
         }
+        if logits.shape[-1] == 2:
+            counts["scores"] = logits[:, 1] - logits[:, 0]
+        return counts
 
     return eval_step
 
@@ -62,7 +70,8 @@ def evaluate(
       mesh: where batches go.
 
     Returns:
-      top1 and top5 in [0, 1], and the mean cross-entropy.
+      top1 and top5 in [0, 1], the mean cross-entropy and, where both of two classes occur, eer,
+      the Equal Error Rate.
     """
     to_device = functools.partial(partition.put, sharding=partition.over_batch(mesh))
     count, sums = len(split), []
@@ -75,4 +84,8 @@ def evaluate(
         batch = to_device((split.images[indices], split.labels[indices], valid))
         sums.append(eval_step(variables, *batch, jax.random.fold_in(key, start)))
     totals = jax.device_get(sums)
-    return {name: float(sum(s[name] for s in totals)) / count for name in totals[0]}
+    scores = [batch.pop("scores") for batch in totals if "scores" in batch]
+    means = {name: float(sum(s[name] for s in totals)) / count for name in totals[0]}
+    if scores and np.ptp(split.labels):
+        means["eer"] = equal_error_rate(np.concatenate(scores)[:count], split.labels)
+    return means

@@ -1,38 +1,128 @@
-"""Optimizers and learning-rate schedules by name, from optax."""
+"""Optimizers and learning-rate schedules by name, from optax, and gradient accumulation."""
 
+import dataclasses
+import re
+from collections.abc import Callable, Mapping
 from typing import Any
 
+import jax
+import jax.numpy as jnp
 import optax
 
+from xkd_jax.errors import UserError
+
 SCHEDULES = ("step", "cosine", "linear", "constant")
-OPTIMIZERS = ("sgd", "adam", "adamw", "lamb")
+OPTIMIZERS = ("sgd", "adam", "adamw", "lamb", "lars", "rmsprop")
+
+# Never decayed with `weight_decay_skip_1d`, whatever their shape: timm's `no_weight_decay` too.
+_NOT_DECAYED = re.compile(r"(bias|pos_embed|_token|relative_position_bias_table)$")
+# Where a parameter is, by its path. A Swin's downsampling belongs to the first block after it.
+_BLOCK = re.compile(r"(layers_\d+/(blocks_\d+|downsample)|blocks_\d+(_\d+)?|layer\d+_\d+)/")
+_STEM = re.compile(r"(patch_embed|pos_embed|(cls|dist)_token|conv1|conv_stem|bn1)(/|$)")
+_AFTER_BLOCKS = re.compile(r"(norm|conv_head|bn2)/")
+
+
+@dataclasses.dataclass(frozen=True)
+class ScheduleOptions:
+    """`config.schedule`.
+
+    Attributes:
+      name: one of `SCHEDULES`.
+      boundaries: epochs at which "step" multiplies the rate by `factor`.
+      factor: see `boundaries`.
+      end_factor: where "cosine" and "linear" end, as a part of the highest rate.
+      warmup_epochs: climb linearly from 0; part of the run's epochs, may be fractional.
+    """
+
+    name: str = "step"
+    boundaries: tuple[float, ...] = (100, 150)
+    factor: float = 0.1
+    end_factor: float = 0.0
+    warmup_epochs: float = 0.0
+
+    def __post_init__(self):
+        _check_range("schedule.factor", self.factor, 0)
+        _check_range("schedule.end_factor", self.end_factor, 0, 1)
+        _check_range("schedule.warmup_epochs", self.warmup_epochs, 0)
+        if list(self.boundaries) != sorted(set(self.boundaries)):
+            raise UserError(
+                f"schedule.boundaries are {tuple(self.boundaries)}, but must be rising epochs."
+            )
+
+
+@dataclasses.dataclass(frozen=True)
+class OptimizerOptions:
+    """`config.optimizer` and `config.adversary_optimizer`.
+
+    Attributes:
+      name: one of `OPTIMIZERS`.
+      learning_rate: the highest.
+      momentum: of "sgd", "lars" and "rmsprop".
+      nesterov: likewise.
+      betas: of "adam", "adamw" and "lamb": the averages of the gradient and of its square.
+      weight_decay: of all parameters.
+      weight_decay_skip_1d: leave out norms, biases, position embeddings and class tokens.
+      clip_norm: of each part's gradient (student, method); 0: off.
+    """
+
+    name: str = "sgd"
+    learning_rate: float = 0.1
+    momentum: float = 0.9
+    nesterov: bool = False
+    betas: tuple[float, float] = (0.9, 0.999)
+    weight_decay: float = 1e-4
+    weight_decay_skip_1d: bool = False
+    clip_norm: float = 0.0
+
+    def __post_init__(self):
+        for field in ("learning_rate", "weight_decay", "clip_norm"):
+            _check_range(f"optimizer.{field}", getattr(self, field), 0)
+        if len(self.betas) != 2:
+            raise UserError(f"optimizer.betas are {self.betas}, but must be two numbers.")
+        for field, value in (("momentum", self.momentum), *(("betas", b) for b in self.betas)):
+            if not 0 <= value < 1:
+                raise UserError(f"optimizer.{field} is {value}, but must be in [0, 1).")
+
+
+def _check_range(field: str, value: float, low: float, high: float = float("inf")) -> None:
+    if not low <= value <= high:
+        wanted = f"in [{low}, {high}]" if high < float("inf") else f"at least {low}"
+        raise UserError(f"{field} is {value}, but must be {wanted}.")
 
 
 def create_learning_rate_fn(
-    schedule: Any, learning_rate: float, epochs: int, steps_per_epoch: int
+    schedule: Mapping[str, Any], learning_rate: float, epochs: int, steps_per_epoch: int
 ) -> optax.Schedule:
     """The learning rate as a function of the step.
 
     Args:
-      schedule: `config.schedule`. "step" multiplies by `factor` at every epoch of `boundaries`
-        (the paper: x0.1 at 100 and 150); "cosine" and "linear" go down to 0 at the end.
-        `warmup_epochs` climb linearly from 0.
+      schedule: fields of `ScheduleOptions`. "step" multiplies by `factor` at every epoch of
+        `boundaries` (the paper: x0.1 at 100 and 150); "cosine" and "linear" go down to
+        `end_factor` of the highest rate at the end.
       learning_rate: the highest.
       epochs: of the whole run.
       steps_per_epoch: whole batches.
+
+    Raises:
+      UserError: an option is out of range, or the warm-up lasts longer than the run.
     """
-    warmup = round(schedule.warmup_epochs * steps_per_epoch)
+    options = ScheduleOptions(**schedule)
+    if options.warmup_epochs >= epochs:
+        raise UserError(
+            f"schedule.warmup_epochs is {options.warmup_epochs}, but must be below the run's "
+            f"epochs, {epochs}."
+        )
+    warmup = round(options.warmup_epochs * steps_per_epoch)
     rest = max(1, epochs * steps_per_epoch - warmup)
-    if schedule.name == "step":
+    if options.name == "step":
         scales = {
-            round(epoch * steps_per_epoch) - warmup: schedule.factor
-            for epoch in schedule.boundaries
+            round(epoch * steps_per_epoch) - warmup: options.factor for epoch in options.boundaries
         }
         main = optax.piecewise_constant_schedule(learning_rate, scales)
-    elif schedule.name == "cosine":
-        main = optax.cosine_decay_schedule(learning_rate, rest)
-    elif schedule.name == "linear":
-        main = optax.linear_schedule(learning_rate, 0.0, rest)
+    elif options.name == "cosine":
+        main = optax.cosine_decay_schedule(learning_rate, rest, options.end_factor)
+    elif options.name == "linear":
+        main = optax.linear_schedule(learning_rate, options.end_factor * learning_rate, rest)
     else:
         main = optax.constant_schedule(learning_rate)
     if not warmup:
@@ -42,19 +132,160 @@ def create_learning_rate_fn(
 
 
 def create_optimizer(
-    optimizer: Any, learning_rate_fn: optax.Schedule
+    optimizer: Mapping[str, Any], learning_rate_fn: optax.Schedule, layer_decay: float = 1.0
 ) -> optax.GradientTransformation:
     """The optax optimizer that `config.optimizer` describes.
 
-    For "sgd" and "adam" weight decay is added to the gradient, as PyTorch's optimizers of those
-    names do it; "adamw" and "lamb" decouple it.
+    For "sgd", "adam" and "rmsprop" weight decay is added to the gradient, as PyTorch's optimizers
+    of those names do it; "adamw" and "lamb" decouple it. "lars" and "lamb" don't adapt the rate of
+    what `weight_decay_skip_1d` leaves out. "rmsprop" has TensorFlow's form and the constants of the
+    MobileNet and EfficientNet papers.
+
+    Args:
+      optimizer: fields of `OptimizerOptions`.
+      learning_rate_fn: from `create_learning_rate_fn`.
+      layer_decay: of the learning rate, from each layer to the one below it (see `layer_ids`);
+        the head keeps the full rate. For the student's optimizer alone. 1: off.
+
+    Raises:
+      UserError: an option is out of range.
     """
-    clip = [optax.clip_by_global_norm(optimizer.clip_norm)] if optimizer.clip_norm > 0 else []
-    decay = [optax.add_decayed_weights(optimizer.weight_decay)] if optimizer.weight_decay else []
-    if optimizer.name == "sgd":
-        main = optax.sgd(learning_rate_fn, optimizer.momentum, nesterov=optimizer.nesterov)
-        return optax.chain(*clip, *decay, main)
-    if optimizer.name == "adam":
-        return optax.chain(*clip, *decay, optax.adam(learning_rate_fn))
-    decoupled = {"adamw": optax.adamw, "lamb": optax.lamb}[optimizer.name]
-    return optax.chain(*clip, decoupled(learning_rate_fn, weight_decay=optimizer.weight_decay))
+    options = OptimizerOptions(**optimizer)
+    if not 0 < layer_decay <= 1:
+        raise UserError(f"layer_decay is {layer_decay}, but must be in (0, 1].")
+    parts = [optax.clip_by_global_norm(options.clip_norm)] if options.clip_norm > 0 else []
+    mask = _decayed if options.weight_decay_skip_1d else True
+    decay = []
+    if options.weight_decay:
+        decay = [optax.add_decayed_weights(options.weight_decay, mask)]
+    momentum = {"momentum": options.momentum, "nesterov": options.nesterov}
+    b1, b2 = options.betas
+    if options.name == "sgd":
+        parts += [*decay, optax.sgd(learning_rate_fn, **momentum)]
+    elif options.name == "lars":
+        parts.append(
+            optax.lars(
+                learning_rate_fn, options.weight_decay, mask, trust_ratio_mask=mask, **momentum
+            )
+        )
+    elif options.name == "rmsprop":
+        rms = optax.rmsprop(learning_rate_fn, 0.9, eps=1e-3, initial_scale=1.0, **momentum)
+        parts += [*decay, rms]
+    elif options.name == "lamb":
+        adapt = optax.masked(optax.scale_by_trust_ratio(), mask)
+        parts += [optax.scale_by_adam(b1, b2, eps=1e-6), *decay, adapt]
+        parts.append(optax.scale_by_learning_rate(learning_rate_fn))
+    else:
+        adam = optax.scale_by_adam(b1, b2)
+        parts += [adam, *decay] if options.name == "adamw" else [*decay, adam]
+        parts.append(optax.scale_by_learning_rate(learning_rate_fn))
+    if layer_decay < 1:
+        parts.append(_scale_by_layer(layer_decay))
+    return optax.chain(*parts)
+
+
+def _path(keys: tuple) -> str:
+    return jax.tree_util.keystr(keys, simple=True, separator="/")
+
+
+def _decayed(params: Any) -> Any:
+    """The mask of what `weight_decay_skip_1d` decays."""
+    return jax.tree.map_with_path(
+        lambda keys, leaf: jnp.ndim(leaf) > 1 and not _NOT_DECAYED.search(_path(keys)), params
+    )
+
+
+def _scale_by_layer(layer_decay: float) -> optax.GradientTransformation:
+    """Multiplies updates, which hold the learning rate already, by the rate's part of each layer.
+
+    Momentum and the adaptive optimizers' averages don't see it, as with a rate for each of
+    PyTorch's parameter groups.
+    """
+
+    def scale(updates, params):
+        del params
+        layers = layer_ids(updates)
+        head = max(jax.tree.leaves(layers))
+        return jax.tree.map(lambda u, layer: u * layer_decay ** (head - layer), updates, layers)
+
+    return optax.stateless(scale)
+
+
+def layer_ids(params: Any) -> Any:
+    """Each parameter's layer: 0 for what embeds, 1 for the first block, ..., the head the highest.
+
+    Of a ViT, DeiT, Swin, ResNet, MobileNetV2 or EfficientNet. Layers are numbered as in BEiT
+    (arXiv:2106.08254) and as in timm's `group_matcher` (Ross Wightman, Apache-2.0): what follows
+    the last block belongs to it, except the head.
+
+    Args:
+      params: a network's parameters, a nested dict.
+
+    Returns:
+      a tree of integers of the same structure.
+
+    Raises:
+      UserError: it is another kind of network.
+    """
+
+    def block(path: str) -> tuple[int, ...]:
+        match = _BLOCK.match(path)
+        numbers = tuple(int(number) for number in re.findall(r"\d+", match[0])) if match else ()
+        return (*numbers, 0) if len(numbers) == 1 else numbers
+
+    paths = [_path(keys) for keys, _ in jax.tree.leaves_with_path(params)]
+    order = sorted({block(path) for path in paths} - {()})
+    if not order:
+        raise UserError(
+            "layer_decay needs a ViT, DeiT, Swin, ResNet, MobileNetV2 or EfficientNet; set it to 1 "
+            "for other networks."
+        )
+    numbers = {key: number for number, key in enumerate(order, 1)}
+
+    def layer(keys: tuple, _: Any) -> int:
+        path = _path(keys)
+        if block(path):
+            return numbers[block(path)]
+        if _STEM.match(path):
+            return 0
+        return len(order) if _AFTER_BLOCKS.match(path) else len(order) + 1
+
+    return jax.tree.map_with_path(layer, params)
+
+
+def accumulate(
+    function: Callable[[Any, Any, Any], tuple[Any, Any]], carry: Any, batch: Any, steps: int
+) -> tuple[Any, Any]:
+    """Means over a batch, computed in equal parts one after the other: in less memory.
+
+    Gradients of a mean over the examples are those of the whole batch. What mixes examples, such
+    as batch normalisation, sees one part at a time.
+
+    Args:
+      function: `(carry, part, number of the part) -> (carry, means)`, where `means` is a tree of
+        float arrays, such as gradients and metrics.
+      carry: what one part hands to the next, such as running statistics.
+      batch: a tree of arrays `[N, ...]`.
+      steps: how many parts; it divides N. 1: `function` is called once, on all of it.
+
+    Returns:
+      the last carry and the mean of `means`.
+    """
+    if steps == 1:
+        return function(carry, batch, 0)
+
+    def split(array: jax.Array) -> jax.Array:
+        # Every steps-th example: a batch that is sharded over devices stays where it is.
+        return array.reshape(-1, steps, *array.shape[1:]).swapaxes(0, 1)
+
+    def body(state: tuple, part: tuple) -> tuple[tuple, None]:
+        carry, total = state
+        carry, means = function(carry, *part)
+        return (carry, jax.tree.map(jnp.add, total, means)), None
+
+    parts = (jax.tree.map(split, batch), jnp.arange(steps))
+    first = jax.tree.map(lambda array: array[0], parts)
+    shapes = jax.eval_shape(function, carry, *first)[1]
+    zeros = jax.tree.map(lambda shape: jnp.zeros(shape.shape, shape.dtype), shapes)
+    (carry, total), _ = jax.lax.scan(body, (carry, zeros), parts)
+    return carry, jax.tree.map(lambda array: array / steps, total)

@@ -16,15 +16,17 @@ from flax import linen as nn
 from jax.sharding import Mesh
 
 from xkd_jax import data, partition
-from xkd_jax.config import Config
+from xkd_jax.augment import Augment
+from xkd_jax.config import Config, augmentation
 from xkd_jax.convert.conversion import convert, fetch
 from xkd_jax.convert.files import read_checkpoint
+from xkd_jax.data.encoded import open_split
 from xkd_jax.errors import UserError
 from xkd_jax.methods import create_method
 from xkd_jax.methods.base import Method, Outputs
 from xkd_jax.metrics import say
 from xkd_jax.models import create_model
-from xkd_jax.optimizer import create_learning_rate_fn, create_optimizer
+from xkd_jax.optimizer import create_learning_rate_fn, create_optimizer, layer_ids
 from xkd_jax.views import MultiView
 from xkd_jax.weights import check_weights, fingerprint, load_weights
 
@@ -83,6 +85,8 @@ class Task:
       optimizers: of "student", "method" and "adversary".
       learning_rate_fn: of the student.
       config: the rest.
+      augment: the strong augmentation.
+      views: the multi-view generator's strengths.
       steps_per_epoch: whole batches.
       total_steps: of the run.
     """
@@ -96,6 +100,7 @@ class Task:
     optimizers: dict[str, optax.GradientTransformation]
     learning_rate_fn: Callable[[Any], Any]
     config: Config
+    augment: Augment
     views: MultiView
     steps_per_epoch: int
     total_steps: int
@@ -109,10 +114,11 @@ def create_task(config: Config) -> Task:
     """
     method = create_method(config.method.name, config.method)
     mesh = partition.create_mesh(config.mesh.data, config.mesh.model)
-    if config.batch_size % mesh.shape["data"]:
+    share = mesh.shape["data"] * config.accumulate
+    if config.batch_size % share:
         raise UserError(
             f"batch_size={config.batch_size} doesn't divide over the {mesh.shape['data']} devices "
-            f"of the mesh; take a multiple of {mesh.shape['data']}."
+            f"of the mesh in {config.accumulate} part(s); take a multiple of {share}."
         )
     teacher_file = load_teacher_file(config) if method.needs_teacher else None
     train = load_split(config, config.data.train)
@@ -127,6 +133,8 @@ def create_task(config: Config) -> Task:
     if teacher:
         method.check(teacher.output_shapes(), student.output_shapes())
     steps_per_epoch = len(train) // config.batch_size
+    if config.layer_decay < 1:
+        layer_ids(jax.eval_shape(student.init, jax.random.key(0))["params"])
     rate = create_learning_rate_fn(
         config.schedule, config.optimizer.learning_rate, config.epochs, steps_per_epoch
     )
@@ -139,12 +147,13 @@ def create_task(config: Config) -> Task:
         teacher=teacher,
         method=method,
         optimizers={
-            "student": create_optimizer(config.optimizer, rate),
+            "student": create_optimizer(config.optimizer, rate, config.layer_decay),
             "method": create_optimizer(config.optimizer, rate),
             "adversary": create_optimizer(config.adversary_optimizer, adversary_rate),
         },
         learning_rate_fn=rate,
         config=config,
+        augment=augmentation(config),
         views=MultiView(**config.views),
         steps_per_epoch=steps_per_epoch,
         total_steps=steps_per_epoch * config.epochs,
@@ -160,10 +169,14 @@ def compute_dtype(name: str) -> Any:
 
 def load_split(config: Config, split: str) -> data.Split:
     """One split of the config's data set; runs of one comparison share it."""
-    return _cached_load(config.data.name, split, config.data.dir)
+    options = config.data
+    return _cached_open(
+        options.name, split, options.dir, config.image_size, options.feed, options.on_error,
+        config.crop_pct,
+    )  # fmt: skip
 
 
-_cached_load = functools.lru_cache(maxsize=4)(data.load)
+_cached_open = functools.lru_cache(maxsize=4)(open_split)
 
 
 def create_student(config: Config, train: data.Split) -> Network:

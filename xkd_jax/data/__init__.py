@@ -5,21 +5,37 @@ Nothing here imports JAX or TensorFlow.
 
 from pathlib import Path
 
-from xkd_jax.data.source import Source, Split, parse_split
+from xkd_jax.data.examples import read, scan
+from xkd_jax.data.source import Example, Examples, Source, Split, parse_split
 from xkd_jax.errors import UserError, unknown
 
-__all__ = ["Source", "Split", "check", "load", "open_source", "parse_split"]
+__all__ = [
+    "Example",
+    "Examples",
+    "Source",
+    "Split",
+    "check",
+    "load",
+    "open_source",
+    "parse_split",
+    "read",
+    "scan",
+]
 
 
-def load(name: str, split: str, data_dir: str = "") -> Split:
+def load(name: str, split: str, data_dir: str = "", size: int = 0, on_error: str = "stop") -> Split:
     """Finds a data set and decodes one split of it.
 
     Args:
-      name: "fashion_mnist_mini" (packaged), "idx:FOLDER" (MNIST's file format), or "tfds:NAME" (an
-        image-classification set of TensorFlow Datasets, prepared as array_record, whose images all
-        have one size, e.g. "tfds:cifar100").
+      name: "folder:PATH" (PATH/train/CLASS/*.jpg), "leaf:PATH" (the same, but the class is the
+        last folder's name), "tfds:NAME" (an image-classification set of TensorFlow Datasets,
+        prepared as array_record, e.g. "tfds:cifar100"), "idx:FOLDER" (MNIST's file format) or
+        "fashion_mnist_mini" (packaged).
       split: in TFDS's slicing syntax, e.g. "train", "train[45000:]", "test[:10%]".
       data_dir: where TFDS keeps its data; "" is TFDS's own default. Others ignore it.
+      size: the side to resize the shorter side to, before the centre is cut out, in pixels; 0
+        leaves images as they are, which must then have one size.
+      on_error: what to do about damaged images: "stop", or "skip" to leave them out.
 
     Returns:
       The split, in the order in which the data set holds it.
@@ -28,7 +44,8 @@ def load(name: str, split: str, data_dir: str = "") -> Split:
       UserError: the name or the split is unknown, or the data are missing or damaged.
     """
     source = open_source(name, data_dir)
-    return source.read(*parse_split(split, source.sizes))
+    examples = source.examples(*parse_split(split, source.sizes))
+    return Split(*read(examples, size, on_error), source.class_names, source.mean, source.std)
 
 
 def check(name: str, split: str, data_dir: str = "") -> int:
@@ -56,7 +73,7 @@ def open_source(name: str, data_dir: str = "") -> Source:
     Raises:
       UserError: the name is unknown, or the data are missing or damaged.
     """
-    from xkd_jax.data import idx, packaged, tfds_source
+    from xkd_jax.data import folder, idx, packaged, tfds_source
 
     kind, _, rest = name.partition(":")
     if name == packaged.NAME:
@@ -65,6 +82,9 @@ def open_source(name: str, data_dir: str = "") -> Source:
         return idx.IdxFolder(Path(rest).expanduser())
     if kind == "tfds" and rest:
         return tfds_source.TfdsFolder(rest, data_dir)
-    if kind in ("idx", "tfds"):
+    if kind in ("folder", "leaf") and rest:
+        return folder.ImageFolder(Path(rest).expanduser(), leaf=kind == "leaf")
+    if kind in ("folder", "leaf", "idx", "tfds"):
         raise UserError(f"the data set {name!r} lacks its second half, as in 'tfds:cifar100'.")
-    raise unknown("data set", name, (packaged.NAME, "idx:FOLDER", "tfds:cifar10", "tfds:cifar100"))
+    known = ("folder:PATH", "tfds:cifar10", "tfds:cifar100", "tfds:imagenet2012")
+    raise unknown("data set", name, (*known, packaged.NAME, "idx:FOLDER", "leaf:PATH"))

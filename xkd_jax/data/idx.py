@@ -8,7 +8,8 @@ from pathlib import Path
 
 import numpy as np
 
-from xkd_jax.data.source import IMAGENET_MEAN, IMAGENET_STD, Split
+from xkd_jax.data.examples import ArrayExamples
+from xkd_jax.data.source import IMAGENET_MEAN, IMAGENET_STD
 from xkd_jax.errors import UserError
 
 FASHION_CLASSES = (
@@ -50,29 +51,27 @@ class IdxFolder:
         }
         self._sizes = {split: len(values) for split, values in labels.items()}
         num_classes = 1 + max(int(values.max(initial=0)) for values in labels.values())
-        self._fashion = "fashion" in folder.resolve().name.lower() and num_classes == 10
-        self._class_names = (
-            FASHION_CLASSES if self._fashion else tuple(str(c) for c in range(num_classes))
-        )
+        fashion = "fashion" in folder.resolve().name.lower() and num_classes == 10
+        self.class_names = FASHION_CLASSES if fashion else tuple(str(c) for c in range(num_classes))
+        self.mean = FASHION_MEAN if fashion else IMAGENET_MEAN
+        self.std = FASHION_STD if fashion else IMAGENET_STD
 
     @property
     def sizes(self) -> Mapping[str, int]:
         """The number of examples of each named split."""
         return self._sizes
 
-    def read(self, split: str, start: int, stop: int) -> Split:
-        """Decodes the examples [start, stop) of a named split.
+    def examples(self, split: str, start: int, stop: int) -> ArrayExamples:
+        """The examples [start, stop) of a named split.
 
         Raises:
           UserError: a file is damaged.
         """
         images, labels = read_pair(self._folder, split)
-        return Split(
-            images=to_rgb(images[start:stop]),
-            labels=labels[start:stop].astype(np.int32),
-            class_names=self._class_names,
-            mean=FASHION_MEAN if self._fashion else IMAGENET_MEAN,
-            std=FASHION_STD if self._fashion else IMAGENET_STD,
+        return ArrayExamples(
+            to_rgb(images[start:stop]),
+            labels[start:stop].astype(np.int32),
+            f"{self._folder} {split}",
         )
 
 

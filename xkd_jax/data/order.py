@@ -5,17 +5,21 @@ import functools
 import numpy as np
 
 
-def batch_indices(num_examples: int, batch_size: int, seed: int, step: int) -> np.ndarray:
+def batch_indices(
+    num_examples: int, batch_size: int, seed: int, step: int, repeats: int = 1
+) -> np.ndarray:
     """The example indices of a training step.
 
     Every epoch is a fresh permutation, its remainder dropped: an example comes at most once in an
-    epoch. Nothing but the step is needed to resume.
+    epoch, or `repeats` times side by side, and then fewer examples do (repeated augmentation,
+    Hoffer et al., arXiv:1901.09335). Nothing but the step is needed to resume.
 
     Args:
       num_examples: the size of the training split.
       batch_size: examples a step; at most `num_examples`.
       seed: of the run; not negative.
       step: counted from 0.
+      repeats: how often an example comes in its epoch, augmented anew each time.
 
     Returns:
       int32 [batch_size].
@@ -26,8 +30,8 @@ def batch_indices(num_examples: int, batch_size: int, seed: int, step: int) -> n
     if not 0 < batch_size <= num_examples:
         raise ValueError(f"batch_size {batch_size} is not within 1..{num_examples}")
     epoch, position = divmod(step, num_examples // batch_size)
-    permutation = _permutation(num_examples, seed, epoch)
-    return permutation[position * batch_size : (position + 1) * batch_size]
+    places = np.arange(position * batch_size, (position + 1) * batch_size) // repeats
+    return _permutation(num_examples, seed, epoch)[places]
 
 
 @functools.lru_cache(maxsize=4)

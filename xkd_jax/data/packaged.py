@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 
 from xkd_jax.data import idx
-from xkd_jax.data.source import Split
+from xkd_jax.data.examples import ArrayExamples
 from xkd_jax.errors import UserError
 
 NAME = "fashion_mnist_mini"
@@ -22,6 +22,9 @@ class Packaged:
 
     Neighbours have different classes (0, 1, ..., 9, 0, ...): every slice is class-balanced too.
     """
+
+    mean = idx.FASHION_MEAN
+    std = idx.FASHION_STD
 
     def __init__(self, assets: Path = _ASSETS):
         """Reads the metadata.
@@ -40,7 +43,7 @@ class Packaged:
                 self._indices = {split: arrays[split].T.ravel() for split in meta["splits"]}
         except (OSError, ValueError, KeyError, zipfile.BadZipFile) as error:
             raise _damaged(assets / f"{NAME}.json") from error
-        self._class_names: tuple[str, ...] = tuple(meta["class_names"])
+        self.class_names: tuple[str, ...] = tuple(meta["class_names"])
         self._shape: tuple[int, int] = (meta["width"], meta["height"])
 
     @property
@@ -52,14 +55,14 @@ class Packaged:
         """Where each example of a split stands in the original idx files: uint16 [n]."""
         return self._indices[split]
 
-    def read(self, split: str, start: int, stop: int) -> Split:
-        """Decodes the examples [start, stop) of a named split.
+    def examples(self, split: str, start: int, stop: int) -> ArrayExamples:
+        """The examples [start, stop) of a named split.
 
         Raises:
           UserError: a packaged file is missing or damaged.
         """
         path = self._assets / f"{NAME}_{split}.xz"
-        classes = len(self._class_names)
+        classes = len(self.class_names)
         try:
             raw = lzma.decompress(path.read_bytes())
             pixels = np.frombuffer(raw, np.uint8).reshape(classes, -1, *self._shape)
@@ -67,13 +70,8 @@ class Packaged:
             raise _damaged(path) from error
         # Stored as [class, image, x, y], which compresses best.
         images = pixels.transpose(1, 0, 3, 2).reshape(-1, *self._shape[::-1])[start:stop]
-        return Split(
-            images=idx.to_rgb(images),
-            labels=(np.arange(start, stop) % classes).astype(np.int32),
-            class_names=self._class_names,
-            mean=idx.FASHION_MEAN,
-            std=idx.FASHION_STD,
-        )
+        labels = (np.arange(start, stop) % classes).astype(np.int32)
+        return ArrayExamples(idx.to_rgb(images), labels, f"{NAME} {split}")
 
 
 def _damaged(path: Path) -> UserError:

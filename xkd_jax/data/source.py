@@ -3,12 +3,13 @@
 import dataclasses
 import re
 from collections.abc import Mapping
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import numpy as np
 
 from xkd_jax.errors import UserError
 
+Statistics = tuple[float, float, float]
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
 
@@ -28,8 +29,8 @@ class Split:
     images: np.ndarray
     labels: np.ndarray
     class_names: tuple[str, ...]
-    mean: tuple[float, float, float] = IMAGENET_MEAN
-    std: tuple[float, float, float] = IMAGENET_STD
+    mean: Statistics = IMAGENET_MEAN
+    std: Statistics = IMAGENET_STD
 
     @property
     def num_classes(self) -> int:
@@ -40,6 +41,37 @@ class Split:
         return len(self.labels)
 
 
+class Example(NamedTuple):
+    """One image, not decoded yet.
+
+    Attributes:
+      image: JPEG, PNG, ... bytes, or pixels: uint8 [h, w, 3].
+      label: 0..num_classes-1.
+      name: what a message calls it.
+    """
+
+    image: bytes | np.ndarray
+    label: int
+    name: str
+
+
+class Examples(Protocol):
+    """Random access to a part of a split; picklable, so that worker processes can read."""
+
+    @property
+    def labels(self) -> np.ndarray:
+        """int32 [n]; a TFDS set reads all its records for it, once."""
+        ...
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, index: int) -> Example: ...
+
+    def faults(self) -> dict[int, str]:
+        """What a quick look finds wrong: by index, a sentence's part that names the image."""
+        ...
+
+
 class Source(Protocol):
     """A data set that was found on disk but not decoded yet."""
 
@@ -48,8 +80,23 @@ class Source(Protocol):
         """The number of examples of each named split."""
         ...
 
-    def read(self, split: str, start: int, stop: int) -> Split:
-        """Decodes the examples [start, stop) of a named split."""
+    @property
+    def class_names(self) -> tuple[str, ...]:
+        """The name of each class, by label."""
+        ...
+
+    @property
+    def mean(self) -> Statistics:
+        """Per channel, in units of [0, 1]."""
+        ...
+
+    @property
+    def std(self) -> Statistics:
+        """Per channel, in the same units."""
+        ...
+
+    def examples(self, split: str, start: int, stop: int) -> Examples:
+        """The examples [start, stop) of a named split, none of them decoded."""
         ...
 
 

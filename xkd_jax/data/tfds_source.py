@@ -1,15 +1,16 @@
 """Image-classification sets of TensorFlow Datasets, read from array_record without TensorFlow."""
 
-import io
+import functools
 import json
-import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from google.protobuf.message import DecodeError
 
-from xkd_jax.data.source import IMAGENET_MEAN, IMAGENET_STD, Split
+from xkd_jax.data import prepare
+from xkd_jax.data.source import IMAGENET_MEAN, IMAGENET_STD, Example
 from xkd_jax.errors import UserError
 
 # Mean and standard deviation of the training images, per channel, in units of [0, 1].
@@ -18,7 +19,6 @@ _STATISTICS = {
     "cifar100": ((0.5071, 0.4865, 0.4409), (0.2673, 0.2564, 0.2762)),
     "fashion_mnist": ((0.2860, 0.2860, 0.2860), (0.3530, 0.3530, 0.3530)),
 }
-_CHUNK = 4096
 
 
 class TfdsFolder:
@@ -34,12 +34,13 @@ class TfdsFolder:
         Raises:
           UserError: the set is not there, or is not in array_record form.
         """
-        root = data_dir or os.environ.get("TFDS_DATA_DIR") or "~/tensorflow_datasets"
+        root = data_dir or prepare.default_folder()
         self._name = name
         folder = Path(root).expanduser() / name
         versions = [path.parent for path in folder.glob("*/dataset_info.json")]
         if not versions:
             raise UserError(f"TFDS's {name} is not in {root}; {_how_to_get(name, root)}")
+        self.mean, self.std = _STATISTICS.get(name, (IMAGENET_MEAN, IMAGENET_STD))
         self._folder = max(versions, key=_version)
         try:
             info = json.loads((self._folder / "dataset_info.json").read_text())
@@ -48,7 +49,7 @@ class TfdsFolder:
                 for split in info["splits"]
             }
         except (OSError, ValueError, KeyError) as error:
-            raise self._damaged("dataset_info.json", error) from error
+            raise _damaged(self._folder, "dataset_info.json", error) from error
         if info.get("fileFormat") != "array_record":
             raise UserError(
                 f"{self._folder} is in the form {info.get('fileFormat', 'tfrecord')}, which only "
@@ -60,41 +61,27 @@ class TfdsFolder:
         """The number of examples of each named split."""
         return self._sizes
 
-    def read(self, split: str, start: int, stop: int) -> Split:
-        """Decodes the examples [start, stop) of a named split.
+    @property
+    def class_names(self) -> tuple[str, ...]:
+        """The name of each class, by label.
 
         Raises:
-          UserError: a file is missing or damaged, or the set is not one of labelled images of one
-            size.
+          UserError: the set is not one of labelled images.
         """
-        import tensorflow_datasets as tfds
+        return self._class_names
 
-        builder = self._builder()
-        features: Any = builder.info.features
-        # Decoded below instead: TFDS warns about OpenCV, and is a little slower.
-        decoders = {"image": tfds.decode.SkipDecoding()}
-        images, labels = None, np.empty(stop - start, np.int32)
-        try:
-            records = builder.as_data_source(split=split, decoders=decoders)
-            for first in range(start, stop, _CHUNK):
-                indices = range(first, min(first + _CHUNK, stop))
-                for i, record in zip(indices, records.__getitems__(indices), strict=True):
-                    image = _decode(record["image"])
-                    if images is None:
-                        images = np.empty((stop - start, *image.shape), np.uint8)
-                    if image.shape != images.shape[1:]:
-                        raise UserError(
-                            f"the images of TFDS's {self._name} differ in size "
-                            f"({image.shape[:2]} and {images.shape[1:3]}); only sets whose images "
-                            f"all have one size can be loaded."
-                        )
-                    images[i - start] = image
-                    labels[i - start] = record["label"]
-        except (OSError, ValueError, RuntimeError, IndexError) as error:
-            raise self._damaged(f"split {split}", error) from error
-        assert images is not None  # parse_split refuses empty ranges
-        mean, std = _STATISTICS.get(self._name, (IMAGENET_MEAN, IMAGENET_STD))
-        return Split(images, labels, tuple(features["label"].names), mean, std)
+    @functools.cached_property
+    def _class_names(self) -> tuple[str, ...]:
+        features: Any = self._builder().info.features
+        return tuple(features["label"].names)
+
+    def examples(self, split: str, start: int, stop: int) -> "TfdsExamples":
+        """The examples [start, stop) of a named split, none of them decoded.
+
+        Raises:
+          UserError: the set is not one of labelled images.
+        """
+        return TfdsExamples(self._folder, split, start, stop, len(self.class_names))
 
     def _builder(self) -> Any:
         """TFDS's reader of the folder, after a look at what the set holds."""
@@ -104,7 +91,7 @@ class TfdsFolder:
             builder = tfds.builder_from_directory(self._folder)
             features: Any = builder.info.features
         except (OSError, ValueError, KeyError, RuntimeError) as error:
-            raise self._damaged("features.json", error) from error
+            raise _damaged(self._folder, "features.json", error) from error
         if not (
             isinstance(features, tfds.features.FeaturesDict)
             and isinstance(dict(features).get("image"), tfds.features.Image)
@@ -116,19 +103,73 @@ class TfdsFolder:
             )
         return builder
 
-    def _damaged(self, what: str, error: Exception) -> UserError:
-        reason = " ".join(str(error).split())[:200]
-        return UserError(
-            f"{self._folder} is damaged ({what}: {reason}); delete it and prepare it again."
-        )
+
+class TfdsExamples:
+    """Records, read when asked for; a copy in another process opens the files anew."""
+
+    def __init__(self, folder: Path, split: str, start: int, stop: int, num_classes: int):
+        """Opens nothing.
+
+        Args:
+          folder: of the prepared set.
+          split: its name.
+          start: the first example.
+          stop: the one after the last.
+          num_classes: what labels must stay below.
+        """
+        self._folder, self._split, self._range = folder, split, range(start, stop)
+        self._num_classes = num_classes
+
+    def __len__(self) -> int:
+        return len(self._range)
+
+    def __getitem__(self, index: int) -> Example:
+        # Parsed here: TFDS decodes every feature of the record, in five times the time.
+        from tensorflow_datasets.proto import tf_example_pb2
+
+        messages: Any = tf_example_pb2
+        at = self._range[index]
+        try:
+            record = messages.Example.FromString(self._records[at]).features.feature
+            image = record["image"].bytes_list.value[0]
+            label = record["label"].int64_list.value[0]
+        except (OSError, ValueError, RuntimeError, IndexError, DecodeError) as error:
+            raise _damaged(self._folder, f"split {self._split}", error) from error
+        name = f"{self._folder} {self._split}[{at}]"
+        if not 0 <= label < self._num_classes:
+            raise UserError(
+                f"{name} has the label {label}, which is not within 0..{self._num_classes - 1}; "
+                f"take a split with labels."
+            )
+        return Example(image, label, name)
+
+    @property
+    def labels(self) -> np.ndarray:
+        """int32 [n]; reads every record, the first time."""
+        return self._labels
+
+    @functools.cached_property
+    def _labels(self) -> np.ndarray:
+        return np.array([example.label for example in self], np.int32)
+
+    def faults(self) -> dict[int, str]:
+        """None: the records carry checksums of their own, which reading checks."""
+        return {}
+
+    @functools.cached_property
+    def _records(self) -> Any:
+        import tensorflow_datasets as tfds
+
+        builder: Any = tfds.builder_from_directory(self._folder)
+        return builder.as_data_source(split=self._split).data_source
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {key: value for key, value in self.__dict__.items() if key != "_records"}
 
 
-def _decode(encoded: bytes) -> np.ndarray:
-    """PNG or JPEG bytes -> uint8 [H, W, 3]."""
-    from PIL import Image
-
-    with Image.open(io.BytesIO(encoded)) as image:
-        return np.asarray(image if image.mode == "RGB" else image.convert("RGB"))
+def _damaged(folder: Path, what: str, error: Exception) -> UserError:
+    reason = " ".join(str(error).split())[:200]
+    return UserError(f"{folder} is damaged ({what}: {reason}); delete it and prepare it again.")
 
 
 def _version(folder: Path) -> tuple[int, ...]:
@@ -136,6 +177,8 @@ def _version(folder: Path) -> tuple[int, ...]:
 
 
 def _how_to_get(name: str, root: str) -> str:
+    if name in prepare.SETS:
+        return f"prepare it with: {prepare.command(name, root)}"
     # Decoding needs no TensorFlow, but TFDS encodes with it.
     return (
         f"prepare it (needs the network) with: pip install tensorflow && "

@@ -1,0 +1,68 @@
+"""What each view costs in a compiled function, in milliseconds a batch.
+
+python benchmarks/views.py [--batch 64] [--sizes 32 224]
+
+The best of several calls; inside a training step XLA fuses neighbours, which costs less.
+"""
+
+import argparse
+import time
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+
+from xkd_jax import augment, mixing, views
+
+VIEWS: dict[str, Callable[[jax.Array, jax.Array], jax.Array | tuple[jax.Array, ...]]] = {
+    "crop and flip": lambda k, x: views.random_crop_flip(k, x, 4, True),
+    "rotation and crop, bilinear": lambda k, x: views.random_geometry(k, x, 15.0, 0.8),
+    "colour jitter": lambda k, x: views.color_jitter(k, x, 0.4, 0.4, 0.4),
+    "colour jitter with hue": lambda k, x: views.color_jitter(k, x, 0.4, 0.4, 0.4, 0.1),
+    "Gaussian noise": lambda k, x: views.gaussian_noise(k, x, 0.1),
+    "patch-wise mask": lambda k, x: views.patch_mask(k, x, x.shape[1] // 8, 0.25),
+    "multi-view generator": lambda k, x: views.multi_view(k, x, views.MultiView()),
+    "Gaussian blur": lambda k, x: augment.random_blur(k, x, 0.5, 2.0),
+    "RandAugment, 2 operations": lambda k, x: augment.rand_augment(k, x, 2, 9),
+    "TrivialAugment": augment.trivial_augment,
+    "random erasing": lambda k, x: augment.random_erasing(k, x, 0.25),
+    "mixup": lambda k, x: mixing.mix(k, x, jnp.eye(len(x)), 0.8, 0.0),
+    "CutMix": lambda k, x: mixing.mix(k, x, jnp.eye(len(x)), 0.0, 1.0),
+    "evaluation noise": views.noisy,
+    "resize and crop of evaluation": lambda _, x: views.resize_crop(x, x.shape[1]),
+    "normalisation": lambda _, x: views.normalize(x, (0.5,) * 3, (0.25,) * 3),
+}
+
+
+def milliseconds(view: Callable, size: int, batch: int, calls: int) -> float:
+    """The fastest of some calls on random images."""
+    images = jax.random.randint(jax.random.key(0), (batch, size, size, 3), 0, 256) / 255
+    compiled = jax.jit(view).lower(jax.random.key(1), images).compile()
+    times = []
+    for _ in range(calls + 1):  # the first one warms up
+        begun = time.perf_counter()
+        jax.block_until_ready(compiled(jax.random.key(1), images))
+        times.append(time.perf_counter() - begun)
+    return 1e3 * min(times[1:])
+
+
+def main() -> None:
+    """The command line."""
+    parser = argparse.ArgumentParser(description="What each view costs.")
+    parser.add_argument("--batch", type=int, default=64)
+    parser.add_argument("--sizes", type=int, nargs="+", default=[32, 224], help="sides, pixels")
+    parser.add_argument("--calls", type=int, default=7)
+    options = parser.parse_args()
+    print(f"{jax.devices()[0].device_kind}, jax {jax.__version__}, batch {options.batch}, ms")
+    print(f"| view | {' | '.join(f'{size} px' for size in options.sizes)} |")
+    print(f"| --- |{' ---: |' * len(options.sizes)}")
+    for name, view in VIEWS.items():
+        cells = [
+            f"{milliseconds(view, size, options.batch, options.calls):.2f}"
+            for size in options.sizes
+        ]
+        print(f"| {name} | {' | '.join(cells)} |", flush=True)
+
+
+if __name__ == "__main__":
+    main()

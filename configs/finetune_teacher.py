@@ -1,0 +1,51 @@
+"""A teacher for your data: timm's ViT-B/16, fine-tuned with layer-wise learning rates.
+
+The result, `student.safetensors` of the run, is what a distillation's teacher.weights names.
+
+Claim: none yet; nobody has run it at full size with this code. AdamW, cosine, layer decay 0.75, as
+BEiT (arXiv:2106.08254) and MAE (arXiv:2111.06377) fine-tune; layer_decay=1 for plain rates.
+Cost: 10 epochs of ViT-B/16 forward and backward. `:smoke` takes about a minute on two CPU cores.
+Command:
+  python -m xkd_jax.main --config configs/finetune_teacher.py --config.data.name=folder:FOLDER \
+    --config.data.eval=val --config.data.test=val --workdir runs/teacher
+"""
+
+from xkd_jax.config import Config, default_config
+from xkd_jax.errors import unknown
+
+
+def get_config(variant: str = "") -> Config:
+    config = default_config()
+    config.epochs = 10
+    config.batch_size = 128
+    config.image_size = 224
+    config.student.model = "vit_base_patch16_224"
+    config.student.weights = "timm:vit_base_patch16_224.augreg2_in21k_ft_in1k"
+    config.student.args = {"drop_path_rate": 0.1}
+    config.data.name = "tfds:cifar100"
+    config.data.workers = 4
+    config.augment.crop_padding = 4
+    config.augment.auto = "randaugment"
+    config.label_smoothing = 0.1
+    config.optimizer.name = "adamw"
+    config.optimizer.learning_rate = 5e-4
+    config.optimizer.weight_decay = 0.05
+    config.optimizer.weight_decay_skip_1d = True
+    config.optimizer.clip_norm = 1.0
+    config.layer_decay = 0.75
+    config.schedule.name = "cosine"
+    config.schedule.warmup_epochs = 1.0
+    if variant == "smoke":
+        config.epochs = 1
+        config.batch_size = 8
+        config.image_size = 32
+        config.student.model = "vit_tiny_patch16_224"
+        config.student.args = {"img_size": 32, "depth": 2}
+        config.student.weights = ""
+        config.data.train = "train[:64]"
+        config.data.eval = config.data.test = "test[:64]"
+        config.schedule.warmup_epochs = 0.25
+        config.log_every = 2
+    elif variant:
+        raise unknown("variant", variant, ("smoke",))
+    return config

@@ -1,0 +1,211 @@
+"""Encoded images to uint8 pixels: whole, as training crops, and as evaluation crops."""
+
+import functools
+import io
+import math
+from collections.abc import Callable
+from typing import Any
+
+import cv2
+import numpy as np
+import simplejpeg
+from PIL import Image
+
+from xkd_jax.errors import UserError
+
+_JPEG = b"\xff\xd8\xff"
+# OpenCV's own threads, in every process that decodes, would fight over the cores.
+cv2.setNumThreads(0)
+
+
+class DamagedImage(UserError):
+    """An image that can't be read or decoded: `data.on_error` decides whether it is left out."""
+
+
+def _named(function: Callable) -> Callable:
+    """Turns whatever Pillow raises on a damaged image into a DamagedImage with the image's name."""
+
+    @functools.wraps(function)
+    def wrapped(image, *args, name: str = "an image", **kwargs):
+        try:
+            return function(image, *args, **kwargs)
+        # Pillow's readers raise OSError, SyntaxError, ValueError, struct.error, zlib.error, ...
+        except Exception as error:
+            reason = " ".join(str(error).split())[:150]
+            if isinstance(image, bytes) and not image:
+                reason = "it is empty"
+            elif "cannot identify image file" in reason:
+                reason = "it is no image, or its header is damaged"
+            text = f"{name} can't be decoded ({reason}); repair or delete it."
+            raise DamagedImage(text) from error
+
+    return wrapped
+
+
+@_named
+def decode(image: bytes | np.ndarray) -> np.ndarray:
+    """The whole image; its EXIF orientation is ignored, as torchvision and timm do.
+
+    Args:
+      image: JPEG, PNG, WebP, BMP, GIF or TIFF bytes, or pixels already: uint8 [h, w, 3].
+      name: what an error calls the image.
+
+    Returns:
+      uint8 [h, w, 3]; greyscale is repeated, transparency dropped, palettes and CMYK converted.
+
+    Raises:
+      DamagedImage: it can't be decoded.
+    """
+    return _decode(image)
+
+
+@_named
+def image_size(image: bytes | np.ndarray) -> tuple[int, int]:
+    """Width and height in pixels, from the header alone.
+
+    Args:
+      image: as for `decode`.
+      name: what an error calls the image.
+
+    Raises:
+      DamagedImage: it can't be decoded.
+    """
+    return _measure(image)
+
+
+@_named
+def decode_crop(
+    image: bytes | np.ndarray,
+    rng: np.random.Generator,
+    size: int,
+    scale: tuple[float, float] = (0.08, 1.0),
+    ratio: tuple[float, float] = (3 / 4, 4 / 3),
+) -> np.ndarray:
+    """A random crop, resized to a square: torchvision's RandomResizedCrop.
+
+    Args:
+      image: as for `decode`.
+      rng: draws the crop.
+      size: the side of the result, pixels.
+      scale: the crop's area, as a fraction of the image's, is uniform in this range.
+      ratio: width through height, log-uniform in this range.
+      name: what an error calls the image.
+
+    Returns:
+      uint8 [size, size, 3].
+
+    Raises:
+      DamagedImage: it can't be decoded.
+    """
+    width, height = _measure(image)
+    box = random_box(rng, width, height, scale, ratio)
+    pixels = _decode(image, min(box[2] - box[0], box[3] - box[1]) / size, fast=True)
+    fx, fy = pixels.shape[1] / width, pixels.shape[0] / height
+    left, top = int(box[0] * fx), int(box[1] * fy)
+    right, bottom = max(left + 1, round(box[2] * fx)), max(top + 1, round(box[3] * fy))
+    return _shrink(pixels[top:bottom, left:right], size)
+
+
+@_named
+def eval_crop(image: bytes | np.ndarray, size: int, crop_pct: float = 0.875) -> np.ndarray:
+    """The shorter side resized to size / crop_pct, and the centre cut out.
+
+    Args:
+      image: as for `decode`.
+      size: the side of the result, pixels.
+      crop_pct: what the crop's side is of the resized image's shorter one, in (0, 1]; 0.875 is
+        "resize 256, crop 224".
+      name: what an error calls the image.
+
+    Returns:
+      uint8 [size, size, 3].
+
+    Raises:
+      DamagedImage: it can't be decoded.
+    """
+    width, height = _measure(image)
+    shorter, resized = min(width, height), math.floor(size / crop_pct)
+    # Half the reduction that the sizes allow, as in Pillow's own thumbnails: Pillow's filter, which
+    # decides how the pixels look, still has twice the pixels that it needs.
+    pixels = Image.fromarray(_decode(image, shorter / resized / 2))
+    # torchvision's roundings, so that the same pixels come out.
+    scaled = [int(resized * side / shorter) for side in (width, height)]
+    left, top = (round((side - size) / 2) for side in scaled)
+    fx, fy = pixels.width / scaled[0], pixels.height / scaled[1]
+    box = (left * fx, top * fy, (left + size) * fx, (top + size) * fy)
+    return np.asarray(pixels.resize((size, size), Image.Resampling.BILINEAR, box))
+
+
+def random_box(
+    rng: np.random.Generator,
+    width: int,
+    height: int,
+    scale: tuple[float, float],
+    ratio: tuple[float, float],
+) -> tuple[int, int, int, int]:
+    """The crop of torchvision's RandomResizedCrop: left, top, right, bottom, in pixels."""
+    for _ in range(10):
+        area = width * height * rng.uniform(*scale)
+        aspect = math.exp(rng.uniform(math.log(ratio[0]), math.log(ratio[1])))
+        w, h = round(math.sqrt(area * aspect)), round(math.sqrt(area / aspect))
+        if 0 < w <= width and 0 < h <= height:
+            left, top = int(rng.integers(width - w + 1)), int(rng.integers(height - h + 1))
+            return left, top, left + w, top + h
+    # Nothing fitted: the largest centred crop whose aspect is allowed.
+    w = min(width, round(height * ratio[1]))
+    h = min(height, round(width / ratio[0]))
+    left, top = (width - w) // 2, (height - h) // 2
+    return left, top, left + w, top + h
+
+
+def _measure(image: bytes | np.ndarray) -> tuple[int, int]:
+    """Width and height, from the header alone."""
+    if isinstance(image, np.ndarray):
+        return image.shape[1], image.shape[0]
+    if image.startswith(_JPEG):
+        try:
+            height, width, _, _ = simplejpeg.decode_jpeg_header(image)
+            return int(width), int(height)
+        except ValueError:
+            pass  # Pillow says what is wrong, or reads it all the same
+    return Image.open(io.BytesIO(image)).size
+
+
+def _decode(image: bytes | np.ndarray, reduction: float = 1, fast: bool = False) -> np.ndarray:
+    """The pixels, uint8 [h, w, 3].
+
+    Args:
+      image: as for `decode`.
+      reduction: a JPEG comes at 1/2, 1/4 or 1/8 of its size where this is 2, 4 or 8 at least, for a
+        fraction of the price: what would be thrown away is not computed.
+      fast: whether a JPEG's pixels may be a little off, for a twentieth of the price.
+    """
+    if isinstance(image, np.ndarray):
+        return image
+    if image.startswith(_JPEG):
+        options: dict[str, Any] = {"fastdct": fast, "fastupsample": fast}
+        if reduction >= 2:
+            factor = 2 ** min(3, int(math.log2(reduction)))
+            width, height = _measure(image)
+            options |= {"min_width": -(-width // factor), "min_height": -(-height // factor)}
+        try:
+            return simplejpeg.decode_jpeg(image, **options)
+        except ValueError:
+            pass  # CMYK, or a flaw that Pillow overlooks or names
+    with Image.open(io.BytesIO(image)) as opened:
+        if opened.mode == "P" and isinstance(opened.info.get("transparency"), bytes):
+            opened = opened.convert("RGBA")  # Pillow warns about the direct way
+        return np.asarray(opened.convert("RGB"))
+
+
+def _shrink(pixels: np.ndarray, size: int) -> np.ndarray:
+    """Resizes to a square, antialiased where that shrinks."""
+    target, longer = (size, size), max(pixels.shape[:2])
+    if longer > 2 * size:
+        return cv2.resize(pixels, target, interpolation=cv2.INTER_AREA)
+    if longer > size:
+        # Two samples a side, averaged: nearer to Pillow's antialiased bilinear filter than
+        # INTER_AREA, and three times as fast.
+        pixels = cv2.resize(pixels, (2 * size, 2 * size), interpolation=cv2.INTER_LINEAR)
+        return cv2.resize(pixels, target, interpolation=cv2.INTER_AREA)
+    return cv2.resize(pixels, target, interpolation=cv2.INTER_LINEAR)

@@ -1,0 +1,177 @@
+"""What is done with examples: decoding them all, and finding those that can't be decoded."""
+
+import dataclasses
+import sys
+from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
+
+import numpy as np
+import tqdm
+
+from xkd_jax.data.decode import DamagedImage, decode, eval_crop
+from xkd_jax.data.source import Example, Examples
+from xkd_jax.errors import UserError, unknown
+
+ON_ERROR = ("stop", "skip")
+_CHUNK = 32  # images a thread takes at a time
+_SHOWN = 5  # names in a message
+_QUIET = 2.0  # seconds before a progress bar shows
+
+
+@dataclasses.dataclass(frozen=True)
+class ArrayExamples:
+    """Examples that are pixels already.
+
+    Attributes:
+      images: uint8 [n, h, w, 3].
+      labels: int32 [n].
+      name: what a message calls them.
+    """
+
+    images: np.ndarray
+    labels: np.ndarray
+    name: str
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def __getitem__(self, index: int) -> Example:
+        return Example(self.images[index], int(self.labels[index]), f"{self.name}[{index}]")
+
+    def faults(self) -> dict[int, str]:
+        """None: decoded is decoded."""
+        return {}
+
+
+@dataclasses.dataclass(frozen=True)
+class Subset:
+    """Those of `examples` at `indices`."""
+
+    examples: Examples
+    indices: np.ndarray
+
+    @property
+    def labels(self) -> np.ndarray:
+        """int32 [n]."""
+        return self.examples.labels[self.indices]
+
+    def __len__(self) -> int:
+        return len(self.indices)
+
+    def __getitem__(self, index: int) -> Example:
+        return self.examples[int(self.indices[index])]
+
+    def faults(self) -> dict[int, str]:
+        """Those of `examples` that are still in."""
+        found = self.examples.faults()
+        return {i: found[j] for i, j in enumerate(self.indices.tolist()) if j in found}
+
+
+def scan(examples: Examples, on_error: str = "stop") -> Examples:
+    """Looks for images that can't be decoded, without decoding those that look whole.
+
+    Args:
+      examples: of a folder; those of other sources pass.
+      on_error: "stop", or "skip" to leave such images out and report how many.
+
+    Raises:
+      UserError: an image is damaged and `on_error` is "stop", or none is left.
+    """
+    faults = examples.faults()
+    _report(faults, len(examples), on_error)
+    if not faults:
+        return examples
+    return Subset(examples, np.setdiff1d(np.arange(len(examples)), list(faults)))
+
+
+def read(
+    examples: Examples, size: int = 0, on_error: str = "stop"
+) -> tuple[np.ndarray, np.ndarray]:
+    """Decodes everything, on all cores.
+
+    Args:
+      examples: at least one.
+      size: the side to resize the shorter side to, before the centre is cut out; 0 leaves images
+        as they are, which must then have one size.
+      on_error: as for `scan`.
+
+    Returns:
+      images uint8 [n, h, w, 3] and labels int32 [n].
+
+    Raises:
+      UserError: as for `scan`, or the images differ in size.
+    """
+    if isinstance(examples, ArrayExamples) and not size:
+        return examples.images, examples.labels
+
+    def pixels(index: int) -> tuple[np.ndarray, int]:
+        image, label, name = examples[index]
+        if size:
+            return eval_crop(image, size, 1.0, name=name), label
+        return decode(image, name=name), label
+
+    images, labels = None, np.empty(len(examples), np.int32)
+    faults: dict[int, str] = {}
+    kept = 0
+    for i, found in enumerate(in_threads(pixels, len(examples), "decoding")):
+        if isinstance(found, DamagedImage):
+            faults[i] = str(found)
+            continue
+        image, labels[kept] = found
+        if images is None:
+            images = np.empty((len(examples), *image.shape), np.uint8)
+        if image.shape != images.shape[1:]:
+            raise UserError(
+                f"the images differ in size ({examples[i].name} is {_size(image)} and others "
+                f"{_size(images[0])}); set image_size to bring them to one."
+            )
+        images[kept] = image
+        kept += 1
+    _report(faults, len(examples), on_error)
+    assert images is not None  # _report refuses when nothing is left
+    return images[:kept], labels[:kept]
+
+
+def in_threads(function: Callable, count: int, what: str):
+    """Yields function(0), function(1), ...; a DamagedImage is yielded too, for the caller to count.
+
+    Args:
+      function: of an index.
+      count: how many.
+      what: the progress bar's word; it shows only when this takes long.
+    """
+
+    def safe(index: int):
+        try:
+            return function(index)
+        except DamagedImage as error:
+            return error
+
+    def chunk(start: int):
+        return [safe(index) for index in range(start, min(start + _CHUNK, count))]
+
+    bar = tqdm.tqdm(None, what, count, delay=_QUIET, unit=" images", leave=False)
+    with ThreadPoolExecutor() as pool, bar:
+        for found in pool.map(chunk, range(0, count, _CHUNK)):
+            yield from found
+            bar.update(len(found))
+
+
+def _size(image: np.ndarray) -> str:
+    return f"{image.shape[1]}x{image.shape[0]}"
+
+
+def _report(faults: Mapping[int, str], count: int, on_error: str) -> None:
+    if on_error not in ON_ERROR:
+        raise unknown("data.on_error", on_error, ON_ERROR)
+    if not faults:
+        return
+    # Each fault ends with its own remedy; there is one for all.
+    shown = [fault.partition(";")[0] for fault in list(faults.values())[:_SHOWN]]
+    more = f", and {len(faults) - _SHOWN} more" if len(faults) > _SHOWN else ""
+    what = f"{len(faults)} of {count} images, which are damaged: {', '.join(shown)}{more}"
+    if on_error == "stop" or len(faults) == count:
+        raise UserError(
+            f"found {what}; repair or delete them, or leave them out with data.on_error=skip."
+        )
+    tqdm.tqdm.write(f"xkd_jax: left out {what}.", file=sys.stderr)
