@@ -64,3 +64,19 @@ def test_fewer_than_five_classes(split):
     three = Split(split.images[:5], split.labels[:5] % 3, tuple("abc"))
     scores = evaluate(create_eval_step(network), {}, three, partition.create_mesh(-1, 1))
     assert scores["top5"] == 1.0
+
+
+def test_two_classes_have_an_equal_error_rate(split):
+    class FirstPixel(nn.Module):
+        @nn.compact
+        def __call__(self, images, train=False):
+            return jnp.stack([jnp.zeros(len(images)), images[:, 0, 0, 0]], 1), {}
+
+    images, labels = np.zeros((6, 10, 10, 3), np.uint8), np.array([0, 0, 0, 1, 1, 1], np.int32)
+    images[:, 0, 0, 0] = [10, 20, 90, 80, 100, 110]  # one of each three on the wrong side
+    network = Network(FirstPixel(), 10, (0.0,) * 3, (1.0,) * 3)
+    two = Split(images, labels, ("live", "spoof"))
+    mesh = partition.create_mesh(-1, 1)
+    assert evaluate(create_eval_step(network), {}, two, mesh)["eer"] == pytest.approx(1 / 3)
+    one = Split(images[:3], labels[:3], ("live", "spoof"))
+    assert "eer" not in evaluate(create_eval_step(network), {}, one, mesh)

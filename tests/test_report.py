@@ -46,3 +46,10 @@ def test_noisy_column_appears_when_everything_has_it():
 def test_no_finished_run(tmp_path):
     with pytest.raises(UserError, match="holds no finished run"):
         find_runs(tmp_path)
+
+
+def test_two_classes_show_the_equal_error_rate():
+    summary = {"method": "none", "student": SCORES | {"eer": 0.125}}
+    header, _, row = (line.split("|") for line in format_table({"run": summary}).splitlines())
+    assert [cell.strip() for cell in header[2:4]] == ["top-1 %", "EER %"]
+    assert [cell.strip() for cell in row[2:4]] == ["50.00", "12.50"]

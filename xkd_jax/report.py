@@ -16,6 +16,8 @@ from xkd_jax.results import SUMMARY
 CONFIG_FILE = "config.json"
 CURVES = "curves.png"
 TABLE = "report.md"
+# Columns, where all rows have them.
+_SCORES = {"top1": "top-1 %", "top5": "top-5 %", "noisy_top1": "noisy top-1 %", "eer": "EER %"}
 
 
 def find_runs(folder: Path) -> dict[str, Path]:
@@ -63,12 +65,12 @@ def format_table(summaries: dict[str, dict[str, Any]]) -> str:
     if teachers:
         rows.append(("teacher", teachers[0]))
     rows += [(f"student, {_label(s['method'])}", s["student"]) for s in summaries.values()]
-    noisy = all("noisy_top1" in row for _, row in rows)
-    header = ["", "top-1 %", "top-5 %", *(["noisy top-1 %"] if noisy else []), "parameters"]
-    lines = [[*header, "MFLOPs"]]
+    scores = {k: v for k, v in _SCORES.items() if all(k in row for _, row in rows)}
+    if "eer" in scores:
+        del scores["top5"]  # of two classes
+    lines = [["", *scores.values(), "parameters", "MFLOPs"]]
     for name, row in rows:
-        scores = [row["top1"], row["top5"], *([row["noisy_top1"]] if noisy else [])]
-        cells = [f"{100 * score:.2f}" for score in scores]
+        cells = [f"{100 * row[score]:.2f}" for score in scores]
         lines.append([name, *cells, f"{row['parameters']:,}", f"{row['flops'] / 1e6:,.1f}"])
     return _markdown(lines)
 
