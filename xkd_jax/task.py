@@ -116,9 +116,10 @@ def create_task(config: Config) -> Task:
     mesh = partition.create_mesh(config.mesh.data, config.mesh.model)
     share = mesh.shape["data"] * config.accumulate
     if config.batch_size % share:
+        parts = f" in accumulate={config.accumulate} parts" if config.accumulate > 1 else ""
         raise UserError(
             f"batch_size={config.batch_size} doesn't divide over the {mesh.shape['data']} devices "
-            f"of the mesh in {config.accumulate} part(s); take a multiple of {share}."
+            f"of the mesh{parts}; take a multiple of {share}."
         )
     teacher_file = load_teacher_file(config) if method.needs_teacher else None
     train = load_split(config, config.data.train)
