@@ -106,7 +106,10 @@ class Host:
     def batches(self, start: int) -> Iterator[Batch]:
         """The batches of the steps from `start` on: `image` [N, H, W, 3], `label`, `index` [N]."""
         import grain
+        from absl import flags
 
+        if not flags.FLAGS.is_parsed():  # grain's workers ask for its flags, in a notebook too
+            flags.FLAGS.mark_as_parsed()
         positions = grain.MapDataset.range(start * self._local, np.iinfo(np.int64).max)
         dataset = positions.map(self._load).batch(self._local).to_iter_dataset()
         if self._workers:
