@@ -1,6 +1,6 @@
 """Networks beside timm's in PyTorch: the forward pass, and forward and backward in training.
 
-python benchmarks/networks.py [--batch 8] [--rounds 9] [NAME ...]
+python benchmarks/networks.py [--batch 8] [--rounds 9] [--plain] [NAME ...]
 
 Needs the extra `parity`. Both sides run in this process on the CPU, in float32, on the same images,
 with the same number of threads, and take turns; a time is the median over the rounds. PyTorch is
@@ -8,10 +8,11 @@ eager, and is timed with both memory layouts: the ratio is against the faster on
 cross-entropy, its gradient, and the running statistics.
 
 `taskset -c 0 python benchmarks/networks.py` compares on one core, in CPU time: what else runs on
-the machine hardly shows then.
+the machine hardly shows then. `--plain` leaves every convolution of ours to XLA's own.
 """
 
 import argparse
+import contextlib
 import os
 import statistics
 import time
@@ -26,6 +27,7 @@ from torch.nn import functional as F  # pyright: ignore[reportMissingImports]
 from torch_peer import import_timm
 
 from xkd_jax.models import MODELS, create_model
+from xkd_jax.models.convolution import plain
 
 NAMES = (
     "vit_small_patch16_224",
@@ -128,6 +130,7 @@ def main() -> None:
     parser.add_argument("names", nargs="*", default=NAMES)
     parser.add_argument("--batch", type=int, default=8)
     parser.add_argument("--rounds", type=int, default=9)
+    parser.add_argument("--plain", action="store_true")
     options = parser.parse_args()
     torch.set_num_threads(CORES)
     print(
@@ -136,8 +139,9 @@ def main() -> None:
         "| network | forward | PyTorch | ratio | training | PyTorch | ratio | compiling, s |\n"
         "| --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: |"
     )
-    for name in options.names:
-        print(row(name, options.batch, options.rounds), flush=True)
+    with plain() if options.plain else contextlib.nullcontext():
+        for name in options.names:
+            print(row(name, options.batch, options.rounds), flush=True)
 
 
 if __name__ == "__main__":

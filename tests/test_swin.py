@@ -202,13 +202,13 @@ def stage(*rates):
 def test_scanning_changes_nothing(monkeypatch):
     model, variables, x = stage(0.0, 0.0, 0.0, 0.0, 0.0)
     loop = jax.jit(model.apply)(variables, x)
-    monkeypatch.setattr(swin, "pays", lambda depth, train: True)
+    monkeypatch.setattr("xkd_jax.models.scan.pays", lambda depth, train: True)
     scan = jax.jit(lambda variables: model.apply(variables, x))(variables)
     chex.assert_trees_all_close(scan, loop, rtol=1e-4, atol=1e-4)
 
 
 def test_drop_path_drops_whole_samples(monkeypatch):
-    monkeypatch.setattr(swin, "pays", lambda depth, train: True)
+    monkeypatch.setattr("xkd_jax.models.scan.pays", lambda depth, train: True)
     model, variables, x = stage(0.0, 0.2, 0.5, 0.8, 0.8)
 
     @jax.jit

@@ -100,11 +100,15 @@ def test_drop_path_spares_the_first_block_and_drops_whole_samples():
 
 
 def test_vit_starts_as_timms():
-    pos, cls, block = initial(tiny_vit(embed_dim=64), "pos_embed", "cls_token", "blocks_1")
+    names = "pos_embed", "cls_token", "blocks_1", "patch_embed"
+    pos, cls, block, patches = initial(tiny_vit(embed_dim=64), *names)
     for leaf in (pos, block["attn"]["qkv"]["kernel"], block["mlp"]["fc2"]["kernel"]):
         np.testing.assert_allclose(leaf.std(), 0.02, rtol=0.05)
     assert 0 < jnp.abs(cls).max() < 1e-5
     assert not block["mlp"]["fc1"]["bias"].any()
+    bound = (3 * 4 * 4) ** -0.5  # PyTorch's own, of weights and biases
+    for leaf in patches["proj"].values():
+        assert 0.9 * bound < jnp.abs(leaf).max() <= bound
 
 
 def test_scanned_blocks_compute_what_unrolled_ones_do(monkeypatch):

@@ -78,10 +78,7 @@ def convert(
     """
     state, changes = _normalize(checkpoint.state)
     known = dict(checkpoint.metadata)
-    model = model or known.get("model", "")
-    if not model:
-        model, change = _recognized(checkpoint.name, state)
-        changes.append(change)
+    model = model or known.get("model") or _recognized(checkpoint.name, state, changes)
     if model not in MODELS:
         raise unknown("network", model, MODELS)
     if model != known.get("model", model):
@@ -107,8 +104,8 @@ def convert(
         known["changes"] = [*known.get("changes", ()), *changes]
     metadata = {"source": checkpoint.name, **known, "model": model, "args": args}
     metadata |= {"num_classes": classes, "image_size": image_size}
-    metadata["mean"] = list(mean or known.get("mean", MODELS[model].mean))
-    metadata["std"] = list(std or known.get("std", MODELS[model].std))
+    for field, given in (("mean", mean), ("std", std)):
+        metadata[field] = list(given or known.get(field, getattr(MODELS[model], field)))
     return Converted(traverse_util.unflatten_dict(flat, sep="/"), metadata, changes)
 
 
@@ -142,8 +139,8 @@ def _normalize(state: Mapping[str, np.ndarray]) -> tuple[dict[str, np.ndarray], 
     return {name: np.asarray(array, np.float32) for name, array in state.items()}, changes
 
 
-def _recognized(name: str, state: Mapping[str, np.ndarray]) -> tuple[str, str]:
-    """The network whose tensors these are, and a sentence about it.
+def _recognized(name: str, state: Mapping[str, np.ndarray], changes: list[str]) -> str:
+    """The network whose tensors these are; adds a sentence about it to `changes`.
 
     Raises:
       UserError: none is, or several are.
@@ -163,7 +160,8 @@ def _recognized(name: str, state: Mapping[str, np.ndarray]) -> tuple[str, str]:
         )
     model = published[0] if published else alike[0]
     others = [other for other in alike if other != model]
-    return model, f"took it for {model}" + (f", and not {', '.join(others)}" if others else "")
+    changes.append(f"took it for {model}" + (f", and not {', '.join(others)}" if others else ""))
+    return model
 
 
 def _arguments(

@@ -123,7 +123,7 @@ def read(
         if image.shape != images.shape[1:]:
             raise UserError(
                 f"the images differ in size ({examples[i].name} is {_size(image)} and others "
-                f"{_size(images[0])}); set image_size to bring them to one."
+                f"{_size(images[0])}); set image_size and data.feed=host to bring them to one."
             )
         images[kept] = image
         kept += 1

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from flax import linen as nn
 
 from xkd_jax import errors
-from xkd_jax.models.layers import BatchNorm, Conv, max_pool, torch_default
+from xkd_jax.models.layers import BatchNorm, Conv, classify, max_pool
 from xkd_jax.models.resnet import BasicBlock
 from xkd_jax.models.variant import CIFAR100_MEAN, CIFAR100_STD, Variant
 
@@ -67,10 +67,7 @@ class CifarResNet(nn.Module):
             out[f"stage{group + 1}_pre"] = pre
             out[f"stage{group + 1}"] = x
         out["pooled"] = pooled = jnp.mean(x, axis=(1, 2))
-        pooled = nn.Dropout(self.drop_rate, deterministic=not train)(pooled)
-        # The head is a sliver of the work: in float32 it costs nothing and rounds nothing.
-        head = nn.Dense(self.num_classes, dtype=jnp.float32, kernel_init=torch_default, name="fc")
-        out["logits"] = head(pooled)
+        out["logits"] = classify(pooled, self.num_classes, self.drop_rate, train, "fc")
         return out["logits"], out
 
     def _check(self) -> None:
@@ -187,8 +184,7 @@ class WideResNet(nn.Module):
             out[f"stage{group + 1}"] = x
         out["stage4_pre"] = pre = BatchNorm(dtype=self.dtype, name="bn1")(x, train)
         out["pooled"] = pooled = jnp.mean(nn.relu(pre), axis=(1, 2))
-        head = nn.Dense(self.num_classes, dtype=jnp.float32, kernel_init=torch_default, name="fc")
-        out["logits"] = head(pooled)
+        out["logits"] = classify(pooled, self.num_classes, 0.0, train, "fc")
         return out["logits"], out
 
     def _check(self) -> None:
@@ -246,10 +242,14 @@ class CifarVGG(nn.Module):
                 out[f"stage{block}_pre"] = pre
                 out[f"stage{block}"] = x
         out["pooled"] = pooled = jnp.mean(x, axis=(1, 2))
-        pooled = nn.Dropout(self.drop_rate, deterministic=not train)(pooled)
-        init = nn.initializers.normal(0.01)
-        head = nn.Dense(self.num_classes, dtype=jnp.float32, kernel_init=init, name="classifier")
-        out["logits"] = head(pooled)
+        out["logits"] = classify(
+            pooled,
+            self.num_classes,
+            self.drop_rate,
+            train,
+            "classifier",
+            nn.initializers.normal(0.01),
+        )
         return out["logits"], out
 
     def _check(self, shape: tuple[int, ...]) -> None:

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from flax import linen as nn
 
 from xkd_jax import errors
-from xkd_jax.models.layers import BatchNorm, Conv, drop_path
+from xkd_jax.models.layers import BatchNorm, Conv, classify, drop_path
 from xkd_jax.models.variant import (
     CIFAR100_MEAN,
     CIFAR100_STD,
@@ -181,12 +181,9 @@ class EfficientNet(nn.Module):
                 out[_TAPS[stage]] = out[f"{_TAPS[stage]}_pre"] = x
         x = self._conv_norm(x, self._head_channels(), 1, 1, ("conv_head", "bn2"), train)
         out["pooled"] = pooled = jnp.mean(x, axis=(1, 2))
-        pooled = nn.Dropout(self.drop_rate, deterministic=not train)(pooled)
-        # The head is a sliver of the work: in float32 it costs nothing and rounds nothing.
-        head = nn.Dense(
-            self.num_classes, dtype=jnp.float32, kernel_init=_head_init, name="classifier"
+        out["logits"] = classify(
+            pooled, self.num_classes, self.drop_rate, train, "classifier", _head_init
         )
-        out["logits"] = head(pooled)
         return out["logits"], out
 
     def _conv_norm(

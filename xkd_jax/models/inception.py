@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from flax import linen as nn
 
 from xkd_jax import errors
-from xkd_jax.models.layers import BatchNorm, Conv, max_pool
+from xkd_jax.models.layers import BatchNorm, Conv, classify, max_pool
 from xkd_jax.models.variant import HALF_MEAN, HALF_STD, Variant
 
 # timm truncates at +-2 in absolute terms: at these deviations that is a plain normal.
@@ -269,10 +269,9 @@ class InceptionV3(nn.Module):
         x = nn.relu(mixed(MixedE, "7b", x))
         x = tap(4, mixed(MixedE, "7c", x))
         out["pooled"] = pooled = jnp.mean(x, axis=(1, 2))
-        pooled = nn.Dropout(self.drop_rate, deterministic=not train)(pooled)
-        # The head is a sliver of the work: in float32 it costs nothing and rounds nothing.
-        head = nn.Dense(self.num_classes, dtype=jnp.float32, kernel_init=_weight_init, name="fc")
-        out["logits"] = head(pooled)
+        out["logits"] = classify(
+            pooled, self.num_classes, self.drop_rate, train, "fc", _weight_init
+        )
         return out["logits"], out
 
     def _stem(self, x: jax.Array, train: bool) -> jax.Array:

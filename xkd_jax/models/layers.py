@@ -129,6 +129,29 @@ def _normalize_backward(epsilon, saved, cotangents):
 _normalize.defvjp(_normalize_forward, _normalize_backward)
 
 
+def layer_norm(name: str, epsilon: float, dtype: Any) -> nn.LayerNorm:
+    """A Transformer's layer normalisation."""
+    # The two-pass variance: pretrained ViTs carry outlier channels that cancel in the fast one.
+    return nn.LayerNorm(epsilon=epsilon, dtype=dtype, use_fast_variance=False, name=name)
+
+
+def classify(
+    x: jax.Array,
+    num_classes: int,
+    drop_rate: float,
+    train: bool,
+    name: str,
+    kernel_init: Any = torch_default,
+) -> jax.Array:
+    """Dropout and the linear head called `name`, of the module whose `__call__` this is part of.
+
+    Maps `x` [N, C] to logits [N, num_classes], always float32.
+    """
+    x = nn.Dropout(drop_rate, deterministic=not train)(x)
+    # The head is a sliver of the work: in float32 it costs nothing and rounds nothing.
+    return nn.Dense(num_classes, dtype=jnp.float32, kernel_init=kernel_init, name=name)(x)
+
+
 def max_pool(x: jax.Array, size: int, stride: int, padding: int = 0) -> jax.Array:
     """Maximum over windows of `x` [N, H, W, C], padded with -inf on every side."""
     pads: Any = ((padding, padding), (padding, padding))  # flax annotates only the string

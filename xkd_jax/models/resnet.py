@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from flax import linen as nn
 
 from xkd_jax import errors
-from xkd_jax.models.layers import BatchNorm, Conv, drop_path, max_pool, torch_default
+from xkd_jax.models.layers import BatchNorm, Conv, classify, drop_path, max_pool
 from xkd_jax.models.variant import CIFAR100_MEAN, CIFAR100_STD, Variant
 
 
@@ -138,10 +138,7 @@ class ResNet(nn.Module):
             out[f"stage{stage + 1}_pre"] = pre
             out[f"stage{stage + 1}"] = x
         out["pooled"] = pooled = jnp.mean(x, axis=(1, 2))
-        pooled = nn.Dropout(self.drop_rate, deterministic=not train)(pooled)
-        # The head is a sliver of the work: in float32 it costs nothing and rounds nothing.
-        head = nn.Dense(self.num_classes, dtype=jnp.float32, kernel_init=torch_default, name="fc")
-        out["logits"] = head(pooled)
+        out["logits"] = classify(pooled, self.num_classes, self.drop_rate, train, "fc")
         return out["logits"], out
 
     def _stem(self, x: jax.Array, train: bool) -> jax.Array:

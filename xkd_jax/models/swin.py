@@ -14,17 +14,16 @@ import numpy as np
 from flax import linen as nn
 
 from xkd_jax import errors
-from xkd_jax.models.layers import drop_path, torch_default
-from xkd_jax.models.scan import pays, scan_blocks
+from xkd_jax.models import scan
+from xkd_jax.models.layers import classify, drop_path, layer_norm
 from xkd_jax.models.variant import Variant
-from xkd_jax.models.vit import Grid, Mlp
+from xkd_jax.models.vit import Grid, Mlp, add_block, check_images, project_patches
 
 # torch's trunc_normal_ cuts at +-2 in absolute terms: at std .02 that is a plain normal.
 _weight_init = nn.initializers.normal(0.02)
 
 
-def _layer_norm(dtype: Any, name: str) -> nn.LayerNorm:
-    return nn.LayerNorm(epsilon=1e-5, dtype=dtype, use_fast_variance=False, name=name)
+_layer_norm = partial(layer_norm, epsilon=1e-5)
 
 
 def _side(x: jax.Array) -> int:
@@ -42,21 +41,8 @@ class PatchEmbed(nn.Module):
     @nn.compact
     def __call__(self, images: jax.Array) -> jax.Array:
         """Maps `images` [N, H, W, 3] to [N, H/patch * W/patch, D], in raster order."""
-        patch = (self.patch_size, self.patch_size)
-        bound = (3 * self.patch_size**2) ** -0.5  # PyTorch's default for a bias
-        x = nn.Conv(
-            self.embed_dim,
-            patch,
-            strides=patch,
-            padding="VALID",
-            dtype=self.dtype,
-            kernel_init=torch_default,
-            bias_init=lambda key, shape, dtype: jax.random.uniform(
-                key, shape, dtype, -bound, bound
-            ),
-            name="proj",
-        )(images)
-        return _layer_norm(self.dtype, "norm")(x.reshape(len(x), -1, self.embed_dim))
+        x = project_patches(images, self.patch_size, self.embed_dim, self.dtype)
+        return _layer_norm("norm", dtype=self.dtype)(x.reshape(len(x), -1, self.embed_dim))
 
 
 class PatchMerging(nn.Module):
@@ -75,7 +61,7 @@ class PatchMerging(nn.Module):
         half = (side + 1) // 2
         # Channels by column, then row of the neighbour: the order that the weights know.
         x = x.reshape(n, half, 2, half, 2, dim).transpose(0, 1, 3, 4, 2, 5)
-        x = _layer_norm(self.dtype, "norm")(x.reshape(n * half * half, 4 * dim))
+        x = _layer_norm("norm", dtype=self.dtype)(x.reshape(n * half * half, 4 * dim))
         x = nn.Dense(
             2 * dim, use_bias=False, dtype=self.dtype, kernel_init=_weight_init, name="reduction"
         )(x)
@@ -195,12 +181,12 @@ class Block(nn.Module):
 
         `rate` is how often a branch is dropped, sample by sample.
         """
-        y = _layer_norm(self.dtype, "norm1")(x)
+        y = _layer_norm("norm1", dtype=self.dtype)(x)
         y, qkv = WindowAttention(
             self.num_heads, self.window_size, self.shifted, self.qkv_bias, self.dtype, name="attn"
         )(y)
         x = x + drop_path(self, y, rate, train)
-        y = _layer_norm(self.dtype, "norm2")(x)
+        y = _layer_norm("norm2", dtype=self.dtype)(x)
         y = Mlp(int(x.shape[-1] * self.mlp_ratio), self.dtype, name="mlp")(y)
         return x + drop_path(self, y, rate, train), qkv
 
@@ -227,11 +213,11 @@ class Stage(nn.Module):
             Block, self.num_heads, self.window_size, self.mlp_ratio, self.qkv_bias, self.dtype
         )
         outs, first, depth = [], 0, len(self.drop_paths)
-        if pays(depth, train) and not self.is_initializing():
+        if scan.pays(depth, train) and not self.is_initializing():
             first = (depth - 1) // 2 * 2  # the last ones' taps are what methods read
             pair = [block(shifted=shifted, parent=None) for shifted in (False, True)]
             names = [f"blocks_{i}" for i in range(first)]
-            x, outs = scan_blocks(self, pair, names, x, train, self.drop_paths[:first])
+            x, outs = scan.scan_blocks(self, pair, names, x, train, self.drop_paths[:first])
         for i in range(first, depth):
             x, qkv = block(shifted=i % 2 == 1, name=f"blocks_{i}")(x, train, self.drop_paths[i])
             outs.append((x, qkv))
@@ -247,9 +233,7 @@ class Head(nn.Module):
     @nn.compact
     def __call__(self, x: jax.Array, train: bool = False) -> jax.Array:
         """Classifies `x` [N, C]: logits [N, num_classes] float32."""
-        x = nn.Dropout(self.drop_rate, deterministic=not train)(x)
-        fc = nn.Dense(self.num_classes, dtype=jnp.float32, kernel_init=_weight_init, name="fc")
-        return fc(x)
+        return classify(x, self.num_classes, self.drop_rate, train, "fc", _weight_init)
 
 
 class SwinTransformer(nn.Module):
@@ -308,15 +292,12 @@ class SwinTransformer(nn.Module):
             )(x, train)
             for x, qkv in outs:
                 block += 1
-                out[f"block{block:02d}"] = x
-                for name, head in zip(("query", "key", "value"), qkv, strict=True):
-                    # The last block's overwrite the earlier ones' under the short name.
-                    out[name] = out[f"block{block:02d}_{name}"] = head
+                add_block(out, block, x, qkv)
             side = _side(x)
             out[f"stage{i + 1}"] = x.reshape(len(x), side, side, -1)
 
         out["grid"] = Grid((side, side))
-        x = _layer_norm(self.dtype, "norm")(x)
+        x = _layer_norm("norm", dtype=self.dtype)(x)
         out["tokens"] = x
         out["pooled"] = jnp.mean(x, axis=1)
         out["logits"] = Head(self.num_classes, self.drop_rate, name="head")(out["pooled"], train)
@@ -334,18 +315,7 @@ class SwinTransformer(nn.Module):
                     f"stage {i + 1} has {self.embed_dim << i} channels (embed_dim times {2**i}), "
                     f"which must be a multiple of its num_heads {heads}."
                 )
-        if self.img_size % self.patch_size:
-            near = max(self.img_size // self.patch_size, 1) * self.patch_size
-            raise errors.UserError(
-                f"img_size {self.img_size} must be a multiple of patch_size {self.patch_size}, "
-                f"such as {near} or {near + self.patch_size}."
-            )
-        if shape[1:] != (self.img_size, self.img_size, 3):
-            raise errors.UserError(
-                f"this Transformer takes images [N, {self.img_size}, {self.img_size}, 3], not "
-                f"{list(shape)}; for another size set img_size, a multiple of patch_size "
-                f"{self.patch_size}."
-            )
+        check_images(self.img_size, self.patch_size, shape)
 
 
 _SIZES = {

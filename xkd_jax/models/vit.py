@@ -14,7 +14,7 @@ from flax import linen as nn
 
 from xkd_jax import errors
 from xkd_jax.models import scan
-from xkd_jax.models.layers import drop_path, torch_default
+from xkd_jax.models.layers import classify, drop_path, layer_norm, torch_default
 from xkd_jax.models.variant import HALF_MEAN, HALF_STD, Variant
 
 # torch's trunc_normal_ cuts at +-2 in absolute terms: at std .02 that is a plain normal.
@@ -31,9 +31,58 @@ class Grid(tuple):
     __slots__ = ()
 
 
-def _layer_norm(dtype: Any, name: str) -> nn.LayerNorm:
-    # The two-pass variance: pretrained ViTs carry outlier channels that cancel in the fast one.
-    return nn.LayerNorm(epsilon=1e-6, dtype=dtype, use_fast_variance=False, name=name)
+_layer_norm = partial(layer_norm, epsilon=1e-6)
+
+
+def project_patches(images: jax.Array, patch: int, features: int, dtype: Any) -> jax.Array:
+    """The convolution "proj" of a patch embedding: [N, H, W, 3] to [N, H/patch, W/patch, features].
+
+    timm leaves its weights as PyTorch makes them, uniform +-1/sqrt(fan_in), the bias too.
+    """
+    bound = (images.shape[-1] * patch**2) ** -0.5
+
+    def bias_init(key: jax.Array, shape: tuple[int, ...], dtype: Any) -> jax.Array:
+        return jax.random.uniform(key, shape, dtype, -bound, bound)
+
+    return nn.Conv(
+        features,
+        (patch, patch),
+        strides=(patch, patch),
+        padding="VALID",
+        dtype=dtype,
+        kernel_init=torch_default,
+        bias_init=bias_init,
+        name="proj",
+    )(images)
+
+
+def check_images(img_size: int, patch_size: int, shape: tuple[int, ...]) -> None:
+    """Refuses an `img_size` that doesn't fit, and images of another `shape` [N, H, W, 3].
+
+    Raises:
+      UserError: what is wrong, and which sizes would be right.
+    """
+    if img_size % patch_size:
+        near = max(img_size // patch_size, 1) * patch_size
+        raise errors.UserError(
+            f"img_size {img_size} must be a multiple of patch_size {patch_size}, such as {near} or "
+            f"{near + patch_size}."
+        )
+    if shape[1:] != (img_size, img_size, 3):
+        raise errors.UserError(
+            f"this Transformer takes images [N, {img_size}, {img_size}, 3], not {list(shape)}; for "
+            f"another size set img_size, a multiple of patch_size {patch_size}."
+        )
+
+
+def add_block(
+    out: dict[str, Any], number: int, tokens: jax.Array, qkv: tuple[jax.Array, ...]
+) -> None:
+    """Adds a block's taps to `out`: `block01`, `block01_query` ..., and `query` ... so far."""
+    out[f"block{number:02d}"] = tokens
+    for name, head in zip(("query", "key", "value"), qkv, strict=True):
+        # The last block's overwrite the earlier ones' under the short name.
+        out[name] = out[f"block{number:02d}_{name}"] = head
 
 
 class PatchEmbed(nn.Module):
@@ -46,16 +95,7 @@ class PatchEmbed(nn.Module):
     @nn.compact
     def __call__(self, images: jax.Array) -> jax.Array:
         """Projects `images` [N, H, W, 3] to [N, H/patch, W/patch, D]."""
-        patch = (self.patch_size, self.patch_size)
-        return nn.Conv(
-            self.embed_dim,
-            patch,
-            strides=patch,
-            padding="VALID",
-            dtype=self.dtype,
-            kernel_init=torch_default,  # timm leaves this one as PyTorch makes it
-            name="proj",
-        )(images)
+        return project_patches(images, self.patch_size, self.embed_dim, self.dtype)
 
 
 class Attention(nn.Module):
@@ -123,10 +163,10 @@ class Block(nn.Module):
 
         `rate` is how often a branch is dropped, sample by sample.
         """
-        y = _layer_norm(self.dtype, "norm1")(x)
+        y = _layer_norm("norm1", dtype=self.dtype)(x)
         y, qkv = Attention(self.num_heads, self.qkv_bias, self.dtype, name="attn")(y)
         x = x + drop_path(self, y, rate, train)
-        y = _layer_norm(self.dtype, "norm2")(x)
+        y = _layer_norm("norm2", dtype=self.dtype)(x)
         y = Mlp(int(x.shape[-1] * self.mlp_ratio), self.dtype, name="mlp")(y)
         return x + drop_path(self, y, rate, train), qkv
 
@@ -179,14 +219,12 @@ class VisionTransformer(nn.Module):
         out: dict[str, Any] = {"grid": grid}
         x, blocks = self._blocks(x, train)
         for i, (tokens, qkv) in enumerate(blocks, start=1):
-            out[f"block{i:02d}"] = tokens[:, prefix:]
-            for name, head in zip(("query", "key", "value"), qkv, strict=True):
-                # The last block's overwrite the earlier ones' under the short name.
-                out[name] = out[f"block{i:02d}_{name}"] = head[:, :, prefix:]
+            heads = tuple(head[:, :, prefix:] for head in qkv)
+            add_block(out, i, tokens[:, prefix:], heads)
 
         use_fc_norm = self.global_pool == "avg" if self.fc_norm is None else self.fc_norm
         if not use_fc_norm:
-            x = _layer_norm(self.dtype, "norm")(x)
+            x = _layer_norm("norm", dtype=self.dtype)(x)
         out["tokens"] = x[:, prefix:]
         if self.class_token:
             out["cls"] = x[:, 0]
@@ -199,7 +237,7 @@ class VisionTransformer(nn.Module):
             return out["logits"], out
         pooled = x[:, 0] if self.global_pool == "token" else jnp.mean(x[:, prefix:], axis=1)
         if use_fc_norm:
-            pooled = _layer_norm(self.dtype, "fc_norm")(pooled)
+            pooled = _layer_norm("fc_norm", dtype=self.dtype)(pooled)
         out["pooled"] = pooled
         out["logits"] = self._head("head", pooled, train)
         return out["logits"], out
@@ -219,9 +257,7 @@ class VisionTransformer(nn.Module):
         return x, outs
 
     def _head(self, name: str, x: jax.Array, train: bool) -> jax.Array:
-        x = nn.Dropout(self.drop_rate, deterministic=not train)(x)
-        # A head is a sliver of the work: in float32 it costs nothing and rounds nothing.
-        return nn.Dense(self.num_classes, dtype=jnp.float32, kernel_init=_weight_init, name=name)(x)
+        return classify(x, self.num_classes, self.drop_rate, train, name, _weight_init)
 
     def _embed(self, images: jax.Array) -> tuple[jax.Array, Grid]:
         """Images to embedded tokens [N, (2 +) T, D], class token first, and the patch grid."""
@@ -255,16 +291,7 @@ class VisionTransformer(nn.Module):
             raise errors.UserError(
                 f"embed_dim {self.embed_dim} must be a multiple of num_heads {self.num_heads}."
             )
-        if self.img_size % self.patch_size:
-            raise errors.UserError(
-                f"img_size {self.img_size} must be a multiple of patch_size {self.patch_size}."
-            )
-        if shape[1:] != (self.img_size, self.img_size, 3):
-            raise errors.UserError(
-                f"this Transformer takes images [N, {self.img_size}, {self.img_size}, 3], not "
-                f"{list(shape)}; for another size set img_size, a multiple of patch_size "
-                f"{self.patch_size}."
-            )
+        check_images(self.img_size, self.patch_size, shape)
 
 
 SIZES = {

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from flax import linen as nn
 
 from xkd_jax import errors
-from xkd_jax.models.layers import BatchNorm, Conv, max_pool, torch_default
+from xkd_jax.models.layers import BatchNorm, Conv, classify, max_pool
 from xkd_jax.models.variant import HALF_MEAN, HALF_STD, Variant
 
 # Channels and stride of block1 ... block12.
@@ -120,10 +120,7 @@ class Xception(nn.Module):
         out["stage4_pre"] = x = BatchNorm(dtype=self.dtype, name="bn4")(x, train)
         out["stage4"] = x = nn.relu(x)
         out["pooled"] = pooled = jnp.mean(x, axis=(1, 2))
-        pooled = nn.Dropout(self.drop_rate, deterministic=not train)(pooled)
-        # The head is a sliver of the work: in float32 it costs nothing and rounds nothing.
-        head = nn.Dense(self.num_classes, dtype=jnp.float32, kernel_init=torch_default, name="fc")
-        out["logits"] = head(pooled)
+        out["logits"] = classify(pooled, self.num_classes, self.drop_rate, train, "fc")
         return out["logits"], out
 
     def _stem(self, x: jax.Array, train: bool) -> jax.Array:
