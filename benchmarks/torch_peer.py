@@ -295,7 +295,7 @@ class Peer:
             target = F.log_softmax(teacher["logits"] / self.method.temperature, dim=1)
             kl = F.kl_div(softened, target, reduction="batchmean", log_target=True)
             metrics["logits_kl"] = self.method.temperature**2 * kl
-            loss = loss + self.method.weight * metrics["logits_kl"]
+            loss = self.method.label_weight * label + self.method.weight * metrics["logits_kl"]
         elif isinstance(self.method, CAKD):
             added, metrics, tokens = self._distil(self.method, maps[self.tap], teacher)
             loss = loss + added

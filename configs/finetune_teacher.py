@@ -5,6 +5,7 @@ The result, `student.safetensors` of the run, is what a distillation's teacher.w
 Claim: none yet; nobody has run it at full size with this code. AdamW, cosine, layer decay 0.75, as
 BEiT (arXiv:2106.08254) and MAE (arXiv:2111.06377) fine-tune; layer_decay=1 for plain rates.
 Cost: 10 epochs of ViT-B/16 forward and backward. `:smoke` takes about a minute on two CPU cores.
+`:scratch` downloads nothing: a small ViT at 96 x 96 that starts at random, for a first try.
 Command:
   python -m xkd_jax.main --config configs/finetune_teacher.py --config.data.name=folder:FOLDER \
     --config.data.eval=val --config.data.test=val --workdir runs/teacher
@@ -46,6 +47,19 @@ def get_config(variant: str = "") -> Config:
         config.data.eval = config.data.test = "test[:64]"
         config.schedule.warmup_epochs = 0.25
         config.log_every = 2
+    elif variant == "scratch":
+        config.epochs = 20
+        config.batch_size = 16
+        config.image_size = 96
+        config.student.model = "vit_tiny_patch16_224"
+        config.student.args = {
+            "img_size": 96, "patch_size": 8, "embed_dim": 128, "depth": 6, "num_heads": 4,
+            # Every token learns, and not a class token alone: the distillation reads them all.
+            "class_token": False, "global_pool": "avg", "fc_norm": False,
+        }  # fmt: skip
+        config.student.weights = ""
+        config.data.workers = 0
+        config.layer_decay = 1.0
     elif variant:
-        raise unknown("variant", variant, ("smoke",))
+        raise unknown("variant", variant, ("smoke", "scratch"))
     return config

@@ -4,7 +4,8 @@ A teacher that was fine-tuned on the same folder (finetune_teacher.py) teaches a
 starts at ImageNet's weights. docs/data.md walks through it.
 
 Claim: none; the images are yours.
-Cost: 30 epochs at 224 x 224. `:smoke` takes about a minute on two CPU cores.
+Cost: 30 epochs at 224 x 224. `:smoke` takes about a minute on two CPU cores. `:scratch` downloads
+nothing: at 96 x 96, from random weights, for the teacher of finetune_teacher.py:scratch.
 Command:
   python -m xkd_jax.main --config configs/folder.py --config.data.name=folder:FOLDER \
     --config.teacher.weights=runs/teacher/student.safetensors --workdir runs/folder
@@ -43,6 +44,11 @@ def get_config(variant: str = "") -> Config:
         config.teacher.weights = "random"
         config.data.workers = 0
         config.log_every = 1
+    elif variant == "scratch":
+        config.batch_size = 16
+        config.image_size = 96
+        config.student.weights = ""
+        config.data.workers = 0
     elif variant:
-        raise unknown("variant", variant, ("smoke",))
+        raise unknown("variant", variant, ("smoke", "scratch"))
     return config

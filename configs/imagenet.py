@@ -13,6 +13,7 @@ Command:
 
 from xkd_jax.config import Config, default_config
 from xkd_jax.errors import unknown
+from xkd_jax.methods import IMAGENET
 
 
 def get_config(variant: str = "") -> Config:
@@ -21,6 +22,7 @@ def get_config(variant: str = "") -> Config:
     config.batch_size = 256
     config.image_size = 224
     config.method.name = "cakd"
+    config.method.update(IMAGENET)
     config.student.model = "resnet50"
     config.teacher.weights = "timm:vit_base_patch16_224.augreg2_in21k_ft_in1k"
     config.data.name = "tfds:imagenet2012"

@@ -7,11 +7,18 @@ chosen on the validation split; the test split is measured once, at the end of e
 Claim and cost: docs/quickstart.md, with means over five seeds; under 4 minutes on two CPU cores.
 Command:
   python -m xkd_jax.main --config configs/quickstart.py
-`:control` puts an untrained teacher in the trained one's place; `:smoke` takes half a minute.
+`:control` puts an untrained teacher in the trained one's place; `:methods` runs every method that
+takes a ViT and a CNN, `:transformer` those for a DeiT as student, with published weights;
+`:smoke` takes half a minute.
 """
 
 from xkd_jax.config import Config, default_config
 from xkd_jax.errors import unknown
+
+METHODS = (
+    "none", "logits", "fitnet", "at", "irg", "rkd", "crd", "ofd", "review", "london", "afd", "ab",
+    "ft", "cakd",
+)  # fmt: skip
 
 
 def get_config(variant: str = "") -> Config:
@@ -24,6 +31,7 @@ def get_config(variant: str = "") -> Config:
     config.method.cakd.multi_view = False
     config.method.cakd.attention_weight = 10.0
     config.method.cakd.token_weight = 5.0
+    config.method.logits.update(label_weight=1.0, weight=1.0)
     config.student.model = "resnet18"
     config.student.args = {"layers": (1, 1, 1, 1), "width": 0.125, "stem": "cifar"}
     config.teacher.weights = "xkd_jax/assets/quickstart_teacher.safetensors"
@@ -58,6 +66,25 @@ def get_config(variant: str = "") -> Config:
             "global_pool": "avg",
             "fc_norm": False,
         }
+    elif variant in ("methods", "transformer"):
+        config.compare = METHODS if variant == "methods" else ("none", "logits", "deit", "minilm")
+        config.method.logits.update(label_weight=0.1, weight=0.9)
+        # What lasts for epochs shrinks as the schedule does, from 240 to 56.
+        config.method.ab.first_epochs = config.method.ft.first_epochs = 7
+        config.method.review.warmup_epochs = 5
+        config.method.crd.negatives = 512
+        if variant == "transformer":
+            config.student.model = "deit_tiny_distilled_patch16_224"
+            config.student.args = {
+                "img_size": 28,
+                "patch_size": 4,
+                "embed_dim": 32,
+                "depth": 4,
+                "num_heads": 2,
+            }
+            config.optimizer.name = "adamw"
+            config.optimizer.learning_rate = 2e-3
+            config.optimizer.weight_decay = 0.05
     elif variant:
-        raise unknown("variant", variant, ("smoke", "control"))
+        raise unknown("variant", variant, ("smoke", "control", "methods", "transformer"))
     return config

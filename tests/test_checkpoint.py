@@ -1,12 +1,15 @@
 """Checkpoints of a small state."""
 
+import shutil
+from pathlib import Path
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from xkd_jax import partition
-from xkd_jax.checkpoint import Checkpoints
+from xkd_jax.checkpoint import Checkpoints, place
 from xkd_jax.errors import UserError
 
 
@@ -55,3 +58,61 @@ def test_a_state_of_another_shape_is_refused(tmp_path, state):
     with pytest.raises(UserError, match=r"the checkpoint of step 3 doesn't fit this run"):
         checkpoints.restore(state | {"more": state["half"]})
     checkpoints.close()
+
+
+# Reads that are under way when another one fails find their event loop closed.
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+def test_the_one_before_is_used_whichever_file_is_torn(tmp_path, state, capsys):
+    older = state | {"half": state["half"] * 2}
+    checkpoints = Checkpoints(tmp_path / "whole", 2, "abc")
+    checkpoints.save(2, older)
+    checkpoints.save(3, state)
+    checkpoints.close()
+    newest = tmp_path / "whole" / "3"
+    for file in [path for path in newest.rglob("*") if path.is_file() and path.stat().st_size]:
+        torn = tmp_path / "torn" / "3" / file.relative_to(newest)
+        shutil.copytree(tmp_path / "whole", tmp_path / "torn")
+        torn.write_bytes(torn.read_bytes()[: torn.stat().st_size // 2])
+        checkpoints = Checkpoints(tmp_path / "torn", 2, "abc")
+        restored = checkpoints.restore(state)["half"]
+        checkpoints.save(3, state)  # its place is free again
+        checkpoints.close()
+        said = "the checkpoint of step 3 is damaged" in capsys.readouterr().err
+        np.testing.assert_array_equal(restored, (older if said else state)["half"], str(file))
+        if file.stat().st_size > 20_000 or file.name in ("metadata", "_METADATA"):
+            assert said, file
+        shutil.rmtree(tmp_path / "torn")
+
+
+def test_one_without_a_commit_marker_is_no_checkpoint(tmp_path, state):
+    saved(tmp_path / "c", state)
+    half = tmp_path / "c" / "3.orbax-checkpoint-tmp"  # what a save that was killed leaves
+    (tmp_path / "c" / "3").rename(half)
+    (half / "commit_success.txt").unlink()
+    checkpoints = Checkpoints(tmp_path / "c", 2, "abc")
+    assert checkpoints.restore(state) is not None
+    checkpoints.close()
+    assert [path.name for path in (tmp_path / "c").iterdir() if path.is_dir()] == ["2"]
+
+
+def test_no_state_is_saved_that_is_not_finite(tmp_path, state):
+    saved(tmp_path / "c", state)
+    checkpoints = Checkpoints(tmp_path / "c", 2, "abc")
+    with pytest.raises(UserError, match="after step 4 half are not finite"):
+        checkpoints.save(4, state | {"half": state["half"] / 0})
+    assert checkpoints.restore(state) is not None
+    checkpoints.close()
+    assert not (tmp_path / "c" / "4").exists()
+
+
+def test_a_folder_that_cannot_be_written_is_told_in_one_sentence(tmp_path):
+    """Before the run; test_faults.py has what breaks while it saves."""
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match=r"file/c can't be written \(.*\); the checkpoints from"):
+        Checkpoints(tmp_path / "file" / "c", 2, "abc")
+
+
+def test_where_checkpoints_lie():
+    assert str(place(Path("runs/a"), "")) == "runs/a/checkpoints"
+    assert str(place(Path("runs/a"), "gs://bucket/all")) == "gs://bucket/all/a"
+    assert str(place(Path("runs/a"), "/disk")) == "/disk/a"

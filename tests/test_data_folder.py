@@ -51,7 +51,7 @@ def test_layout(photos):
     for image, label, name in source.examples("train", 0, 6):
         assert isinstance(image, bytes)
         assert source.class_names[label] in name
-    assert data.check(f"folder:{photos}", "train[:50%]") == 3
+    assert len(data.load(f"folder:{photos}", "train[:50%]", size=8)) == 3
 
 
 def test_load(photos):
@@ -138,7 +138,7 @@ def test_wrong_folder(photos, change, message):
 
 def test_wrong_split(photos):
     with pytest.raises(UserError, match=r"unknown split 'test'; known: train \(6\), val \(2\)"):
-        data.check(f"folder:{photos}", "test")
+        data.load(f"folder:{photos}", "test")
 
 
 # ---- damaged files

@@ -25,7 +25,7 @@ def test_packaged_shapes_and_balance():
         assert loaded.images.shape == (size, 28, 28, 3)
         assert loaded.images.dtype == np.uint8
         assert loaded.labels.dtype == np.int32
-        assert len(loaded) == size == data.check("fashion_mnist_mini", split)
+        assert len(loaded) == size
         assert loaded.num_classes == 10
         assert loaded.class_names == idx.FASHION_CLASSES
         np.testing.assert_array_equal(np.bincount(loaded.labels), size // 10)
@@ -119,7 +119,7 @@ def test_idx_folder(tmp_path, compress):
     np.testing.assert_array_equal(loaded.labels, arrays["train-labels-idx1"][2:7])
     assert loaded.labels.dtype == np.int32
     assert loaded.class_names == ("0", "1", "2")
-    assert data.check(f"idx:{tmp_path}", "test") == 6
+    assert len(data.load(f"idx:{tmp_path}", "test")) == 6
 
 
 def test_idx_folder_called_fashion(tmp_path):
@@ -132,11 +132,11 @@ def test_idx_folder_called_fashion(tmp_path):
 
 def test_idx_missing(tmp_path):
     with pytest.raises(UserError, match=r"no train-images-idx3-ubyte .*apt-get install"):
-        data.check(f"idx:{tmp_path}/nowhere", "train")
+        data.load(f"idx:{tmp_path}/nowhere", "train")
     write_idx(tmp_path, compress=True)
     (tmp_path / "t10k-labels-idx1-ubyte.gz").unlink()
     with pytest.raises(UserError, match="no t10k-labels-idx1-ubyte "):
-        data.check(f"idx:{tmp_path}", "train")
+        data.load(f"idx:{tmp_path}", "train")
 
 
 @pytest.mark.parametrize(

@@ -13,6 +13,7 @@ import pytest
 from PIL import Image
 
 from xkd_jax import data
+from xkd_jax.data.encoded import open_split
 from xkd_jax.errors import UserError
 
 
@@ -25,15 +26,15 @@ def test_missing_tfds_set_is_found_at_once(tmp_path):
     assert f"cifar100 is not in {tmp_path}" in message
     assert f"python -m xkd_jax.data prepare cifar100 --data_dir {tmp_path}" in message
     with pytest.raises(UserError, match=r"imagenet2012 .*--archive ILSVRC2012_img_train\.tar"):
-        data.check("tfds:imagenet2012", "train", str(tmp_path))
+        data.load("tfds:imagenet2012", "train", str(tmp_path))
     with pytest.raises(UserError, match=r"tfds\.builder\('stl10'.*download_and_prepare\(\)"):
-        data.check("tfds:stl10", "train", str(tmp_path))
+        data.load("tfds:stl10", "train", str(tmp_path))
 
 
 def test_default_tfds_folder_comes_from_the_environment(tmp_path, monkeypatch):
     monkeypatch.setenv("TFDS_DATA_DIR", str(tmp_path))
     with pytest.raises(UserError, match=f"not in {tmp_path}"):
-        data.check("tfds:cifar100", "train")
+        data.load("tfds:cifar100", "train")
 
 
 def write_info(folder: Path, **changes) -> Path:
@@ -44,23 +45,23 @@ def write_info(folder: Path, **changes) -> Path:
     return folder
 
 
-def test_tfds_check_reads_the_newest_version_and_decodes_nothing(tmp_path):
+def test_tfds_opens_the_newest_version_and_decodes_nothing(tmp_path):
     write_info(tmp_path / "cifar100/9.0.0", splits=[])
     write_info(tmp_path / "cifar100/10.0.0")
-    assert data.check("tfds:cifar100", "train[1:]", str(tmp_path)) == 4
+    assert data.open_source("tfds:cifar100", str(tmp_path)).sizes == {"train": 5}
 
 
 def test_tfds_in_another_form(tmp_path):
     write_info(tmp_path / "cifar100/3.0.2", fileFormat="tfrecord")
     with pytest.raises(UserError, match="in the form tfrecord, which only TensorFlow reads"):
-        data.check("tfds:cifar100", "train", str(tmp_path))
+        data.load("tfds:cifar100", "train", str(tmp_path))
 
 
 def test_damaged_tfds_info(tmp_path):
     folder = write_info(tmp_path / "cifar100/3.0.2")
     (folder / "dataset_info.json").write_text('{"spl')
     with pytest.raises(UserError, match=r"is damaged \(dataset_info\.json.*prepare it again"):
-        data.check("tfds:cifar100", "train", str(tmp_path))
+        data.load("tfds:cifar100", "train", str(tmp_path))
 
 
 def prepare_tfds(
@@ -158,6 +159,13 @@ def test_tfds_labels_out_of_range(tmp_path):
     prepare_tfds(tmp_path, random_images((6, 5, 3), (6, 5, 3)), labels=(0, -1))
     with pytest.raises(UserError, match=r"\] has the label -1, which is not within 0\.\.1; take"):
         data.load("tfds:tiny", "train", str(tmp_path))
+
+
+@needs_array_record
+def test_a_host_feed_looks_at_labels_before_it_starts(tmp_path):
+    prepare_tfds(tmp_path, random_images(*[(6, 5, 3)] * 4), labels=(-1, -1))
+    with pytest.raises(UserError, match=r"\] has the label -1, which is not within 0\.\.1; take"):
+        open_split("tfds:tiny", "train", str(tmp_path), 4, "host", "stop", 0.0)
 
 
 @needs_array_record

@@ -4,6 +4,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import linen as nn
+from PIL import Image
 
 from xkd_jax import partition
 from xkd_jax.data import Split
@@ -52,6 +53,48 @@ def test_noise_is_the_same_each_time_and_changes_the_images(network, split):
     first = evaluate(noisy, {}, split, mesh)
     assert first == evaluate(noisy, {}, split, mesh)
     assert first["loss"] != evaluate(create_eval_step(network), {}, split, mesh)["loss"]
+
+
+class LookedAt(nn.Module):
+    """A network whose ten logits are pixels of what it sees, from all over it."""
+
+    @nn.compact
+    def __call__(self, images, train=False):
+        return images[:, ::3, ::2, 1].reshape(len(images), -1)[:, :10], {}
+
+
+@pytest.mark.parametrize(("crop_pct", "resized"), [(0.0, 8), (1.0, 8), (0.8, 10), (0.5, 16)])
+def test_the_centre_is_cut_out_of_resident_images(crop_pct, resized):
+    """As Pillow does it: resized with its antialiased filter, then cropped."""
+    y, x = np.mgrid[:20, :20] / 6
+    waves = [127 + 100 * np.sin(phase + x + 0.7 * y) for phase in range(12)]
+    images = np.stack(waves).astype(np.uint8)[..., None].repeat(3, -1)
+    labels = np.arange(12, dtype=np.int32) % 10
+    split = Split(images, labels, tuple("abcdefghij"), crop_pct=crop_pct)
+    start = (resized - 8) // 2
+    box = (start, start, start + 8, start + 8)
+    seen = [
+        np.asarray(
+            Image.fromarray(image).resize((resized, resized), Image.Resampling.BILINEAR).crop(box)
+        )
+        for image in images
+    ]
+    logits = np.stack(seen)[:, ::3, ::2, 1].reshape(12, -1)[:, :10] / 255
+    likelihood = logits[np.arange(12), labels] - np.log(np.exp(logits).sum(axis=1))
+    step = create_eval_step(Network(LookedAt(), 8, (0.0,) * 3, (1.0,) * 3), split.crop_pct)
+    scores = evaluate(step, {}, split, partition.create_mesh(-1, 1))
+    assert scores["loss"] == pytest.approx(-likelihood.mean(), abs=1e-3)
+
+
+def test_images_that_are_not_square_are_squeezed_unless_cropped(network):
+    images = np.zeros((1, 10, 30, 3), np.uint8)
+    images[:, :, 10:20] = 255  # the centre is white, and the whole is a third white
+    split = Split(images, np.zeros(1, np.int32), tuple("abcdefghij"))
+    mesh = partition.create_mesh(-1, 1)
+    whole = evaluate(create_eval_step(network), {}, split, mesh)["loss"]
+    centre = evaluate(create_eval_step(network, 1.0), {}, split, mesh)["loss"]
+    assert centre == pytest.approx(np.log(10), abs=1e-5)
+    assert whole > centre + 0.1
 
 
 def test_fewer_than_five_classes(split):

@@ -7,6 +7,7 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
+from PIL import Image
 
 from tests import tiny
 from xkd_jax import experiment, train
@@ -78,6 +79,11 @@ def refuse(tmp_path, match, method="cakd", **changes):
         ("unknown data set 'fashion'", {"data__name": "fashion"}),
         ("unknown split 'trian'", {"data__train": "trian"}),
         ("unknown split 'tset'", {"data__test": "tset"}),
+        (r"crop_pct is 1.5, but must be in \(0, 1\]", {"crop_pct": 1.5}),
+        ("blurred images, which training must not have seen; set augment.blur=0",
+         {"data__noisy": True, "augment__blur": 0.5}),
+        ("vgg8 has no blocks that remat could compute anew; set remat=False",
+         {"remat": True, "student__model": "vgg8", "student__args": {}}),
         ("batch_size=128 is larger than the 64 images", {"batch_size": 128}),
         ("mesh.data=3 times mesh.model=1 is not the", {"mesh__data": 3}),
         ("there is no weights file at nope.safe", {"teacher__weights": "nope.safetensors"}),
@@ -86,7 +92,7 @@ def refuse(tmp_path, match, method="cakd", **changes):
         ("unknown adversary clock 'eon'", {"method__cakd__adversary_clock": "eon"}),
         ("unknown generator loss 'saturate'", {"method__cakd__generator": "saturate"}),
         ("this teacher is a CNN", {"teacher__model": "resnet18", "teacher__args": {}}),
-        ("has none; choose a CNN", {"student__model": "vit_tiny_patch4_32",
+        ("has none; for this pair take", {"student__model": "vit_tiny_patch4_32",
                                     "student__args": {"img_size": 28}}),
         ("27 must be a multiple of patch_size 4", {"teacher__args": {"img_size": 27,
                                                                      "patch_size": 4}}),
@@ -95,6 +101,46 @@ def refuse(tmp_path, match, method="cakd", **changes):
 )  # fmt: skip
 def test_wrong_values_are_refused(tmp_path, match, changes):
     refuse(tmp_path, match, **changes)
+
+
+@pytest.fixture
+def photos(tmp_path):
+    """Twelve images to learn from and four to test with, of two sizes."""
+    for split, count in (("train", 12), ("val", 4)):
+        for i in range(count):
+            path = tmp_path / "photos" / split / ("cat", "dog")[i % 2] / f"{i:02d}.png"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            Image.new("RGB", (30, 30 + i % 3)).save(path)
+    return tmp_path / "photos"
+
+
+def refuse_photos(photos, match, **changes):
+    names = {"data__name": f"folder:{photos}", "data__train": "train", "data__eval": "train",
+             "data__test": "val", "image_size": 28, "batch_size": 4}  # fmt: skip
+    refuse(photos.parent, match, "none", **names | changes)
+
+
+def test_folders(photos):
+    refuse_photos(photos, r"unknown split 'test'; known: train \(12\)", data__test="test")
+    refuse_photos(photos, "batch_size=16 is larger than the 12 images of 'train'", batch_size=16)
+    refuse_photos(photos, "set image_size, such as image_size=224", image_size=0)
+
+
+@pytest.mark.parametrize("feed", ["resident", "host"])
+@pytest.mark.parametrize("split", ["train", "val"])
+def test_damaged_images(photos, feed, split, capsys):
+    """In whichever split, the one that is measured at the end included."""
+    (photos / split / "cat" / "00.png").write_bytes(b"")
+    whole = (photos / split / "dog" / "01.png").read_bytes()
+    (photos / split / "dog" / "01.png").write_bytes(whole[: len(whole) // 2])
+    message = r"found 2 of \d+ images(?=.*cat/00.png .*it is empty)(?=.*dog/01.png ).*on_error=skip"
+    refuse_photos(photos, message, data__feed=feed)
+    count = "10" if split == "train" else "12"
+    refuse_photos(photos, f"larger than the {count} images", data__feed=feed,
+                  data__on_error="skip", batch_size=13)  # fmt: skip
+    with pytest.raises(AssertionError, match="training started"):
+        refuse_photos(photos, "nothing", data__feed=feed, data__on_error="skip")
+    assert "left out 2 of" in capsys.readouterr().err
 
 
 def test_batch_that_does_not_divide_over_the_mesh(tmp_path, monkeypatch):

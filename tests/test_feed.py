@@ -8,6 +8,7 @@ from PIL import Image
 
 from tests.tiny import get_config
 from xkd_jax import partition, train
+from xkd_jax.data import open_source
 from xkd_jax.data.encoded import EncodedImages, open_split
 from xkd_jax.data.order import batch_indices
 from xkd_jax.errors import UserError
@@ -69,6 +70,36 @@ def test_images_of_one_size_that_fit_lie_in_memory():
     np.testing.assert_array_equal(encoded.images[np.arange(9)], packaged.images)
 
 
+def test_evaluation_crops_what_the_host_has_not_cropped(photos):
+    def shares(feed, crop_pct):
+        opened = open_split(f"folder:{photos}", "train", "", 28, feed, "stop", crop_pct)
+        return opened.crop_pct, opened.images[np.arange(3)]
+
+    resident, host = (shares(feed, 0.5) for feed in ("resident", "host"))
+    assert (resident[0], host[0]) == (0.5, 0.0)
+    assert shares("resident", 0.0)[0] == 0.0
+    # By itself the host cuts the centre out of a larger image: resize 256, crop 224.
+    np.testing.assert_array_equal(shares("host", 0.0)[1], shares("host", 0.875)[1])
+    assert not np.array_equal(host[1], shares("host", 0.875)[1])
+
+
+def test_a_size_that_shows_late_moves_the_images_to_the_host(tmp_path):
+    for i in range(40):
+        path = tmp_path / "train" / "ab"[i % 2] / f"{i:02d}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (30, 30)).save(path)
+    examples = open_source(f"folder:{tmp_path}").examples("train", 0, 40)
+    Image.new("RGB", (30, 31)).save(examples[1].name)  # between the few that are looked at
+    opened = open_photos(tmp_path)
+    assert isinstance(opened.images, EncodedImages)
+    assert opened.images[np.arange(3)].shape == (3, 28, 28, 3)
+    for wanted, size in (("resident", 28), ("auto", 0)):
+        with pytest.raises(
+            UserError, match=r"differ in size \(.* is 30x31 and others 30x30\); set"
+        ):
+            open_photos(tmp_path, wanted, size)
+
+
 def test_batches_of_several_sizes_need_one(photos):
     with pytest.raises(UserError, match="set image_size, such as image_size=224"):
         open_photos(photos, size=0)
@@ -113,6 +144,20 @@ def test_repeated_examples_stand_side_by_side_and_are_cropped_differently(split,
     assert not np.array_equal(batch["image"][0], batch["image"][1])
     indices = np.concatenate([batch_indices(26, 8, 5, step, 4) for step in range(3)])
     assert len(set(indices.tolist())) == 6  # three batches of eight: a quarter as many examples
+
+
+def test_two_processes_read_halves_of_what_one_reads(split, mesh, monkeypatch):
+    order = Order(26, 4, seed=5)
+    whole, halves = take(Host(split, mesh, order), 5, 3), []
+    monkeypatch.setattr(jax, "process_count", lambda: 2)
+    for process in range(2):
+        monkeypatch.setattr(jax, "process_index", lambda process=process: process)
+        halves.append(take(Host(split, mesh, order), 5, 3))
+    for batch, first, second in zip(whole, *halves, strict=True):
+        assert len(first["index"]) == len(second["index"]) == 2
+        assert not set(first["index"].tolist()) & set(second["index"].tolist())
+        for name in ("index", "label", "image"):
+            np.testing.assert_array_equal(np.concatenate([first[name], second[name]]), batch[name])
 
 
 @pytest.mark.slow

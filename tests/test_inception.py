@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 
 from tests.networks import images, init
+from xkd_jax import platform
 from xkd_jax.errors import UserError
-from xkd_jax.models.convolution import plain
 from xkd_jax.models.inception import (
     VARIANTS,
     AuxHead,
@@ -56,7 +56,7 @@ def test_parameters_are_timms(tree):
 )
 def test_auxiliary_classifier_runs_in_training_alone(tree, aux, train, convolutions):
     model = InceptionV3(aux_logits=aux, dtype=jnp.bfloat16)
-    with plain():
+    with platform.assume("tpu"):
         jaxpr, ((_, out), _) = jax.make_jaxpr(
             lambda variables, x: model.apply(variables, x, train=train, mutable=["batch_stats"]),
             return_shape=True,

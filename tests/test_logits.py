@@ -5,7 +5,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from xkd_jax.methods.logits import Logits, soft_cross_entropy
+from xkd_jax.errors import UserError
+from xkd_jax.methods.logits import Logits, mean_squared_distance, soft_cross_entropy
 
 
 def logits(seed, n=4, classes=6):
@@ -57,13 +58,45 @@ def test_bfloat16_logits_are_compared_in_float32():
     np.testing.assert_allclose(loss, full)
 
 
-def test_method_weighs_the_term_and_reports_it_plain():
-    outs = {"logits": logits(1)}, {"logits": logits(0)}
-    method = Logits(weight=0.3, temperature=2.0)
-    loss, state, metrics = method.loss({}, {}, *outs, {}, jax.random.key(0), jnp.zeros(()))
-    kl = soft_cross_entropy(logits(0), logits(1), 2.0)
-    np.testing.assert_allclose(metrics["logits_kl"], kl)
-    np.testing.assert_allclose(loss, 0.3 * kl, rtol=1e-6)
+def test_the_mse_is_over_images_and_classes():
+    student, teacher = logits(0), logits(1)
+    pairs = zip(student.ravel(), teacher.ravel(), strict=True)
+    total = sum((float(a) - float(b)) ** 2 for a, b in pairs)
+    np.testing.assert_allclose(mean_squared_distance(student, teacher), total / 24, rtol=1e-5)
+    half = mean_squared_distance(jnp.asarray(student, jnp.bfloat16), teacher)
+    assert half.dtype == jnp.float32
+
+
+@pytest.mark.parametrize("variant", ["kl", "mse"])
+def test_method_weighs_the_term_and_reports_it_plain(variant):
+    teacher, student = {"logits": logits(1)}, {"logits": logits(0)}
+    method = Logits(weight=0.3, temperature=2.0, variant=variant)
+    method.check(teacher, student)
+    args = {}, jax.random.key(0), jnp.zeros(())
+    loss, state, metrics = method.loss({}, {}, teacher, student, *args)
+    kl, mse = soft_cross_entropy(logits(0), logits(1), 2.0), np.mean((logits(0) - logits(1)) ** 2)
+    name, term = f"logits_{variant}", kl if variant == "kl" else mse
+    assert metrics.keys() == {name, f"{name}_weighted"}
+    np.testing.assert_allclose(metrics[name], term, rtol=1e-6)
+    np.testing.assert_allclose(metrics[f"{name}_weighted"], loss)
+    np.testing.assert_allclose(loss, 0.3 * term, rtol=1e-6)
     assert state == {}
     assert method.needs_teacher
     assert not method.adversary_period
+
+
+def test_the_weights_are_repdistillers():
+    method = Logits()
+    assert (method.label_weight, method.weight, method.temperature) == (0.1, 0.9, 4.0)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"variant": "mae"}, "variant of logits 'mae'; did you mean mse"),
+        ({"temperature": 0.0}, r"temperature=0\.0 must be above 0"),
+    ],
+)
+def test_wrong_options_are_refused(options, message):
+    with pytest.raises(UserError, match=message):
+        Logits(**options).check({}, {})

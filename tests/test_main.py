@@ -1,75 +1,25 @@
 """The command line, as a user meets it: real processes."""
 
 import json
-import os
 import re
 import signal
 import subprocess
 import sys
 import time
-from pathlib import Path
 
-import numpy as np
 import pytest
 
+from tests.runs import (
+    ROOT,
+    TINY,
+    assert_same_run,
+    final_state,
+    finish,
+    timeless,
+    wait_for_step,
+)
 from xkd_jax.metrics import read_metrics
 from xkd_jax.weights import load_weights
-
-ROOT = Path(__file__).parent.parent
-TINY = "tests/tiny.py"
-
-
-@pytest.fixture(scope="module")
-def start(tmp_path_factory):
-    """Starts `python -m xkd_jax.main`; all processes share a new compilation cache."""
-    environment = os.environ | {"XDG_CACHE_HOME": str(tmp_path_factory.mktemp("cache"))}
-
-    def start(*arguments, **variables):
-        return subprocess.Popen(
-            [sys.executable, "-m", "xkd_jax.main", *map(str, arguments)],
-            cwd=ROOT,
-            env=environment | variables,
-            text=True,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-        )
-
-    return start
-
-
-def finish(process):
-    out, err = process.communicate(timeout=300)
-    return process.returncode, out, err
-
-
-def wait_for_step(process, folder, step):
-    """Returns as soon as metrics.jsonl tells of `step`."""
-    deadline = time.monotonic() + 240
-    while time.monotonic() < deadline and process.poll() is None:
-        lines = read_metrics(folder)
-        if lines and lines[-1]["step"] >= step:
-            return
-        time.sleep(0.005)
-    raise AssertionError(f"step {step} was not reached: {finish(process)}")
-
-
-def timeless(folder):
-    """The run's metrics without the speeds."""
-    lines = read_metrics(folder)
-    return [{k: v for k, v in line.items() if k != "images_per_second"} for line in lines]
-
-
-def final_state(folder):
-    """Every leaf of the last checkpoint, as NumPy arrays."""
-    import jax
-    import orbax.checkpoint as ocp
-
-    manager = ocp.CheckpointManager(folder / "checkpoints")
-    args = ocp.args.Composite(state=ocp.args.StandardRestore())
-    state = manager.restore(manager.latest_step(), args=args)["state"]
-    is_key = lambda leaf: jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.prng_key)  # noqa: E731
-    state = jax.tree.map(lambda leaf: jax.random.key_data(leaf) if is_key(leaf) else leaf, state)
-    return manager.latest_step(), jax.tree.leaves_with_path(jax.device_get(state))
 
 
 @pytest.fixture(scope="module")
@@ -79,19 +29,6 @@ def unbroken(start, tmp_path_factory):
     code, out, err = finish(start("--config", TINY, "--workdir", folder))
     assert code == 0, err
     return folder, out, err
-
-
-def assert_same_run(folder, unbroken):
-    """Bit for bit: weights, optimizers, adversary, key, the student's file and the metrics."""
-    step, state = final_state(folder)
-    expected_step, expected = final_state(unbroken)
-    assert step == expected_step == 40
-    assert [path for path, _ in state] == [path for path, _ in expected]
-    for (path, leaf), (_, other) in zip(state, expected, strict=True):
-        np.testing.assert_array_equal(leaf, other, err_msg=str(path))
-    student = "student.safetensors"
-    assert (folder / student).read_bytes() == (unbroken / student).read_bytes()
-    assert timeless(folder) == timeless(unbroken)
 
 
 def test_a_run_shows_progress_and_ends_with_a_table_and_a_picture(unbroken):
@@ -216,6 +153,7 @@ def test_a_complete_run_is_not_trained_again(start, unbroken):
         (["--config=nope.py"], "there is no config file nope.py"),
         (["--config", TINY, "extra"], "'extra' is no flag"),
         (["--config", TINY, "--confg=1"], "Did you mean: config"),
+        (["--config", TINY, "--process_id=1"], "give all three, or none"),
         (["--config", TINY, "--config.data.dri=x"], "no field data.dri; did you mean data.dir?"),
         (["--config", TINY, "--config.batch_size=many"], "invalid literal for int"),
         (["--config=configs/cifar100.py:smok"], "unknown variant 'smok'; did you mean smoke?"),

@@ -2,6 +2,9 @@
 
 import io
 import json
+import os
+import re
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -73,6 +76,7 @@ def photos(tmp_path_factory):
 RECIPES = {
     "cifar100.py:smoke": "--config.data.dir={tfds}",
     "cifar100_32.py:smoke": "--config.data.dir={tfds}",
+    "cifar100_published.py:smoke": "--config.data.dir={tfds}",
     "cifar10_32.py:smoke": "--config.data.dir={tfds}",
     "finetune_teacher.py:smoke": "--config.data.dir={tfds}",
     "folder.py:smoke": "--config.data.name=folder:{photos}/own",
@@ -89,6 +93,27 @@ def test_every_recipe_is_run():
     assert {path.name for path in CONFIGS.glob("*.py")} - ELSEWHERE == {
         recipe.partition(":")[0] for recipe in RECIPES
     }
+
+
+def test_from_photos_to_a_student_by_the_page(photos, tmp_path):
+    """docs/data.md's commands that download nothing, as they stand there but for the epochs."""
+    page = (CONFIGS.parent / "docs" / "data.md").read_text()
+    commands = re.findall(r"^python -m xkd_jax\.main (.*:scratch(?:.*\\\n)*.*)$", page, re.M)
+    assert len(commands) == 2
+    (tmp_path / "configs").symlink_to(CONFIGS)
+    (tmp_path / "photos").symlink_to(photos / "own")
+    for command in commands:
+        done = subprocess.run(
+            [sys.executable, "-m", "xkd_jax.main", *shlex.split(command.replace("\\\n", " ")),
+             "--config.epochs=2"],
+            cwd=tmp_path,
+            env=os.environ | {"PYTHONPATH": str(CONFIGS.parent)},
+            capture_output=True,
+            text=True,
+            check=False,
+        )  # fmt: skip
+        assert done.returncode == 0, done.stderr
+    assert (tmp_path / "runs" / "folder_scratch" / "student.safetensors").exists()
 
 
 @pytest.mark.parametrize("recipe", RECIPES)

@@ -1,92 +1,135 @@
-"""Saving and restoring a run, and stopping it without loss."""
+"""Saving and restoring a run."""
 
-import signal
+import contextlib
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
 import jax
+import numpy as np
 import orbax.checkpoint as ocp
+from etils import epath
+from jax.experimental import multihost_utils
 
+from xkd_jax import finite
 from xkd_jax.errors import UserError
+from xkd_jax.metrics import say
+
+
+def place(folder: Path, checkpoint_dir: str) -> epath.Path:
+    """Where the checkpoints of the run in `folder` lie, by `config.checkpoint_dir`."""
+    if checkpoint_dir:
+        return epath.Path(checkpoint_dir) / folder.absolute().name
+    return epath.Path(folder) / "checkpoints"
 
 
 class Checkpoints:
     """The checkpoints of one run, written while training goes on.
 
     Args:
-      folder: where they lie.
+      folder: where they lie, a path or a URI such as gs://bucket/run; the same for all processes.
       keep: how many of the newest stay.
       teacher: fingerprint of the teacher, "" for none; a checkpoint belongs to one teacher.
+
+    Raises:
+      UserError: there can't be such a folder.
     """
 
-    def __init__(self, folder: Path, keep: int, teacher: str):
-        options = ocp.CheckpointManagerOptions(max_to_keep=keep, create=True)
-        self._manager = ocp.CheckpointManager(folder.absolute(), options=options)
+    def __init__(self, folder: epath.PathLike, keep: int, teacher: str):
+        path = epath.Path(folder)
+        if "://" not in str(folder):
+            path = path.absolute()
+        # What a killed save left is as big as a checkpoint.
+        options = ocp.CheckpointManagerOptions(
+            max_to_keep=keep, create=True, cleanup_tmp_directories=True
+        )
+        self._folder = folder
+        with self._writing():
+            self._manager = ocp.CheckpointManager(path, options=options)
         self._meta = {"teacher": teacher}
 
     def restore(self, state: Any) -> Any | None:
         """The newest saved state, laid out on the devices as `state` is; None if there is none.
 
+        Damaged ones are passed over, and deleted once an older one is found whole.
+
         Raises:
-          UserError: it was saved under another teacher, doesn't fit `state`, or is damaged.
+          UserError: it was saved under another teacher, doesn't fit `state`, or all are damaged.
         """
-        step = self._manager.latest_step()
-        if step is None:
-            return None
         abstract = jax.tree.map(ocp.utils.to_shape_dtype_struct, state)
+        damaged: dict[int, str] = {}
+        for step in sorted(self._manager.all_steps(), reverse=True):
+            saved = self._read(step, abstract, damaged)
+            # Else one process could go on from another step than the rest.
+            if not np.all(multihost_utils.process_allgather(np.array(saved is not None))):
+                damaged.setdefault(step, "another process can't read it")
+                continue
+            assert saved is not None
+            if saved["meta"] != self._meta:
+                raise UserError(
+                    f"the checkpoint of step {step} learnt from teacher "
+                    f"{saved['meta']['teacher']}, and teacher.weights now holds "
+                    f"{self._meta['teacher']}; give the old file back or choose another --workdir."
+                )
+            for torn, reason in damaged.items():
+                say(
+                    f"the checkpoint of step {torn} is damaged ({reason}) and is deleted; "
+                    f"training goes on from step {step}."
+                )
+                self._manager.delete(torn)
+            return saved["state"]
+        if damaged:
+            step, reason = next(iter(damaged.items()))
+            raise UserError(
+                f"the checkpoint of step {step} doesn't fit this run or is damaged ({reason}); "
+                "choose another --workdir."
+            )
+        return None
+
+    def _read(self, step: int, abstract: Any, damaged: dict[int, str]) -> Any | None:
+        """What was saved after `step`; None, and the reason in `damaged`, if it can't be read."""
         args = ocp.args.Composite(
             state=ocp.args.StandardRestore(abstract), meta=ocp.args.JsonRestore()
         )
         try:
-            saved = self._manager.restore(step, args=args)
-        except (ValueError, KeyError, FileNotFoundError) as error:
-            raise UserError(
-                f"the checkpoint of step {step} doesn't fit this run or is damaged "
-                f"({str(error).splitlines()[0][:200]}); choose another --workdir."
-            ) from error
-        if saved["meta"] != self._meta:
-            raise UserError(
-                f"the checkpoint of step {step} learnt from teacher {saved['meta']['teacher']}, "
-                f"and teacher.weights now holds {self._meta['teacher']}; give the old file back "
-                "or choose another --workdir."
-            )
-        return saved["state"]
+            return self._manager.restore(step, args=args)
+        except Exception as error:  # of many kinds, by which of the files is damaged
+            damaged[step] = _first_line(error)
+            return None
 
     def save(self, step: int, state: Any) -> None:
-        """Starts saving `state`; its arrays are copied before this returns."""
-        if step != self._manager.latest_step():
-            args = ocp.args.Composite(
-                state=ocp.args.StandardSave(state), meta=ocp.args.JsonSave(self._meta)
-            )
+        """Starts saving `state`; its arrays are copied before this returns.
+
+        Raises:
+          UserError: `state` is not finite; or it, or the one before, can't be written.
+        """
+        if step == self._manager.latest_step():
+            return
+        finite.check_state(step, state)
+        args = ocp.args.Composite(
+            state=ocp.args.StandardSave(state), meta=ocp.args.JsonSave(self._meta)
+        )
+        with self._writing():
             self._manager.save(step, args=args)
 
     def close(self) -> None:
-        """Returns when everything is on disk."""
-        self._manager.wait_until_finished()
-        self._manager.close()
+        """Returns when everything is on disk.
+
+        Raises:
+          UserError: the last one can't be written.
+        """
+        with self._writing():
+            self._manager.close()
+
+    @contextlib.contextmanager
+    def _writing(self):
+        try:
+            yield
+        except Exception as error:  # the file system's, or what Orbax and TensorStore make of it
+            raise UserError(
+                f"{self._folder} can't be written ({_first_line(error)}); the checkpoints from "
+                "before stay: make room or give access, and run the same command again to go on."
+            ) from error
 
 
-class StopSignal:
-    """Turns the first SIGTERM or Ctrl-C into a wish that the loop can ask for.
-
-    A second Ctrl-C ends the process at once.
-    """
-
-    def __init__(self):
-        self.received: signal.Signals | None = None
-        self._previous = {}
-
-    def __enter__(self):
-        for name in (signal.SIGINT, signal.SIGTERM):
-            self._previous[name] = signal.signal(name, self._note)
-        return self
-
-    def _note(self, number: int, frame: FrameType | None) -> None:
-        del frame
-        self.received = signal.Signals(number)
-        signal.signal(number, self._previous[self.received])
-
-    def __exit__(self, *exception):
-        for name, handler in self._previous.items():
-            signal.signal(name, handler)
+def _first_line(error: Exception) -> str:
+    return (str(error).splitlines() or [type(error).__name__])[0][:200]

@@ -4,6 +4,7 @@ A recipe in `configs/` calls `default_config()` and sets what differs. The resul
 a misspelt field fails where it is written.
 """
 
+import copy
 import dataclasses
 import difflib
 from typing import Any
@@ -31,7 +32,6 @@ def default_config() -> Config:
 
     # Methods to train one after the other with everything else equal; empty: `method.name` alone.
     config.compare = ()
-    config.label_weight = 1.0  # of the cross-entropy
     config.label_smoothing = 0.0
     config.method = ConfigDict({"name": "none"})
     for name, method in METHODS.items():
@@ -61,10 +61,10 @@ def default_config() -> Config:
         }
     )
     config.image_size = 0  # the side that networks see, pixels; 0: the data's own
-    # Of images decoded batch by batch: the training crop's share of the area, the evaluation
-    # crop's share of the side.
-    config.crop_scale = (0.08, 1.0)
-    config.crop_pct = 0.875
+    config.crop_scale = (0.08, 1.0)  # of images decoded batch by batch: a crop's share of the area
+    # The evaluation crop's share of the side: 0.875 is "resize 256, crop 224". 0: 0.875 of images
+    # decoded batch by batch, and resident ones whole, resized.
+    config.crop_pct = 0.0
     config.augment = ConfigDict({"crop_padding": 4, "flip": True})
     config.augment.update(dataclasses.asdict(Augment()))
     config.views = ConfigDict(dataclasses.asdict(MultiView()))
@@ -75,14 +75,27 @@ def default_config() -> Config:
     adversary = OptimizerOptions(name="adam", learning_rate=1e-3, weight_decay=0.0)
     config.adversary_optimizer = ConfigDict(dataclasses.asdict(adversary))
     config.accumulate = 1  # parts that a batch is computed in, one after the other: less memory
+    config.remat = False  # the student's blocks, computed twice: less memory, a third more time
     config.layer_decay = 1.0  # of the student's rate, from each layer to the one below it; 1: off
     config.ema = ConfigDict({"decay": 0.0, "warmup": False})  # of the student; 0: off
 
-    config.mesh = ConfigDict({"data": -1, "model": 1})  # devices along each axis; -1: the rest
+    config.mesh = ConfigDict(
+        {
+            "data": -1,  # devices along each axis; -1: the rest
+            "model": 1,
+            # "replicated"; "fsdp": each device keeps a share of large weights, and gathers them in
+            # every step; "auto": "fsdp" above 1 GiB.
+            "teacher": "auto",
+            "student": "replicated",  # or "fsdp": weights, optimizer states and average
+        }
+    )
     config.log_every = 50  # steps
     config.eval_every = 1  # epochs
     config.checkpoint_every = 1000  # steps; the last step is always saved
     config.keep_checkpoints = 2
+    # "": in the run's folder. Or a folder for those of many runs, which all processes share; any
+    # URI that Orbax takes, such as "gs://bucket/runs".
+    config.checkpoint_dir = ""
     return config.lock()
 
 
@@ -102,6 +115,8 @@ def validate(config: Config) -> None:
         ("dtype", config.dtype, DTYPES),
         ("data.feed", config.data.feed, FEEDS),
         ("data.on_error", config.data.on_error, ON_ERROR),
+        ("mesh.teacher", config.mesh.teacher, ("auto", "replicated", "fsdp")),
+        ("mesh.student", config.mesh.student, ("replicated", "fsdp")),
     ):
         if value not in known:
             raise unknown(field, value, known)
@@ -123,8 +138,13 @@ def validate(config: Config) -> None:
     low, high = config.crop_scale
     if not 0 < low <= high <= 1:
         raise UserError(f"crop_scale is {(low, high)}, but must be two shares, rising, in (0, 1].")
-    if not 0 < config.crop_pct <= 1:
-        raise UserError(f"crop_pct is {config.crop_pct}, but must be in (0, 1].")
+    if not 0 <= config.crop_pct <= 1:
+        raise UserError(f"crop_pct is {config.crop_pct}, but must be in (0, 1], or 0 to choose.")
+    if config.data.noisy and config.augment.blur > 0:
+        raise UserError(
+            "data.noisy measures on blurred images, which training must not have seen; set "
+            "augment.blur=0, or data.noisy=False."
+        )
     MultiView(**config.views)
     augmentation(config)
     OptimizerOptions(**config.optimizer)
@@ -132,6 +152,10 @@ def validate(config: Config) -> None:
     ScheduleOptions(**config.schedule)
     if not config.data.name:
         raise UserError("data.name is empty; name a data set such as 'tfds:cifar100'.")
+    _validate_methods(config)
+
+
+def _validate_methods(config: Config) -> None:
     if config.compare and config.method.name != "none":
         raise UserError(
             f"method.name={config.method.name} has no effect beside compare={config.compare}; "
@@ -143,6 +167,14 @@ def validate(config: Config) -> None:
         method = create_method(name, config.method)
         if method.needs_teacher and not (config.teacher.model or config.teacher.weights):
             raise UserError(f"method {name} needs a teacher; set teacher.weights to its file.")
+
+
+def for_method(config: Config, method: str) -> Config:
+    """The config of one run of a comparison."""
+    config = copy.deepcopy(config)
+    config.compare = ()
+    config.method.name = method
+    return config
 
 
 def augmentation(config: Config) -> Augment:

@@ -3,7 +3,6 @@
 The last, smaller batch is filled up and masked.
 """
 
-import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -22,11 +21,14 @@ NOISE_SEED = 2022
 IMAGES_PER_DEVICE = 128
 
 
-def create_eval_step(network: Network, noisy: bool = False) -> Callable[..., dict[str, jax.Array]]:
+def create_eval_step(
+    network: Network, crop_pct: float = 0.0, noisy: bool = False
+) -> Callable[..., dict[str, jax.Array]]:
     """A jitted function that counts what one batch gets right.
 
     Args:
       network: the student or the teacher.
+      crop_pct: of the split, `data.Split.crop_pct`.
       noisy: whether images are corrupted (`views.noisy`), as in the paper's Fig. 3(a).
 
     Returns:
@@ -39,9 +41,11 @@ def create_eval_step(network: Network, noisy: bool = False) -> Callable[..., dic
         pixels = images.astype(jnp.float32) / 255
         if noisy:
             pixels = views.noisy(key, pixels)
-        pixels = views.normalize(
-            views.resize(pixels, network.image_size), network.mean, network.std
-        )
+        if crop_pct:
+            pixels = views.resize_crop(pixels, network.image_size, crop_pct)
+        else:
+            pixels = views.resize(pixels, network.image_size)
+        pixels = views.normalize(pixels, network.mean, network.std)
         logits, _ = apply(network.module, variables, pixels, train=False)
         best = jax.lax.top_k(logits, min(5, logits.shape[-1]))[1]
         hits = (best == labels[:, None]) & valid[:, None]
@@ -73,7 +77,8 @@ def evaluate(
       top1 and top5 in [0, 1], the mean cross-entropy and, where both of two classes occur, eer,
       the Equal Error Rate.
     """
-    to_device = functools.partial(partition.put, sharding=partition.over_batch(mesh))
+    sharding = partition.over_batch(mesh)
+    variables = jax.device_put(variables, partition.replicated(mesh))
     count, sums = len(split), []
     batch_size = IMAGES_PER_DEVICE * mesh.shape["data"]
     key = jax.random.key(NOISE_SEED)
@@ -81,10 +86,12 @@ def evaluate(
         indices = np.arange(start, start + batch_size)
         valid = indices < count
         indices = np.minimum(indices, count - 1)
-        batch = to_device((split.images[indices], split.labels[indices], valid))
-        sums.append(eval_step(variables, *batch, jax.random.fold_in(key, start)))
+        images = partition.put_rows(split.images, indices, sharding)
+        labels, valid = partition.put((split.labels[indices], valid), sharding)
+        sums.append(eval_step(variables, images, labels, valid, jax.random.fold_in(key, start)))
+    scores = [batch.pop("scores") for batch in sums if "scores" in batch]
+    scores = partition.to_host(scores, mesh)
     totals = jax.device_get(sums)
-    scores = [batch.pop("scores") for batch in totals if "scores" in batch]
     means = {name: float(sum(s[name] for s in totals)) / count for name in totals[0]}
     if scores and np.ptp(split.labels):
         means["eer"] = equal_error_rate(np.concatenate(scores)[:count], split.labels)

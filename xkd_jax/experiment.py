@@ -1,6 +1,5 @@
 """From a command line to finished run folders: one run, or a comparison of several methods."""
 
-import copy
 import json
 import os
 import signal
@@ -10,15 +9,24 @@ from typing import Any
 
 import jax
 
-from xkd_jax import report, results, train
-from xkd_jax.config import Config, default_config, has_field, missing_field, used, validate
+from xkd_jax import partition, processes, report, results, train
+from xkd_jax.config import (
+    Config,
+    default_config,
+    for_method,
+    has_field,
+    missing_field,
+    used,
+    validate,
+)
 from xkd_jax.errors import UserError
 from xkd_jax.metrics import say
 from xkd_jax.report import CONFIG_FILE
 from xkd_jax.task import create_task
+from xkd_jax.weights import write_file
 
 # Fields that may change when a run goes on: they don't change what it computes.
-FREE = ("data.dir", "log_every", "checkpoint_every", "keep_checkpoints")
+FREE = ("data.dir", "log_every", "checkpoint_every", "keep_checkpoints", "checkpoint_dir")
 
 
 def explain(error: Exception, argv: list[str]) -> str:
@@ -80,7 +88,7 @@ def run(config: Config, workdir: Path) -> int:
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
     runs = {workdir: config}
     if config.compare:
-        runs = {workdir / name: _alone(config, name) for name in config.compare}
+        runs = {workdir / name: for_method(config, name) for name in config.compare}
         if (workdir / CONFIG_FILE).exists():
             raise UserError(f"{workdir} holds a single run; choose another --workdir.")
     # All of them are checked before the first one starts.
@@ -88,34 +96,38 @@ def run(config: Config, workdir: Path) -> int:
     for alone in left.values():
         create_task(alone)
     for folder, alone in left.items():
-        if not (folder / CONFIG_FILE).exists():
-            (folder / CONFIG_FILE).write_text(json.dumps(used(alone), indent=2) + "\n")
-        stopped = _train(alone, folder)
+        try:
+            stopped = _train(alone, folder)
+        except OSError as error:
+            raise UserError(
+                f"training stopped at a file that can't be read or written ({error}); the "
+                "checkpoints stay: put it right, and run the same command again to go on."
+            ) from error
         if stopped:
             say(
                 f"stopped by {stopped.name}; everything is saved in {workdir}: run the same "
                 "command again to go on."
             )
             return 130 if stopped == signal.SIGINT else 0
-    print(report.write(workdir))
+    if processes.is_first():
+        print(report.write(workdir))
     return 0
 
 
-def _alone(config: Config, method: str) -> Config:
-    """The config of one run of a comparison."""
-    alone = copy.deepcopy(config)
-    alone.compare = ()
-    alone.method.name = method
-    return alone
-
-
 def _train(config: Config, folder: Path) -> signal.Signals | None:
-    """Trains and measures; returns the signal that stopped it early, if one did."""
+    """Trains and measures; returns the signal that stopped it early, if one did.
+
+    Raises:
+      OSError: the disk is full, or the like.
+    """
+    if processes.is_first() and not (folder / CONFIG_FILE).exists():
+        write_file(folder / CONFIG_FILE, (json.dumps(used(config), indent=2) + "\n").encode())
     task = create_task(config)
     state, stopped = train.run(task, folder)
     if stopped and int(state.step) < task.total_steps:
         return stopped
-    results.finish(task, jax.device_get(train.student_variables(state)), folder)
+    variables = partition.to_host(train.student_variables(state), task.mesh)
+    results.finish(task, variables, folder)
     return stopped
 
 

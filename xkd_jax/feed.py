@@ -22,13 +22,41 @@ from xkd_jax.task import Task
 Batch = dict[str, jax.Array]
 
 
+def create_order(task: Task) -> "Order":
+    """Which examples each step of the task sees."""
+    config = task.config
+    return Order(len(task.train), config.batch_size, config.seed, config.data.repeats)
+
+
 def create_feed(task: Task) -> "Resident | Host":
     """The way that the task's training split asks for."""
-    config = task.config
-    order = Order(len(task.train), config.batch_size, config.seed, config.data.repeats)
+    config, order = task.config, create_order(task)
     if isinstance(task.train.images, EncodedImages):
         return Host(task.train, task.mesh, order, tuple(config.crop_scale), config.data.workers)
     return Resident(task.train, task.mesh, order)
+
+
+def batch_shapes(task: Task) -> dict[str, jax.ShapeDtypeStruct]:
+    """What the task's feed yields as `batches`, as shapes with their shardings."""
+    count = task.config.batch_size
+    shapes = {"index": jax.ShapeDtypeStruct((count,), np.int32)}
+    if isinstance(task.train.images, EncodedImages):
+        shapes["image"] = jax.ShapeDtypeStruct((count, *task.train.images.shape[1:]), np.uint8)
+        shapes["label"] = shapes["index"]
+    return partition.shaped(shapes, partition.over_batch(task.mesh))
+
+
+def resident_shapes(task: Task) -> dict[str, jax.ShapeDtypeStruct]:
+    """What the task's feed has as `arrays`, as shapes with their shardings."""
+    if isinstance(task.train.images, EncodedImages):
+        return {}
+    count, *shape = task.train.images.shape
+    count += -count % task.mesh.shape["data"]
+    shapes = {
+        "image": jax.ShapeDtypeStruct((count, *shape), np.uint8),
+        "label": jax.ShapeDtypeStruct((count,), np.int32),
+    }
+    return partition.shaped(shapes, partition.over_batch(task.mesh))
 
 
 @dataclasses.dataclass(frozen=True)

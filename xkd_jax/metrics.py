@@ -2,8 +2,10 @@
 
 import json
 import math
+import os
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -11,11 +13,11 @@ import jax
 import tqdm
 from tensorboardX import SummaryWriter
 
-from xkd_jax.errors import UserError
+from xkd_jax import processes
 
 
 class RunLog:
-    """Writes metrics to `metrics.jsonl` and TensorBoard.
+    """Writes metrics to `metrics.jsonl` and TensorBoard; of several processes, the first does.
 
     Args:
       folder: the run's.
@@ -24,12 +26,16 @@ class RunLog:
     """
 
     def __init__(self, folder: Path, step: int):
+        writes = processes.is_first()
         path, part = folder / "metrics.jsonl", folder / "metrics.jsonl.part"
-        kept = [line for line in read_metrics(folder) if line["step"] <= step]
-        part.write_text("".join(json.dumps(line) + "\n" for line in kept))
-        part.replace(path)
-        self._file = path.open("a")
-        self._board = SummaryWriter(str(folder / "tensorboard"), purge_step=step + 1)
+        if writes:
+            kept = [line for line in read_metrics(folder) if line["step"] <= step]
+            part.write_text("".join(json.dumps(line) + "\n" for line in kept))
+            part.replace(path)
+        self._file = (path if writes else Path(os.devnull)).open("a")
+        board = str(folder / "tensorboard")
+        # With a limit on what waits, a full disk would end TensorBoard's writer and stop training.
+        self._board = SummaryWriter(board, purge_step=step + 1, max_queue=0, write_to_disk=writes)
 
     def write(self, step: int, metrics: dict[str, float]) -> None:
         """One line, and one point in every TensorBoard curve."""
@@ -59,17 +65,8 @@ class Averages:
     def __init__(self):
         self._values: dict[str, list[float]] = {}
 
-    def add(self, step: int, metrics: dict[str, Any]) -> None:
-        """Adds one step's metrics.
-
-        Raises:
-          UserError: the loss is not a finite number.
-        """
-        if not math.isfinite(metrics["loss"]):
-            raise UserError(
-                f"the loss at step {step} is {float(metrics['loss'])}; lower "
-                "optimizer.learning_rate or set optimizer.clip_norm (say 2.0)."
-            )
+    def add(self, metrics: dict[str, Any]) -> None:
+        """Adds one step's metrics, scalars."""
         for name, value in metrics.items():
             # The adversary's are NaN on the steps that leave it as it is.
             if not math.isnan(value):
@@ -102,7 +99,7 @@ class Progress:
             initial=start,
             desc=name,
             unit="step",
-            disable=not sys.stderr.isatty(),
+            disable=not (sys.stderr.isatty() and processes.is_first()),
             dynamic_ncols=True,
         )
 
@@ -146,9 +143,19 @@ class Reporter:
       total: the last step.
       batch_size: images a step.
       every: steps from one line to the next.
+      check: looks at each step's metrics, on the host, before they are reported.
     """
 
-    def __init__(self, folder: Path, start: int, total: int, batch_size: int, every: int):
+    def __init__(
+        self,
+        folder: Path,
+        start: int,
+        total: int,
+        batch_size: int,
+        every: int,
+        check: Callable[[int, dict[str, Any]], None],
+    ):
+        self._check = check
         self._log = RunLog(folder, start)
         self._progress = Progress(folder.name, start, total, batch_size)
         self._averages = Averages()
@@ -161,16 +168,14 @@ class Reporter:
         self._pending = step, metrics
 
     def flush(self) -> None:
-        """Waits for the metrics that were taken, if any, and reports them when it is time.
-
-        Raises:
-          UserError: the loss is not a finite number.
-        """
+        """Waits for the metrics that were taken, if any, and reports them when it is time."""
         if self._pending is None:
             return
         step, metrics = self._pending
         self._pending = None
-        self._averages.add(step, jax.device_get(metrics))
+        metrics = jax.device_get(metrics)
+        self._check(step, metrics)
+        self._averages.add({name: value for name, value in metrics.items() if value.ndim == 0})
         self._progress.update(step)
         if step % self._every == 0 or step == self._total:
             means = self._averages.take()
@@ -193,4 +198,5 @@ class Reporter:
 
 def say(text: str) -> None:
     """A line for the user, on standard error, that doesn't tear a progress bar."""
-    tqdm.tqdm.write(text, file=sys.stderr)
+    if processes.is_first():
+        tqdm.tqdm.write(text, file=sys.stderr)

@@ -91,7 +91,11 @@ def _check_range(field: str, value: float, low: float, high: float = float("inf"
 
 
 def create_learning_rate_fn(
-    schedule: Mapping[str, Any], learning_rate: float, epochs: int, steps_per_epoch: int
+    schedule: Mapping[str, Any],
+    learning_rate: float,
+    epochs: int,
+    steps_per_epoch: int,
+    first_steps: int = 0,
 ) -> optax.Schedule:
     """The learning rate as a function of the step.
 
@@ -100,8 +104,9 @@ def create_learning_rate_fn(
         `boundaries` (the paper: x0.1 at 100 and 150); "cosine" and "linear" go down to
         `end_factor` of the highest rate at the end.
       learning_rate: the highest.
-      epochs: of the whole run.
+      epochs: of the training proper.
       steps_per_epoch: whole batches.
+      first_steps: of a method's first phase, which comes before, at the highest rate.
 
     Raises:
       UserError: an option is out of range, or the warm-up lasts longer than the run.
@@ -125,10 +130,12 @@ def create_learning_rate_fn(
         main = optax.linear_schedule(learning_rate, options.end_factor * learning_rate, rest)
     else:
         main = optax.constant_schedule(learning_rate)
-    if not warmup:
+    if warmup:
+        climb = optax.linear_schedule(0.0, learning_rate, warmup)
+        main = optax.join_schedules([climb, main], [warmup])
+    if not first_steps:
         return main
-    climb = optax.linear_schedule(0.0, learning_rate, warmup)
-    return optax.join_schedules([climb, main], [warmup])
+    return optax.join_schedules([optax.constant_schedule(learning_rate), main], [first_steps])
 
 
 def create_optimizer(

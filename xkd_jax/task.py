@@ -15,14 +15,14 @@ import optax
 from flax import linen as nn
 from jax.sharding import Mesh
 
-from xkd_jax import data, partition
+from xkd_jax import data, partition, platform
 from xkd_jax.augment import Augment
 from xkd_jax.config import Config, augmentation
 from xkd_jax.convert.conversion import convert, fetch
 from xkd_jax.convert.files import read_checkpoint
 from xkd_jax.data.encoded import open_split
 from xkd_jax.errors import UserError
-from xkd_jax.methods import create_method
+from xkd_jax.methods import check_pair, create_method
 from xkd_jax.methods.base import Method, Outputs
 from xkd_jax.metrics import say
 from xkd_jax.models import create_model
@@ -88,7 +88,7 @@ class Task:
       augment: the strong augmentation.
       views: the multi-view generator's strengths.
       steps_per_epoch: whole batches.
-      total_steps: of the run.
+      total_steps: of the run, the method's first phase included.
     """
 
     mesh: Mesh
@@ -114,13 +114,7 @@ def create_task(config: Config) -> Task:
     """
     method = create_method(config.method.name, config.method)
     mesh = partition.create_mesh(config.mesh.data, config.mesh.model)
-    share = mesh.shape["data"] * config.accumulate
-    if config.batch_size % share:
-        parts = f" in accumulate={config.accumulate} parts" if config.accumulate > 1 else ""
-        raise UserError(
-            f"batch_size={config.batch_size} doesn't divide over the {mesh.shape['data']} devices "
-            f"of the mesh{parts}; take a multiple of {share}."
-        )
+    check_batch(config, mesh)
     teacher_file = load_teacher_file(config) if method.needs_teacher else None
     train = load_split(config, config.data.train)
     if config.batch_size > len(train):
@@ -130,20 +124,58 @@ def create_task(config: Config) -> Task:
         )
     student = create_student(config, train)
     teacher = create_teacher(config, train, teacher_file) if teacher_file else None
-    data.check(config.data.name, config.data.test, config.data.dir)
+    load_split(config, config.data.test)  # what is wrong with it must not show at the end
+    splits = train, load_split(config, config.data.eval)
+    return assemble(config, method, mesh, splits, student, teacher)
+
+
+def check_batch(config: Config, mesh: Mesh) -> None:
+    """Refuses a batch that doesn't divide.
+
+    Raises:
+      UserError: over the devices, or into the parts of `config.accumulate`.
+    """
+    share = mesh.shape["data"] * config.accumulate
+    if config.batch_size % share:
+        parts = f" in accumulate={config.accumulate} parts" if config.accumulate > 1 else ""
+        raise UserError(
+            f"batch_size={config.batch_size} doesn't divide over the {mesh.shape['data']} devices "
+            f"of the mesh{parts}; take a multiple of {share}."
+        )
+
+
+def assemble(
+    config: Config,
+    method: Method,
+    mesh: Mesh,
+    splits: tuple[data.Split, data.Split],
+    student: Network,
+    teacher: Network | None,
+) -> Task:
+    """The task of these parts; `splits` are those to learn from and to evaluate on.
+
+    Raises:
+      UserError: the method can't take this pair, or the optimizer's options are wrong.
+    """
+    train, evaluation = splits
     if teacher:
-        method.check(teacher.output_shapes(), student.output_shapes())
+        check_pair(method, teacher.output_shapes(), student.output_shapes())
     steps_per_epoch = len(train) // config.batch_size
     if config.layer_decay < 1:
         layer_ids(jax.eval_shape(student.init, jax.random.key(0))["params"])
+    first_steps = round(method.first_phase * steps_per_epoch)
     rate = create_learning_rate_fn(
-        config.schedule, config.optimizer.learning_rate, config.epochs, steps_per_epoch
+        config.schedule,
+        config.optimizer.learning_rate,
+        config.epochs,
+        steps_per_epoch,
+        first_steps,
     )
     adversary_rate = optax.constant_schedule(config.adversary_optimizer.learning_rate)
     return Task(
         mesh=mesh,
         train=train,
-        evaluation=load_split(config, config.data.eval),
+        evaluation=evaluation,
         student=student,
         teacher=teacher,
         method=method,
@@ -157,14 +189,14 @@ def create_task(config: Config) -> Task:
         augment=augmentation(config),
         views=MultiView(**config.views),
         steps_per_epoch=steps_per_epoch,
-        total_steps=steps_per_epoch * config.epochs,
+        total_steps=first_steps + steps_per_epoch * config.epochs,
     )
 
 
 def compute_dtype(name: str) -> Any:
     """What networks compute in: `config.dtype`, where "auto" is bfloat16 on a GPU or TPU."""
     if name == "auto":
-        name = "float32" if jax.default_backend() == "cpu" else "bfloat16"
+        name = "float32" if platform.current() == "cpu" else "bfloat16"
     return jnp.dtype(name)
 
 
@@ -188,6 +220,13 @@ def create_student(config: Config, train: data.Split) -> Network:
         dtype=compute_dtype(config.dtype),
         **config.student.args.to_dict(),
     )
+    if config.remat:
+        if not hasattr(module, "remat"):
+            raise UserError(
+                f"{config.student.model} has no blocks that remat could compute anew; set "
+                "remat=False, or more parts with accumulate."
+            )
+        module = module.clone(remat=True)
     network = Network(module, _data_size(config, train), train.mean, train.std)
     shapes = jax.eval_shape(network.init, jax.random.key(0))
     if not config.student.weights:
@@ -250,6 +289,21 @@ def create_teacher(config: Config, train: data.Split, file: tuple[Any, dict[str,
       UserError: it was trained for other classes, or its tensors don't fit.
     """
     variables, metadata = file
+    network = describe_teacher(config, train, metadata)
+    if variables is None:
+        variables = jax.device_get(jax.jit(network.init)(jax.random.key(config.seed)))
+    else:
+        shapes = jax.eval_shape(network.init, jax.random.key(0))
+        check_weights(config.teacher.weights, variables, shapes, metadata["model"])
+    return dataclasses.replace(network, variables=variables, fingerprint=fingerprint(variables))
+
+
+def describe_teacher(config: Config, train: data.Split, metadata: dict[str, Any]) -> Network:
+    """The teacher that its file's metadata describe, without its weights.
+
+    Raises:
+      UserError: it was trained for other classes.
+    """
     classes = metadata.get("num_classes", train.num_classes)
     if classes != train.num_classes:
         raise UserError(
@@ -262,15 +316,9 @@ def create_teacher(config: Config, train: data.Split, file: tuple[Any, dict[str,
         dtype=compute_dtype(config.dtype),
         **metadata["args"],
     )
-    network = Network(
+    return Network(
         module,
         metadata.get("image_size", getattr(module, "img_size", _data_size(config, train))),
         tuple(metadata.get("mean", train.mean)),
         tuple(metadata.get("std", train.std)),
     )
-    shapes = jax.eval_shape(network.init, jax.random.key(0))
-    if variables is None:
-        variables = jax.device_get(jax.jit(network.init)(jax.random.key(config.seed)))
-    else:
-        check_weights(config.teacher.weights, variables, shapes, metadata["model"])
-    return dataclasses.replace(network, variables=variables, fingerprint=fingerprint(variables))

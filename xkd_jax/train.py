@@ -1,5 +1,6 @@
 """The training loop: teachers, baselines and every method, at every scale."""
 
+import contextlib
 import dataclasses
 import functools
 import signal
@@ -7,83 +8,25 @@ import time
 from pathlib import Path
 from typing import Any
 
-import flax.struct
 import jax
 import jax.numpy as jnp
 import optax
 
-from xkd_jax import ema, partition, views
+from xkd_jax import ema, finite, memory, partition, views
 from xkd_jax.augment import augment
-from xkd_jax.checkpoint import Checkpoints, StopSignal
+from xkd_jax.checkpoint import Checkpoints, place
 from xkd_jax.evaluate import create_eval_step, evaluate
-from xkd_jax.feed import create_feed
+from xkd_jax.feed import batch_shapes, create_feed
 from xkd_jax.methods.base import apply
-from xkd_jax.metrics import Reporter
+from xkd_jax.metrics import Reporter, say
 from xkd_jax.mixing import mix
 from xkd_jax.optimizer import accumulate
+from xkd_jax.processes import StopSignal
+from xkd_jax.results import Best
+from xkd_jax.state import TrainState, init_state, student_variables
 from xkd_jax.task import Network, Task
 
 AUXILIARY_WEIGHT = 0.4  # of Inception's second classifier, as TF-Slim and torchvision train it
-
-
-@flax.struct.dataclass
-class TrainState:
-    """All that changes while training, and all that a checkpoint holds.
-
-    The teacher is not in it, and neither is the data's position: the order of the examples is a
-    function of the seed and the step.
-    """
-
-    step: jax.Array
-    key: jax.Array
-    params: Any
-    batch_stats: Any
-    opt_state: Any
-    method_params: Any
-    method_opt_state: Any
-    method_state: Any
-    adversary: Any
-    adversary_opt_state: Any
-    ema: Any
-
-
-def init_state(task: Task) -> TrainState:
-    """The state before the first step, replicated over the mesh."""
-    student_out, teacher_out = task.student.output_shapes(), {}
-    if task.teacher:
-        teacher_out = task.teacher.output_shapes()
-
-    def zeros(out):
-        is_shape = jax.ShapeDtypeStruct
-        return {k: jnp.zeros_like(v) if isinstance(v, is_shape) else v for k, v in out.items()}
-
-    def init(key):
-        student_key, method_key, adversary_key, train_key = jax.random.split(key, 4)
-        variables = task.student.variables or task.student.init(student_key)
-        outs = zeros(teacher_out), zeros(student_out)
-        params, method_state = task.method.init(method_key, *outs)
-        adversary = {}
-        if task.method.adversary_period:
-            adversary = task.method.init_adversary(adversary_key, *outs)
-        return TrainState(
-            step=jnp.zeros((), jnp.int32),
-            key=train_key,
-            params=variables["params"],
-            batch_stats=variables.get("batch_stats", {}),
-            opt_state=task.optimizers["student"].init(variables["params"]),
-            method_params=params,
-            method_opt_state=task.optimizers["method"].init(params),
-            method_state=method_state,
-            adversary=adversary,
-            adversary_opt_state=task.optimizers["adversary"].init(adversary),
-            ema=ema.init(_trained(variables)) if task.config.ema.decay else {},
-        )
-
-    key = jax.random.key(task.config.seed)
-    # It runs once: on a CPU, compiling it well would take longer than the first training steps.
-    options = {"xla_backend_optimization_level": 0} if jax.default_backend() == "cpu" else None
-    everywhere = partition.replicated(task.mesh)
-    return jax.jit(init, out_shardings=everywhere, compiler_options=options)(key)
 
 
 def label_loss(logits: jax.Array, targets: jax.Array) -> jax.Array:
@@ -139,26 +82,35 @@ def train_step(
         uint8 [N, H, W, 3], and `label` [N].
 
     Returns:
-      The new state and the step's metrics, scalars.
+      The new state and the step's metrics: scalars, and `finite.FLAGS` of the gradients.
     """
-    batch = batch | {name: array[batch["index"]] for name, array in resident.items()}
+    batch = batch | partition.take(task.mesh, resident, batch["index"])
+    teacher_variables = partition.gather(task.mesh, teacher_variables)
+    whole = dataclasses.replace(state, params=partition.gather(task.mesh, state.params))
     parts = task.config.accumulate
     step_key = jax.random.fold_in(state.key, state.step)
 
     def part(carry: tuple, batch: dict[str, jax.Array], number: jax.Array) -> tuple:
         key = jax.random.fold_in(step_key, number) if parts > 1 else step_key
-        now = dataclasses.replace(state, batch_stats=carry[0], method_state=carry[1])
+        now = dataclasses.replace(whole, batch_stats=carry[0], method_state=carry[1])
         return gradients(task, now, teacher_variables, batch, key)
 
     carry = state.batch_stats, state.method_state
     (batch_stats, method_state), (grads, metrics) = accumulate(part, carry, batch, parts)
-    params, opt_state = _update(task, "student", grads["student"], state.opt_state, state.params)
+    student_stays, method_stays = task.method.freeze(epochs_so_far(task, state))
+    (params, opt_state), batch_stats = _keep(
+        student_stays,
+        ((state.params, state.opt_state), state.batch_stats),
+        (_update(task, "student", grads["student"], state.opt_state, state.params), batch_stats),
+    )
     method_params, method_opt_state = _update(
         task, "method", grads["method"], state.method_opt_state, state.method_params
     )
+    method_params = _keep(method_stays, state.method_params, method_params)
     adversary, adversary_opt_state = _update_adversary(task, state, grads["adversary"])
     metrics |= {"learning_rate": task.learning_rate_fn(state.step)}
     metrics |= {"gradient_norm": optax.tree.norm(grads["student"])}
+    metrics |= {finite.FLAGS: finite.flags(grads)}
     average, config = state.ema, task.config.ema
     if config.decay:
         trained = {"params": params, "batch_stats": batch_stats}
@@ -213,6 +165,9 @@ def gradients(
     adversary_grads, adversary_metrics = _adversary_gradient(
         task, state, teacher_out, aux["student_out"], method_key
     )
+    if task.config.mesh.student == "fsdp":  # summed where its share of the weights is
+        split = partition.split_large(task.mesh, grads)
+        grads = jax.lax.with_sharding_constraint(grads, split)
     all_grads = {"student": grads, "method": method_grads, "adversary": adversary_grads}
     metrics |= aux["metrics"] | adversary_metrics
     return (aux["batch_stats"], aux["method_state"]), (all_grads, metrics)
@@ -238,15 +193,18 @@ def student_loss(
         mutable=["batch_stats"],
         rngs={"dropout": dropout_key},
     )
-    label = label_loss(logits, batch["target"])
+    label = label_loss(task.method.label_logits(out), batch["target"])
     if "aux_logits" in out:
         label = label + AUXILIARY_WEIGHT * label_loss(out["aux_logits"], batch["target"])
-    progress = state.step / task.steps_per_epoch
+    progress = epochs_so_far(task, state)
     extra, method_state, metrics = task.method.loss(
         method_params, state.method_state, teacher_out, out, batch, method_key, progress,
         state.adversary,
     )  # fmt: skip
-    loss = task.config.label_weight * label + extra
+    weight = task.method.label_weight
+    if task.method.first_phase:
+        weight = jnp.where(progress < 0, 0.0, weight)
+    loss = weight * label + extra
     accuracy = _accuracy(logits, batch["label"])
     metrics = metrics | {"loss": loss, "label_loss": label, "accuracy": accuracy}
     return loss, {
@@ -257,6 +215,11 @@ def student_loss(
     }
 
 
+def epochs_so_far(task: Task, state: TrainState) -> jax.Array:
+    """Since the training proper began, fractional; negative in the method's first phase."""
+    return state.step / task.steps_per_epoch - task.method.first_phase
+
+
 def _accuracy(logits: jax.Array, labels: jax.Array) -> jax.Array:
     return jnp.mean(jnp.argmax(logits, -1) == labels)
 
@@ -264,6 +227,17 @@ def _accuracy(logits: jax.Array, labels: jax.Array) -> jax.Array:
 def _update(task: Task, part: str, grads: Any, opt_state: Any, params: Any) -> tuple[Any, Any]:
     updates, opt_state = task.optimizers[part].update(grads, opt_state, params)
     return optax.apply_updates(params, updates), opt_state
+
+
+def _keep(stays: Any, old: Any, new: Any) -> Any:
+    """`new`, but `old` where `stays`, one boolean or a prefix of the trees, is true."""
+
+    def choose(stays: Any, old: Any, new: Any) -> Any:
+        if stays is False:
+            return new
+        return jax.tree.map(lambda a, b: jnp.where(stays, a, b), old, new)
+
+    return jax.tree.map(choose, stays, old, new)
 
 
 def _adversarys_turn(task: Task, state: TrainState) -> jax.Array:
@@ -310,6 +284,34 @@ def _update_adversary(task: Task, state: TrainState, grads: Any) -> tuple[Any, A
     return jax.lax.cond(_adversarys_turn(task, state), update, lambda *old: old, *old)
 
 
+def compile_step(
+    task: Task, state: Any, teacher_variables: Any, resident: Any
+) -> jax.stages.Compiled:
+    """`train_step`, compiled ahead of time for a batch as the task's feed yields it.
+
+    Args:
+      task: as for `train_step`.
+      state: an array or a shape with its sharding for each leaf, as everything that follows.
+      teacher_variables: as for `train_step`.
+      resident: as for `train_step`.
+
+    Raises:
+      UserError: the compiler says that it doesn't fit.
+    """
+    out_shardings = partition.shardings(state), partition.replicated(task.mesh)
+    step_fn = jax.jit(
+        functools.partial(train_step, task), donate_argnums=0, out_shardings=out_shardings
+    )
+    lowered = step_fn.lower(state, teacher_variables, resident, batch_shapes(task))
+    try:
+        return lowered.compile()
+    except jax.errors.JaxRuntimeError as error:
+        if "RESOURCE_EXHAUSTED" not in str(error):
+            raise
+        reason = " ".join(str(error).split())[:200]
+        raise memory.too_large(f"a step doesn't fit on the devices ({reason})") from error
+
+
 def run(task: Task, folder: Path) -> tuple[TrainState, signal.Signals | None]:
     """Trains from the newest checkpoint in `folder`, or from the start, to the end or a signal.
 
@@ -321,21 +323,26 @@ def run(task: Task, folder: Path) -> tuple[TrainState, signal.Signals | None]:
       The last state, which is saved, and the signal that ended the loop early, if one did.
 
     Raises:
-      UserError: the loss is not finite, or the checkpoint belongs to another teacher.
+      UserError: a step is not finite, a checkpoint can't be written, or it belongs to another
+        teacher.
+      OSError: something else can't be written.
     """
     config = task.config
     fingerprint = task.teacher.fingerprint if task.teacher else ""
-    checkpoints = Checkpoints(folder / "checkpoints", config.keep_checkpoints, fingerprint)
-    state = init_state(task)
-    state = checkpoints.restore(state) or state
-    start = int(state.step)
-    reporter = Reporter(folder, start, task.total_steps, config.batch_size, config.log_every)
-    try:
-        with StopSignal() as stop:
-            state = _loop(task, state, start, reporter, checkpoints, stop)
-    finally:
-        reporter.close()
-        checkpoints.close()
+    saved_in = place(folder, config.checkpoint_dir)
+    with contextlib.ExitStack() as stack:
+        checkpoints = Checkpoints(saved_in, config.keep_checkpoints, fingerprint)
+        stack.callback(checkpoints.close)
+        state = init_state(task)
+        state = checkpoints.restore(state) or state
+        start = int(state.step)
+        check = finite.create_guard(task, state, folder).check
+        reporter = Reporter(
+            folder, start, task.total_steps, config.batch_size, config.log_every, check
+        )
+        stack.callback(reporter.close)
+        stop = stack.enter_context(StopSignal())
+        state = _loop(task, state, start, reporter, checkpoints, Best(task, folder), stop)
     return state, stop.received
 
 
@@ -345,16 +352,24 @@ def _loop(
     start: int,
     reporter: Reporter,
     checkpoints: Checkpoints,
+    best: Best,
     stop: StopSignal,
 ) -> TrainState:
-    config, everywhere = task.config, partition.replicated(task.mesh)
-    teacher_variables = partition.put(task.teacher.variables, everywhere) if task.teacher else {}
-    feed = create_feed(task)
-    eval_step = create_eval_step(task.student)
-    step_fn = jax.jit(functools.partial(train_step, task), donate_argnums=0)
+    config, feed, teacher = task.config, create_feed(task), {}
+    if start == task.total_steps:
+        return state
+    if task.teacher:
+        variables = task.teacher.variables
+        shardings = partition.of_teacher(task.mesh, variables, config.mesh.teacher)
+        teacher = partition.put(variables, shardings)
+    eval_step = create_eval_step(task.student, task.evaluation.crop_pct)
+    step_fn = compile_step(task, state, teacher, feed.arrays)
+    sizes = memory.parts(state, teacher, feed.arrays)
+    sizes["temporaries"] = memory.temporaries(step_fn)
+    say(memory.describe(sizes, memory.device_limit()))
     steps = range(start + 1, task.total_steps + 1)
     for step, batch in zip(steps, feed.batches(start), strict=False):
-        state, metrics = step_fn(state, teacher_variables, feed.arrays, batch)
+        state, metrics = step_fn(state, teacher, feed.arrays, batch)
         # The metrics of the step before: the device is already busy with this one.
         reporter.flush()
         reporter.take(step, metrics)
@@ -363,19 +378,12 @@ def _loop(
             reporter.flush()
             begun = time.monotonic()
             scores = evaluate(eval_step, student_variables(state), task.evaluation, task.mesh)
+            best.update(step, student_variables(state), scores)
             reporter.evaluated(step, scores, time.monotonic() - begun)
-        if last or stop.received or step % config.checkpoint_every == 0:
+        stopping = stop.asked(step)
+        if last or stopping or step % config.checkpoint_every == 0:
             reporter.flush()
             checkpoints.save(step, state)
-        if stop.received:
+        if stopping:
             break
     return state
-
-
-def student_variables(state: TrainState) -> dict[str, Any]:
-    """The student alone, as its module takes it: its average, where there is one."""
-    return state.ema or {"params": state.params, "batch_stats": state.batch_stats}
-
-
-def _trained(variables: Any) -> dict[str, Any]:
-    return {"params": variables["params"], "batch_stats": variables.get("batch_stats", {})}

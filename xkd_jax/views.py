@@ -276,6 +276,10 @@ def noisy(key: jax.Array, images: jax.Array) -> jax.Array:
     pixels, a gamma log-uniform in [0.4, 2.5], or a black bar across the image, a quarter of its
     side thick. The same key gives the same result.
 
+    Training has none of them: `config.validate` refuses `augment.blur` beside it. What comes near
+    are RandAugment's and TrivialAugment's sharpness, which below 1 blends with a 3x3 smoothing,
+    their linear brightness, the black borders of crops and warps, and erasing, which leaves noise.
+
     Args:
       key: a typed key.
       images: float32 [N, H, W, C] in [0, 1].

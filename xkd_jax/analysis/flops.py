@@ -6,7 +6,7 @@ from typing import Any
 
 import jax
 
-from xkd_jax.models.convolution import plain
+from xkd_jax import platform
 
 
 def count_flops(function: Callable, *args: Any) -> int:
@@ -19,8 +19,8 @@ def count_flops(function: Callable, *args: Any) -> int:
       function: anything that JAX can trace; it is not run.
       *args: arrays, or `jax.ShapeDtypeStruct`s.
     """
-    # Some convolutions are written out as sums of products on some backends: count them all alike.
-    with plain():
+    # Some convolutions are written out as sums of products on a CPU: count them all alike.
+    with platform.assume("tpu"):
         return _count(jax.make_jaxpr(function)(*args).jaxpr)
 
 
@@ -37,7 +37,9 @@ def _count(jaxpr: Any) -> int:
             kernel = equation.invars[1].aval.shape
             # Each output element takes a whole kernel but for its output features.
             features = kernel[equation.params["dimension_numbers"].rhs_spec[0]]
-            total += math.prod(equation.outvars[0].aval.shape) * math.prod(kernel) // features
+            products = math.prod(equation.outvars[0].aval.shape) * math.prod(kernel) // features
+            # The gradients of strided convolutions are spread out with zeros, which cost nothing.
+            total += products // math.prod(equation.params["lhs_dilation"])
         elif name == "dot_general":
             (contracted, _), _ = equation.params["dimension_numbers"]
             left = equation.invars[0].aval.shape

@@ -14,7 +14,6 @@ __all__ = [
     "Examples",
     "Source",
     "Split",
-    "check",
     "load",
     "open_source",
     "parse_split",
@@ -46,21 +45,6 @@ def load(name: str, split: str, data_dir: str = "", size: int = 0, on_error: str
     source = open_source(name, data_dir)
     examples = source.examples(*parse_split(split, source.sizes))
     return Split(*read(examples, size, on_error), source.class_names, source.mean, source.std)
-
-
-def check(name: str, split: str, data_dir: str = "") -> int:
-    """The number of examples of a split; `load`'s errors, without decoding an image.
-
-    Args:
-      name: as for `load`.
-      split: as for `load`.
-      data_dir: as for `load`.
-
-    Raises:
-      UserError: the name or the split is unknown, or the data are missing.
-    """
-    _, start, stop = parse_split(split, open_source(name, data_dir).sizes)
-    return stop - start
 
 
 def open_source(name: str, data_dir: str = "") -> Source:

@@ -10,11 +10,12 @@ import numpy as np
 
 from xkd_jax.data import open_source
 from xkd_jax.data.decode import DamagedImage, eval_crop, image_size
-from xkd_jax.data.examples import read, scan
+from xkd_jax.data.examples import SizesDiffer, read, scan
 from xkd_jax.data.source import Examples, Split, parse_split
 from xkd_jax.errors import UserError
 
 FEEDS = ("auto", "resident", "host")
+CROP_PCT = 0.875  # "resize 256, crop 224"
 MEMORY_LIMIT = 2**30  # bytes of uint8 that lie on the device without being asked to
 _PEEKS = 16  # images whose size is looked at
 
@@ -85,34 +86,52 @@ def open_split(
       data_dir: as for `data.load`.
       size: the side of the images that networks see, pixels; 0: the data's own.
       feed: "resident" (in memory), "host" (encoded), or "auto": in memory where the images have
-        one size and take less than `MEMORY_LIMIT`.
+        one size, as far as that is known before all are decoded, and take less than `MEMORY_LIMIT`.
       on_error: what to do about damaged images, as for `data.load`.
-      crop_pct: of `EncodedImages`.
+      crop_pct: what evaluation cuts out, in (0, 1]; 0: `CROP_PCT` of `EncodedImages`, and images
+        in memory whole.
 
     Raises:
       UserError: as `data.load`, or `size` is missing where it is needed.
     """
     source = open_source(name, data_dir)
     examples = source.examples(*parse_split(split, source.sizes))
-    sides = _sides(examples)
-    if feed == "auto":
-        total = len(examples) * max((w * h for w, h in sides), default=0) * 3
-        feed = "resident" if len(sides) == 1 and total <= MEMORY_LIMIT else "host"
+    sides = sizes_of_images(examples)
+    choice = choose_feed(feed, len(examples), sides)
     about = source.class_names, source.mean, source.std
-    if feed == "resident":
-        return Split(*read(examples, size if len(sides) > 1 else 0, on_error), *about)
+    if choice == "resident":
+        try:
+            pair = read(examples, size if len(sides) > 1 else 0, on_error)
+            return Split(*pair, *about, crop_pct)
+        except SizesDiffer:
+            if feed == "resident" or not size:
+                raise
     if not size:
         raise UserError(
             f"the images of {name} are decoded batch by batch, for which they need one size; set "
             "image_size, such as image_size=224."
         )
     examples = scan(examples, on_error)
-    images: Any = EncodedImages(examples, size, crop_pct)  # as far as it goes, an array
+    images: Any = EncodedImages(examples, size, crop_pct or CROP_PCT)  # as far as it goes, an array
     labels: Any = EncodedLabels(examples)
     return Split(images, labels, *about)
 
 
-def _sides(examples: Examples) -> set[tuple[int, int]]:
+def choose_feed(feed: str, count: int, sides: set[tuple[int, int]]) -> str:
+    """ "resident" or "host".
+
+    Args:
+      feed: one of `FEEDS`.
+      count: how many images there are.
+      sides: the sizes (w, h) that they have.
+    """
+    if feed != "auto":
+        return feed
+    total = count * max((w * h for w, h in sides), default=0) * 3
+    return "resident" if len(sides) == 1 and total <= MEMORY_LIMIT else "host"
+
+
+def sizes_of_images(examples: Examples) -> set[tuple[int, int]]:
     """The sizes (w, h) of a few of the images, from first to last."""
     found = set()
     for index in np.linspace(0, len(examples) - 1, min(len(examples), _PEEKS)).astype(int):

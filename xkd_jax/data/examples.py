@@ -18,6 +18,10 @@ _SHOWN = 5  # names in a message
 _QUIET = 2.0  # seconds before a progress bar shows
 
 
+class SizesDiffer(UserError):
+    """Images that should lie in one array differ in size."""
+
+
 @dataclasses.dataclass(frozen=True)
 class ArrayExamples:
     """Examples that are pixels already.
@@ -99,7 +103,8 @@ def read(
       images uint8 [n, h, w, 3] and labels int32 [n].
 
     Raises:
-      UserError: as for `scan`, or the images differ in size.
+      UserError: as for `scan`.
+      SizesDiffer: the images differ in size.
     """
     if isinstance(examples, ArrayExamples) and not size:
         return examples.images, examples.labels
@@ -121,7 +126,7 @@ def read(
         if images is None:
             images = np.empty((len(examples), *image.shape), np.uint8)
         if image.shape != images.shape[1:]:
-            raise UserError(
+            raise SizesDiffer(
                 f"the images differ in size ({examples[i].name} is {_size(image)} and others "
                 f"{_size(images[0])}); set image_size and data.feed=host to bring them to one."
             )

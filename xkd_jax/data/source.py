@@ -24,6 +24,8 @@ class Split:
       class_names: the name of each class, by label.
       mean: per channel, in units of [0, 1], for `views.normalize`.
       std: per channel, in the same units.
+      crop_pct: the share of the shorter side that evaluation cuts out of the centre, for
+        `views.resize_crop`; 0 takes images whole.
     """
 
     images: np.ndarray
@@ -31,6 +33,7 @@ class Split:
     class_names: tuple[str, ...]
     mean: Statistics = IMAGENET_MEAN
     std: Statistics = IMAGENET_STD
+    crop_pct: float = 0.0
 
     @property
     def num_classes(self) -> int:

@@ -5,18 +5,47 @@ from collections.abc import Mapping
 from typing import Any
 
 from xkd_jax.errors import UserError, unknown
-from xkd_jax.methods.base import Method
+from xkd_jax.methods.ab import AB
+from xkd_jax.methods.afd import AFD
+from xkd_jax.methods.at import AT
+from xkd_jax.methods.base import Method, Outputs, PairError
 from xkd_jax.methods.cakd import CAKD
 from xkd_jax.methods.cakd_release import CAKDRelease
 from xkd_jax.methods.combine import Sum
+from xkd_jax.methods.crd import CRD
+from xkd_jax.methods.deit import DeiT
+from xkd_jax.methods.fitnet import FitNet
+from xkd_jax.methods.ft import FT
+from xkd_jax.methods.irg import IRG
 from xkd_jax.methods.logits import Logits
+from xkd_jax.methods.london import LONDON
+from xkd_jax.methods.minilm import MiniLM
+from xkd_jax.methods.ofd import OFD
+from xkd_jax.methods.review import ReviewKD
+from xkd_jax.methods.rkd import RKD
 
 METHODS: dict[str, Method] = {
     "none": Method(),
     "logits": Logits(),
+    "fitnet": FitNet(),
+    "at": AT(),
+    "irg": IRG(),
+    "rkd": RKD(),
+    "crd": CRD(),
+    "ofd": OFD(),
+    "review": ReviewKD(),
+    "london": LONDON(),
+    "afd": AFD(),
+    "ab": AB(),
+    "ft": FT(),
+    "deit": DeiT(),
+    "minilm": MiniLM(),
     "cakd": CAKD(),
     "cakd_release": CAKDRelease(),
 }
+
+# What the original authors set for ImageNet, for recipes: config.method.update(IMAGENET).
+IMAGENET = {name: dict(method.imagenet) for name, method in METHODS.items()}
 
 
 def create_method(name: str, options: Mapping[str, Mapping[str, Any]]) -> Method:
@@ -34,7 +63,37 @@ def create_method(name: str, options: Mapping[str, Mapping[str, Any]]) -> Method
         return parts[0][1]
     if len({part for part, _ in parts}) < len(parts):
         raise UserError(f"method {name!r} names a method twice; name each once.")
-    return Sum(multi_view=any(method.multi_view for _, method in parts), parts=parts)
+    return Sum(
+        multi_view=any(method.multi_view for _, method in parts),
+        label_weight=min(method.label_weight for _, method in parts),
+        parts=parts,
+    )
+
+
+def check_pair(method: Method, teacher_out: Outputs, student_out: Outputs) -> None:
+    """Refuses a teacher or a student that the method can't take, and names methods that can.
+
+    Args:
+      method: with its options.
+      teacher_out: the teacher's outputs, shapes are enough.
+      student_out: the student's.
+
+    Raises:
+      UserError: why not, and what would work.
+    """
+    try:
+        method.check(teacher_out, student_out)
+    except PairError as error:
+        *most, last = (name for name in METHODS if _takes(METHODS[name], teacher_out, student_out))
+        raise UserError(f"{error}; for this pair take {', '.join(most)} or {last}.") from None
+
+
+def _takes(method: Method, teacher_out: Outputs, student_out: Outputs) -> bool:
+    try:
+        method.check(teacher_out, student_out)
+    except UserError:
+        return False
+    return method.needs_teacher
 
 
 def _create(name: str, options: Mapping[str, Any]) -> Method:

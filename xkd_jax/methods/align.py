@@ -1,13 +1,102 @@
-"""Where the student is tapped, and how its map is brought to the teacher's grid."""
+"""What two networks of different kinds have in common: levels of maps, and grids that match.
+
+A CNN's maps are its stages. A Transformer's tokens become maps: its class token is left out, its
+patch tokens stand on their grid.
+"""
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from xkd_jax.errors import UserError
-from xkd_jax.methods.base import Outputs
+from xkd_jax.methods.base import Outputs, PairError
 
 STAGES = ("stage1", "stage2", "stage3", "stage4")
+# Of a ViT's blocks, the 2nd, 4th, 10th and 12th of twelve, as ReviewKD's authors advise.
+_DEPTHS = (1 / 6, 1 / 3, 5 / 6, 1)
+
+
+def levels(out: Outputs) -> list[str]:
+    """The names of a network's maps from shallow to deep; see `level_map`.
+
+    They are the stages of a CNN or a Swin, without the first where it is but the stem (a ResNet of
+    the CIFAR kind), and four blocks of a ViT. Shapes are enough.
+    """
+    stages = [name for name in STAGES if name in out]
+    if stages:
+        stem = len(stages) > 1 and out["stage1"].shape[1:3] == out["stage2"].shape[1:3]
+        return stages[1:] if stem else stages
+    depth = sum(name.startswith("block") and name[5:].isdigit() for name in out)
+    return list(dict.fromkeys(f"block{max(1, round(part * depth)):02d}" for part in _DEPTHS))
+
+
+def paired_levels(teacher_out: Outputs, student_out: Outputs) -> list[tuple[str, str]]:
+    """The teacher's and the student's levels side by side, shallow to deep.
+
+    The deepest belong together; where one network has more, its shallowest are left out.
+    """
+    teacher, student = levels(teacher_out), levels(student_out)
+    n = min(len(teacher), len(student))
+    return list(zip(teacher[-n:], student[-n:], strict=True))
+
+
+def level_grid(out: Outputs, name: str) -> tuple[int, int]:
+    """Rows and columns of one of a network's `levels`. Shapes are enough."""
+    shape = out[name].shape
+    return tuple(shape[1:3]) if len(shape) == 4 else tuple(out["grid"])
+
+
+def level_map(
+    out: Outputs, name: str, before_activation: bool = False, standardize: bool = True
+) -> jax.Array:
+    """One of a network's `levels`, or "pooled", as a map, float32 [N, h, w, C].
+
+    Args:
+      out: the network's outputs.
+      name: of the level.
+      before_activation: whether to take a CNN's stage before its last activation; a Transformer's
+        tokens have none.
+      standardize: whether each token of a Transformer gets mean 0 and variance 1, as its next
+        LayerNorm would do: what blocks add up grows with depth and is ruled by a few channels.
+    """
+    if before_activation:
+        name = f"{name}_pre" if f"{name}_pre" in out else name
+    features = out[name].astype(jnp.float32)
+    if features.ndim == 3:
+        features = features.reshape(len(features), *out["grid"], -1)
+    if features.ndim == 2:
+        features = features[:, None, None]
+    if standardize and is_transformer(out):
+        features = jax.nn.standardize(features, epsilon=1e-6)
+    return features
+
+
+def paired_maps(
+    teacher_out: Outputs, student_out: Outputs
+) -> dict[str, tuple[jax.Array, jax.Array]]:
+    """Of each of the student's `paired_levels`, shallow to deep, the teacher's map and its own.
+
+    Both are before the activation and on the teacher's grid: [N, h, w, C], without gradient, and
+    [N, h, w, c].
+    """
+    maps = {}
+    for of_teacher, of_student in paired_levels(teacher_out, student_out):
+        teacher = level_map(teacher_out, of_teacher, before_activation=True)
+        teacher = jax.lax.stop_gradient(teacher)
+        student = level_map(student_out, of_student, before_activation=True)
+        maps[of_student] = teacher, resize_map(student, teacher.shape[1:3])
+    return maps
+
+
+def on_smaller_grid(a: jax.Array, b: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Averages two maps [N, h, w, C] and [N, h', w', C'] down to the smaller of their grids."""
+    grid = min(a.shape[1], b.shape[1]), min(a.shape[2], b.shape[2])
+    return resize_map(a, grid), resize_map(b, grid)
+
+
+def is_transformer(out: Outputs) -> bool:
+    """Whether these are a Transformer's outputs."""
+    return "tokens" in out
 
 
 def choose_stage(student_out: Outputs, grid: tuple[int, int], stage: str) -> str:
@@ -24,10 +113,7 @@ def choose_stage(student_out: Outputs, grid: tuple[int, int], stage: str) -> str
     """
     stages = [name for name in STAGES if name in student_out]
     if not stages:
-        raise UserError(
-            "this method taps the stages of a CNN student, and this student has none; "
-            "choose a CNN such as resnet18, or method.name=logits."
-        )
+        raise PairError("cakd taps the stages of a CNN student, and this student has none")
     if stage == "auto":
         fine = [s for s in stages if min(np.subtract(student_out[s].shape[1:3], grid)) >= 0]
         return fine[-1] if fine else stages[0]
@@ -50,7 +136,7 @@ def _average_matrix(size: int, target: int) -> np.ndarray:
     return matrix
 
 
-def resize_map(features: jax.Array, grid: tuple[int, int]) -> jax.Array:
+def resize_map(features: jax.Array, grid: tuple[int, ...]) -> jax.Array:
     """Brings a map [N, h, w, C] to [N, *grid, C]: averages down, interpolates bilinearly up."""
     for axis, target in ((1, grid[0]), (2, grid[1])):
         size = features.shape[axis]

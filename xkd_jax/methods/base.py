@@ -6,13 +6,20 @@ live in the training state.
 """
 
 import dataclasses
-from typing import Any
+from collections.abc import Mapping
+from typing import Any, ClassVar
 
 import jax
 from flax import linen as nn
 
+from xkd_jax.errors import UserError
+
 Outputs = dict[str, Any]  # a network's `out`: see the README's table of keys
 Tree = Any  # a pytree of arrays
+
+
+class PairError(UserError):
+    """A method can't learn from this teacher, or with this student; the message says why."""
 
 
 def apply(module: nn.Module, variables: Tree, *args, **kwargs) -> Any:
@@ -26,21 +33,66 @@ class Method:
 
     Attributes:
       multi_view: whether the student sees the multi-view generator's images (`views.multi_view`).
+      label_weight: of the label term, the cross-entropy, beside this method's own.
     """
 
     multi_view: bool = False
+    label_weight: float = 1.0
 
     # What the loop needs to know before it traces anything; not options.
     needs_teacher = False
+    # What the original authors set for ImageNet, where it differs from the defaults, which are
+    # theirs for CIFAR-100.
+    imagenet: ClassVar[Mapping[str, Any]] = {}
     adversary_period = 0  # the adversary is updated when the clock is a multiple of it; 0: none
     adversary_clock = "step"  # or "epoch": at every step of such an epoch
 
-    def check(self, teacher_out: Outputs, student_out: Outputs) -> None:
-        """Raises a UserError if this teacher or student can't take part; outputs are shapes."""
+    @property
+    def first_phase(self) -> float:
+        """Epochs before the training proper in which the method works without the label term.
 
-    def init(self, key: jax.Array, teacher_out: Outputs, student_out: Outputs) -> tuple[Tree, Tree]:
-        """What the method trains beside the student, and the state that it carries."""
-        del key, teacher_out, student_out
+        They come on top of `config.epochs`, and `progress` is negative in them.
+        """
+        return 0
+
+    def freeze(self, progress: jax.Array) -> tuple[Any, Tree]:
+        """What stays as it is in this phase.
+
+        Returns:
+          Whether the student does; and the same for the method's parameters: one boolean, or a
+          tree of them that is a prefix of the parameters' tree.
+        """
+        del progress
+        return False, False
+
+    def label_logits(self, student_out: Outputs) -> jax.Array:
+        """The logits [N, K] that the label term is about."""
+        return student_out["logits"]
+
+    def check(self, teacher_out: Outputs, student_out: Outputs) -> None:
+        """Says whether this teacher and this student can take part; outputs are shapes.
+
+        Raises:
+          PairError: they can't, with this method.
+          UserError: an option has a wrong value.
+        """
+
+    def init(
+        self, key: jax.Array, teacher_out: Outputs, student_out: Outputs, labels: Any = ()
+    ) -> tuple[Tree, Tree]:
+        """What the method trains beside the student, and the state that it carries.
+
+        Args:
+          key: for random values.
+          teacher_out: the teacher's outputs for one image, zeros.
+          student_out: the student's.
+          labels: of the training set, an array or the like [n].
+
+        Returns:
+          The parameters and the state. The arrays under a key `bank` anywhere in the state have
+          a row for each example and are split over the devices.
+        """
+        del key, teacher_out, student_out, labels
         return {}, {}
 
     def loss(
@@ -63,7 +115,7 @@ class Method:
           student_out: the student's outputs.
           batch: `label` [N] and `index` [N], the examples' places in the data set.
           key: this step's key.
-          progress: epochs trained so far, fractional.
+          progress: epochs trained so far, fractional; negative in the first phase.
           adversary: the adversary's parameters, without gradient.
 
         Returns:
@@ -87,3 +139,13 @@ class Method:
     ) -> tuple[jax.Array, dict[str, jax.Array]]:
         """The adversary's own loss and its metrics; only `adversary` receives a gradient."""
         raise TypeError(f"{type(self).__name__} has no adversary")
+
+
+def weighted_sum(
+    terms: dict[str, tuple[Any, jax.Array]], state: Tree
+) -> tuple[jax.Array, Tree, dict[str, jax.Array]]:
+    """What `Method.loss` returns; every (weight, term) is reported plain and weighted."""
+    metrics = {name: value for name, (_, value) in terms.items()}
+    metrics |= {f"{name}_weighted": weight * value for name, (weight, value) in terms.items()}
+    total = sum((weight * value for weight, value in terms.values()), jax.numpy.zeros(()))
+    return total, state, metrics

@@ -7,22 +7,22 @@ student's tapped map has C channels.
 """
 
 import dataclasses
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
+from xkd_jax import platform
 from xkd_jax.errors import UserError, unknown
 from xkd_jax.methods.align import choose_stage, resize_map
-from xkd_jax.methods.base import Method, Outputs, Tree, apply
+from xkd_jax.methods.base import Method, Outputs, PairError, Tree, apply, weighted_sum
 
 TILE = 4  # a neighbourhood of 4 x 4 tokens shares one linear map
 
 
 def _conv3x3(x: jax.Array, kernel: jax.Array) -> jax.Array:
     """A 3x3 convolution of stride 1: [N, h, w, C], [3, 3, C, F] -> [N, h, w, F]."""
-    if jax.default_backend() != "cpu":
+    if platform.current() != "cpu":
         return jax.lax.conv_general_dilated(
             x, kernel, (1, 1), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC")
         )
@@ -176,16 +176,6 @@ def judge(
     return loss, {"discriminator": loss, "discriminator_accuracy": accuracy}
 
 
-def weighted_sum(
-    terms: dict[str, tuple[Any, jax.Array]], state: Tree
-) -> tuple[jax.Array, Tree, dict[str, jax.Array]]:
-    """What `Method.loss` returns; every (weight, term) is reported plain and weighted."""
-    metrics = {name: value for name, (_, value) in terms.items()}
-    metrics |= {f"{name}_weighted": weight * value for name, (weight, value) in terms.items()}
-    total = sum((weight * value for weight, value in terms.values()), jnp.zeros(()))
-    return total, state, metrics
-
-
 def teacher_taps(out: Outputs, block: int) -> tuple[tuple[jax.Array, ...], jax.Array]:
     """(Q_T, K_T, V_T), each [N, H, T, d], and h_T [N, T, D], all float32 without gradient.
 
@@ -249,9 +239,8 @@ class CAKD(Method):
     def check(self, teacher_out, student_out):
         """See `Method.check`."""
         if "query" not in teacher_out:
-            raise UserError(
-                "this method taps a Transformer's query, key and value, and this teacher is a CNN; "
-                "choose a ViT teacher, or method.name=logits."
+            raise PairError(
+                "cakd taps a Transformer's query, key and value, and this teacher is a CNN"
             )
         choose_stage(student_out, teacher_out["grid"], self.student_stage)
         if self.generator not in GENERATORS:
@@ -281,7 +270,7 @@ class CAKD(Method):
         stage = choose_stage(student_out, teacher_out["grid"], self.student_stage)
         return resize_map(student_out[stage].astype(jnp.float32), teacher_out["grid"])
 
-    def init(self, key, teacher_out, student_out):
+    def init(self, key, teacher_out, student_out, labels=()):
         """See `Method.init`."""
         pca, gl, _ = self._modules(teacher_out)
         features = self._student_map(teacher_out, student_out)

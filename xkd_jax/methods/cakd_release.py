@@ -13,7 +13,7 @@ from flax import linen as nn
 
 from xkd_jax.errors import UserError
 from xkd_jax.methods import cakd
-from xkd_jax.methods.base import Outputs, apply
+from xkd_jax.methods.base import Outputs, apply, weighted_sum
 
 
 class LinearProjector(nn.Module):
@@ -84,7 +84,7 @@ class CAKDRelease(cakd.CAKD):
         width = teacher_out["tokens"].shape[-1]
         return LinearProjector(width), cakd.GLProjector(width, self.token_dropout), nn.Dense(width)
 
-    def init(self, key, teacher_out, student_out):
+    def init(self, key, teacher_out, student_out, labels=()):
         """See `Method.init`."""
         pca, gl, class_token = self._release_modules(teacher_out)
         features = self._student_map(teacher_out, student_out)
@@ -135,7 +135,7 @@ class CAKDRelease(cakd.CAKD):
                 cakd.generator_loss(fooled, self.generator),
             ),
         }
-        return cakd.weighted_sum(terms, state)
+        return weighted_sum(terms, state)
 
     def adversary_loss(self, adversary, params, teacher_out, student_out, key):
         """See `Method.adversary_loss`."""

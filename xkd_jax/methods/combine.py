@@ -12,6 +12,8 @@ from xkd_jax.methods.base import Method
 class Sum(Method):
     """The sum of several methods' losses, each with its own options, parameters and state.
 
+    The label term's weight is the smallest of the parts'.
+
     Attributes:
       parts: the methods by name.
     """
@@ -43,12 +45,32 @@ class Sum(Method):
         for _, method in self.parts:
             method.check(teacher_out, student_out)
 
-    def init(self, key, teacher_out, student_out):
+    @property
+    def first_phase(self) -> float:
+        """The longest of the parts'; those without one wait until it is over."""
+        return max(method.first_phase for _, method in self.parts)
+
+    def freeze(self, progress):
+        """See `Method.freeze`; the student stays only where all who are at work want it to."""
+        parts = {name: method.freeze(progress) for name, method in self.parts}
+        early = [parts[name][0] for name, method in self.parts if method.first_phase]
+        return (
+            jax.numpy.all(jax.numpy.asarray(early)) if early else False,
+            {name: params for name, (_, params) in parts.items()},
+        )
+
+    def label_logits(self, student_out):
+        """Those of the first part that reads others than the usual ones."""
+        usual = student_out["logits"]
+        found = (method.label_logits(student_out) for _, method in self.parts)
+        return next((logits for logits in found if logits is not usual), usual)
+
+    def init(self, key, teacher_out, student_out, labels=()):
         """See `Method.init`."""
         params, state = {}, {}
         for i, (name, method) in enumerate(self.parts):
             part_key = jax.random.fold_in(key, i)
-            params[name], state[name] = method.init(part_key, teacher_out, student_out)
+            params[name], state[name] = method.init(part_key, teacher_out, student_out, labels)
         return params, state
 
     def init_adversary(self, key, teacher_out, student_out):
@@ -69,6 +91,8 @@ class Sum(Method):
                 progress,
                 adversary,
             )
+            if self.first_phase and not method.first_phase:
+                value = jax.numpy.where(progress < 0, 0.0, value)
             total, metrics = total + value, metrics | part_metrics
         return total, new_state, metrics
 

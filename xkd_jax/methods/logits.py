@@ -4,11 +4,15 @@ Hinton, Vinyals, Dean: Distilling the Knowledge in a Neural Network, arXiv:1503.
 """
 
 import dataclasses
+from typing import ClassVar
 
 import jax
 import jax.numpy as jnp
 
-from xkd_jax.methods.base import Method
+from xkd_jax.errors import UserError, unknown
+from xkd_jax.methods.base import Method, weighted_sum
+
+VARIANTS = ("kl", "mse")
 
 
 def soft_cross_entropy(
@@ -29,21 +33,45 @@ def soft_cross_entropy(
     return temperature**2 * jnp.mean(jnp.sum(jnp.exp(teacher) * (teacher - student), axis=-1))
 
 
+def mean_squared_distance(student_logits: jax.Array, teacher_logits: jax.Array) -> jax.Array:
+    """The mean over all N * K logits, a float32 scalar."""
+    difference = student_logits.astype(jnp.float32) - teacher_logits.astype(jnp.float32)
+    return jnp.mean(difference**2)
+
+
 @dataclasses.dataclass(frozen=True)
 class Logits(Method):
     """Hinton's distillation.
 
+    The paper's section 2 and RepDistiller's weights; `variant="mse"` is what the released code of
+    the cross-architecture paper calls "Logits": the mean squared distance of the logits.
+
     Attributes:
-      weight: of this term, beside the label term's own weight (`config.label_weight`).
-      temperature: published with 4 on CIFAR-100 and 1 on ImageNet.
+      weight: of this term.
+      temperature: of both softmaxes; nothing in "mse".
+      variant: "kl" or "mse".
     """
 
-    weight: float = 1.0
+    label_weight: float = 0.1
+    weight: float = 0.9
     temperature: float = 4.0
+    variant: str = "kl"
 
     needs_teacher = True
+    imagenet: ClassVar = {"label_weight": 0.5, "weight": 0.5, "temperature": 1.0}
+
+    def check(self, teacher_out, student_out):
+        """See `Method.check`."""
+        if self.variant not in VARIANTS:
+            raise unknown("variant of logits", self.variant, VARIANTS)
+        if self.temperature <= 0:
+            raise UserError(f"method.logits.temperature={self.temperature} must be above 0.")
 
     def loss(self, params, state, teacher_out, student_out, batch, key, progress, adversary=None):
         """See `Method.loss`."""
-        kl = soft_cross_entropy(student_out["logits"], teacher_out["logits"], self.temperature)
-        return self.weight * kl, state, {"logits_kl": kl}
+        logits = student_out["logits"], teacher_out["logits"]
+        if self.variant == "mse":
+            term = mean_squared_distance(*logits)
+        else:
+            term = soft_cross_entropy(*logits, self.temperature)
+        return weighted_sum({f"logits_{self.variant}": (self.weight, term)}, state)

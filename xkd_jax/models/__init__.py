@@ -46,6 +46,7 @@ def create_model(name: str, *, num_classes: int, dtype: Any = jnp.float32, **arg
 
     `logits, out = model.apply(variables, images, train=...)`, where `images` is
     `[N, H, W, 3]` and the keys of `out` depend on `model.kind`, "cnn" or "transformer" alone.
+    With `remat=True`, which all but VGGs have, gradients compute the insides of blocks anew.
 
     Args:
       name: a key of `MODELS`.

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from flax import linen as nn
 
 from xkd_jax import errors
-from xkd_jax.models.layers import BatchNorm, Conv, classify, max_pool
+from xkd_jax.models.layers import BatchNorm, Conv, classify, max_pool, recomputed
 from xkd_jax.models.resnet import BasicBlock
 from xkd_jax.models.variant import CIFAR100_MEAN, CIFAR100_STD, Variant
 
@@ -34,6 +34,7 @@ class CifarResNet(nn.Module):
     channels: tuple[int, ...] = (16, 16, 32, 64)
     num_classes: int = 100
     drop_rate: float = 0.0
+    remat: bool = False
     dtype: Any = jnp.float32
 
     @nn.compact
@@ -53,10 +54,11 @@ class CifarResNet(nn.Module):
         pre = Conv(self.channels[0], 3, dtype=self.dtype, name="conv1")(images)
         out["stage1_pre"] = pre = BatchNorm(dtype=self.dtype, name="bn1")(pre, train)
         out["stage1"] = x = nn.relu(pre)
+        block = recomputed(BasicBlock, self.remat and train)
         for group, planes in enumerate(self.channels[1:], start=1):
             for i in range((self.depth - 2) // 6):
                 stride = 2 if group > 1 and i == 0 else 1
-                pre = BasicBlock(
+                pre = block(
                     planes,
                     stride,
                     zero_init_last=False,
@@ -118,6 +120,7 @@ class WideGroup(nn.Module):
     planes: int
     stride: int = 1
     drop_rate: float = 0.0
+    remat: bool = False
     dtype: Any = jnp.float32
 
     @nn.compact
@@ -128,10 +131,11 @@ class WideGroup(nn.Module):
           the last sum, and what the first ReLU takes [N, h, w, C].
         """
         pres = []
+        block = recomputed(WideBlock, self.remat and train)
         for i in range(self.depth):
             stride = self.stride if i == 0 else 1
-            block = WideBlock(self.planes, stride, self.drop_rate, self.dtype, name=f"layer_{i}")
-            x, pre = block(x, train)
+            options = self.planes, stride, self.drop_rate, self.dtype
+            x, pre = block(*options, name=f"layer_{i}")(x, train)
             pres.append(pre)
         return x, pres[0]
 
@@ -150,6 +154,7 @@ class WideResNet(nn.Module):
     widen_factor: int = 2
     num_classes: int = 100
     drop_rate: float = 0.0
+    remat: bool = False
     dtype: Any = jnp.float32
 
     @nn.compact
@@ -178,6 +183,7 @@ class WideResNet(nn.Module):
                 8 * 2**group * self.widen_factor,
                 1 if group == 1 else 2,
                 self.drop_rate,
+                self.remat,
                 self.dtype,
                 name=f"block{group}",
             )(x, train)

@@ -6,27 +6,15 @@ its 1x1 ones lose to a matrix product.
 `docs/results/networks_speed.md` has the measurements.
 """
 
-import contextlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from functools import partial
 
 import jax
 import jax.numpy as jnp
 
+from xkd_jax import platform
+
 Pairs = tuple[tuple[int, int], tuple[int, int]]
-
-_plain = False
-
-
-@contextlib.contextmanager
-def plain() -> Iterator[None]:
-    """Inside, every convolution that is traced is XLA's own, whatever the backend."""
-    global _plain  # noqa: PLW0603
-    before, _plain = _plain, True
-    try:
-        yield
-    finally:
-        _plain = before
 
 
 def convolve(
@@ -46,7 +34,7 @@ def convolve(
         padding = jax.lax.padtype_to_pads(x.shape[1:3], (height, width), stride, padding)
     (top, bottom), (left, right) = padding
     pads = ((top, bottom), (left, right))
-    if jax.default_backend() == "cpu" and not _plain:
+    if platform.current() == "cpu":
         if groups == 1 and (height, width) == (1, 1) and not any((top, bottom, left, right)):
             x = x[:, :: stride[0], :: stride[1]]
             y = x.reshape(-1, channels) @ kernel.reshape(channels, features)

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from flax import linen as nn
 
 from xkd_jax import errors
-from xkd_jax.models.layers import BatchNorm, Conv, classify, drop_path
+from xkd_jax.models.layers import BatchNorm, Conv, classify, drop_path, recomputed
 from xkd_jax.models.variant import (
     CIFAR100_MEAN,
     CIFAR100_STD,
@@ -141,6 +141,7 @@ class EfficientNet(nn.Module):
     bn_epsilon: float = 1e-5
     drop_rate: float = 0.0
     drop_path_rate: float = 0.0
+    remat: bool = False
     dtype: Any = jnp.float32
 
     @nn.compact
@@ -162,9 +163,10 @@ class EfficientNet(nn.Module):
         x = self._conv_norm(images, channels, 3, stem_stride, ("conv_stem", "bn1"), train)
         out: dict[str, Any] = {}
         blocks = [self._blocks(stage) for stage in range(len(self.stages))]
+        block = recomputed(InvertedResidual, self.remat and train)
         for stage, (kernel_size, channels, _) in enumerate(self.stages):
             for i in range(blocks[stage]):
-                x = InvertedResidual(
+                x = block(
                     round_channels(channels, self.width),
                     kernel_size,
                     strides[stage] if i == 0 else 1,

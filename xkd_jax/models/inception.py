@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from flax import linen as nn
 
 from xkd_jax import errors
-from xkd_jax.models.layers import BatchNorm, Conv, classify, max_pool
+from xkd_jax.models.layers import BatchNorm, Conv, classify, max_pool, recomputed
 from xkd_jax.models.variant import HALF_MEAN, HALF_STD, Variant
 
 # timm truncates at +-2 in absolute terms: at these deviations that is a plain normal.
@@ -227,6 +227,7 @@ class InceptionV3(nn.Module):
     num_classes: int = 1000
     aux_logits: bool = True
     drop_rate: float = 0.0
+    remat: bool = False
     dtype: Any = jnp.float32
 
     @nn.compact
@@ -253,6 +254,7 @@ class InceptionV3(nn.Module):
             return x
 
         def mixed(block: type[Mixed], name: str, x: jax.Array, **args: Any) -> jax.Array:
+            block = recomputed(block, self.remat and train)
             return block(dtype=self.dtype, name=f"Mixed_{name}", **args)(x, train)
 
         x = max_pool(tap(1, self._stem(images, train)), 3, 2)

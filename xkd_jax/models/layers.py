@@ -80,7 +80,7 @@ class BatchNorm(nn.Module):
             factor = scale * jax.lax.rsqrt(running_var.value + self.epsilon)
             shift = bias - running_mean.value * factor
             return x.astype(self.dtype) * factor.astype(self.dtype) + shift.astype(self.dtype)
-        out: Any = _normalize(x.astype(self.dtype), scale, bias, self.epsilon)
+        out: Any = normalize_batch(x.astype(self.dtype), scale, bias, self.epsilon)
         y, mean, var = out
         if not self.is_initializing():
             count = x.size // channels
@@ -92,7 +92,7 @@ class BatchNorm(nn.Module):
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(3,))
-def _normalize(
+def normalize_batch(
     x: jax.Array, scale: jax.Array, bias: jax.Array, epsilon: float
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """Normalises `x` [..., C] by its own mean and biased variance, which come back too.
@@ -110,7 +110,7 @@ def _normalize(
 
 
 def _normalize_forward(x, scale, bias, epsilon):
-    out: Any = _normalize(x, scale, bias, epsilon)  # pyright loses the type behind custom_vjp
+    out: Any = normalize_batch(x, scale, bias, epsilon)  # pyright loses the type behind custom_vjp
     _, mean, var = out
     return out, (x, scale, mean, jax.lax.rsqrt(var + epsilon))
 
@@ -126,7 +126,7 @@ def _normalize_backward(epsilon, saved, cotangents):
     return dx.astype(x.dtype), dscale, dbias
 
 
-_normalize.defvjp(_normalize_forward, _normalize_backward)
+normalize_batch.defvjp(_normalize_forward, _normalize_backward)
 
 
 def layer_norm(name: str, epsilon: float, dtype: Any) -> nn.LayerNorm:
@@ -156,6 +156,15 @@ def max_pool(x: jax.Array, size: int, stride: int, padding: int = 0) -> jax.Arra
     """Maximum over windows of `x` [N, H, W, C], padded with -inf on every side."""
     pads: Any = ((padding, padding), (padding, padding))  # flax annotates only the string
     return nn.max_pool(x, (size, size), strides=(stride, stride), padding=pads)
+
+
+def recomputed(block: type[nn.Module], on: bool, static: tuple[int, ...] = (2,)) -> Any:
+    """`block` or, where `on`, one whose insides the backward pass computes anew: less memory.
+
+    Gradient checkpointing (Chen et al., arXiv:1604.06174). Parameters keep their names. `static`
+    are the places of the call's arguments that are no arrays, such as `train`; `self` is 0.
+    """
+    return nn.remat(block, static_argnums=static) if on else block
 
 
 def drop_path(module: nn.Module, x: jax.Array, rate: float | jax.Array, train: bool) -> jax.Array:

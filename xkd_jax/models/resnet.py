@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from flax import linen as nn
 
 from xkd_jax import errors
-from xkd_jax.models.layers import BatchNorm, Conv, classify, drop_path, max_pool
+from xkd_jax.models.layers import BatchNorm, Conv, classify, drop_path, max_pool, recomputed
 from xkd_jax.models.variant import CIFAR100_MEAN, CIFAR100_STD, Variant
 
 
@@ -103,6 +103,7 @@ class ResNet(nn.Module):
     zero_init_last: bool = True
     drop_rate: float = 0.0
     drop_path_rate: float = 0.0
+    remat: bool = False
     dtype: Any = jnp.float32
 
     @nn.compact
@@ -118,9 +119,10 @@ class ResNet(nn.Module):
           UserError: `block`, `layers`, `width` or `stem` is not one of the above.
         """
         self._check()
-        block = BasicBlock
+        block = recomputed(BasicBlock, self.remat and train)
         if self.block == "bottleneck":
-            block = partial(Bottleneck, groups=self.groups, base_width=self.base_width)
+            block = recomputed(Bottleneck, self.remat and train)
+            block = partial(block, groups=self.groups, base_width=self.base_width)
         out: dict[str, Any] = {}
         x, index = self._stem(images, train), 0
         for stage, depth in enumerate(self.layers):

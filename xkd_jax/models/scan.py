@@ -7,13 +7,15 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
+from xkd_jax import platform
+
 
 def pays(depth: int, train: bool) -> bool:
     """Whether scanning over `depth` blocks is worth its copy of the weights.
 
     On a CPU XLA compiles a forward pass in no time: there only gradients of deep networks gain.
     """
-    return depth > 12 and (train or jax.default_backend() != "cpu")
+    return depth > 12 and (train or platform.current() != "cpu")
 
 
 def scan_blocks(
@@ -23,6 +25,7 @@ def scan_blocks(
     x: jax.Array,
     train: bool,
     drop_paths: Sequence[float],
+    remat: bool = False,
 ) -> tuple[jax.Array, list[Any]]:
     """Puts `x` through the blocks called `names`, compiling only `modules`, the first few of them.
 
@@ -37,6 +40,7 @@ def scan_blocks(
       x: the first block's input, of the same shape as each block's output.
       train: whether dropout is on.
       drop_paths: the rate of stochastic depth, block by block.
+      remat: whether the backward pass computes each period anew.
 
     Returns:
       The last block's output, and every block's `(output, rest)`.
@@ -61,6 +65,9 @@ def scan_blocks(
             outs.append((x, rest))
         return x, outs
 
+    if remat:
+        # The scan itself keeps XLA from merging the two computations.
+        body = jax.checkpoint(body, prevent_cse=False)
     x, outs = jax.lax.scan(body, x, (stacked, rates, keys))
     return x, [
         jax.tree.map(lambda leaf, turn=i // period: leaf[turn], outs[i % period])

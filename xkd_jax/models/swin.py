@@ -15,7 +15,7 @@ from flax import linen as nn
 
 from xkd_jax import errors
 from xkd_jax.models import scan
-from xkd_jax.models.layers import classify, drop_path, layer_norm
+from xkd_jax.models.layers import classify, drop_path, layer_norm, recomputed
 from xkd_jax.models.variant import Variant
 from xkd_jax.models.vit import Grid, Mlp, add_block, check_images, project_patches
 
@@ -200,6 +200,7 @@ class Stage(nn.Module):
     window_size: int
     mlp_ratio: float = 4.0
     qkv_bias: bool = True
+    remat: bool = False
     dtype: Any = jnp.float32
 
     @nn.compact
@@ -209,17 +210,19 @@ class Stage(nn.Module):
         """Maps `x` [N, T, C] to each block's output and its query, key and value."""
         if self.downsample:
             x = PatchMerging(self.dtype, name="downsample")(x)
-        block = partial(
-            Block, self.num_heads, self.window_size, self.mlp_ratio, self.qkv_bias, self.dtype
-        )
-        outs, first, depth = [], 0, len(self.drop_paths)
+        options = (
+            self.num_heads, self.window_size, self.mlp_ratio, self.qkv_bias, self.dtype,
+        )  # fmt: skip
+        remat, outs, first, depth = self.remat and train, [], 0, len(self.drop_paths)
         if scan.pays(depth, train) and not self.is_initializing():
             first = (depth - 1) // 2 * 2  # the last ones' taps are what methods read
-            pair = [block(shifted=shifted, parent=None) for shifted in (False, True)]
+            pair = [Block(*options, shifted=shifted, parent=None) for shifted in (False, True)]
             names = [f"blocks_{i}" for i in range(first)]
-            x, outs = scan.scan_blocks(self, pair, names, x, train, self.drop_paths[:first])
+            x, outs = scan.scan_blocks(self, pair, names, x, train, self.drop_paths[:first], remat)
+        block = recomputed(Block, remat, static=(2, 3))
         for i in range(first, depth):
-            x, qkv = block(shifted=i % 2 == 1, name=f"blocks_{i}")(x, train, self.drop_paths[i])
+            last = block(*options, shifted=i % 2 == 1, name=f"blocks_{i}")
+            x, qkv = last(x, train, self.drop_paths[i])
             outs.append((x, qkv))
         return outs
 
@@ -257,6 +260,7 @@ class SwinTransformer(nn.Module):
     qkv_bias: bool = True
     drop_rate: float = 0.0
     drop_path_rate: float = 0.0
+    remat: bool = False
     dtype: Any = jnp.float32
 
     @nn.compact
@@ -287,6 +291,7 @@ class SwinTransformer(nn.Module):
                 self.window_size,
                 self.mlp_ratio,
                 self.qkv_bias,
+                self.remat,
                 self.dtype,
                 name=f"layers_{i}",
             )(x, train)

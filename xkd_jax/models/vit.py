@@ -14,7 +14,7 @@ from flax import linen as nn
 
 from xkd_jax import errors
 from xkd_jax.models import scan
-from xkd_jax.models.layers import classify, drop_path, layer_norm, torch_default
+from xkd_jax.models.layers import classify, drop_path, layer_norm, recomputed, torch_default
 from xkd_jax.models.variant import HALF_MEAN, HALF_STD, Variant
 
 # torch's trunc_normal_ cuts at +-2 in absolute terms: at std .02 that is a plain normal.
@@ -196,6 +196,7 @@ class VisionTransformer(nn.Module):
     fc_norm: bool | None = None
     drop_rate: float = 0.0
     drop_path_rate: float = 0.0
+    remat: bool = False
     dtype: Any = jnp.float32
 
     @nn.compact
@@ -245,14 +246,16 @@ class VisionTransformer(nn.Module):
     def _blocks(self, x: jax.Array, train: bool) -> tuple[jax.Array, list]:
         """The last block's output, and of each its output and its query, key and value."""
         rates = [self.drop_path_rate * i / max(self.depth - 1, 1) for i in range(self.depth)]
-        block = partial(Block, self.num_heads, self.mlp_ratio, self.qkv_bias, self.dtype)
-        outs, first = [], 0
+        options = self.num_heads, self.mlp_ratio, self.qkv_bias, self.dtype
+        remat, outs, first = self.remat and train, [], 0
         if scan.pays(self.depth, train) and not self.is_initializing():
             first = self.depth - 1  # the last one's taps are what methods read
             names = [f"blocks_{i}" for i in range(first)]
-            x, outs = scan.scan_blocks(self, [block(parent=None)], names, x, train, rates[:first])
+            one = [Block(*options, parent=None)]
+            x, outs = scan.scan_blocks(self, one, names, x, train, rates[:first], remat)
+        block = recomputed(Block, remat, static=(2, 3))
         for i in range(first, self.depth):
-            x, qkv = block(name=f"blocks_{i}")(x, train, rates[i])
+            x, qkv = block(*options, name=f"blocks_{i}")(x, train, rates[i])
             outs.append((x, qkv))
         return x, outs
 

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from flax import linen as nn
 
 from xkd_jax import errors
-from xkd_jax.models.layers import BatchNorm, Conv, classify, max_pool
+from xkd_jax.models.layers import BatchNorm, Conv, classify, max_pool, recomputed
 from xkd_jax.models.variant import HALF_MEAN, HALF_STD, Variant
 
 # Channels and stride of block1 ... block12.
@@ -80,6 +80,7 @@ class Xception(nn.Module):
     num_classes: int = 1000
     width: float = 1.0
     drop_rate: float = 0.0
+    remat: bool = False
     dtype: Any = jnp.float32
 
     @nn.compact
@@ -102,8 +103,9 @@ class Xception(nn.Module):
         self._check(images.shape)
         out: dict[str, Any] = {}
         x = self._stem(images, train)
+        block = recomputed(Block, self.remat and train)
         for i, (features, stride) in enumerate(_BLOCKS, start=1):
-            x = Block(
+            x = block(
                 self._channels(features),
                 stride,
                 start_with_relu=i > 1,

@@ -1,0 +1,88 @@
+"""Weak and strong scaling over TPU pods, as the TPU compiler predicts them; nothing is run.
+
+python benchmarks/scaling.py [--topologies v5e:2x2 v5e:4x4 ...] [--pairs base ...]
+
+Needs the extra `pods`, and minutes for every row. Weak: each chip keeps its number of images.
+Strong: the batch stays, whatever the number of chips.
+"""
+
+import argparse
+
+from xkd_jax import compile_for, hlo, platform
+from xkd_jax.compile_for import predict_train_step, task_of_shapes
+from xkd_jax.config import Config, default_config
+from xkd_jax.memory import GIB
+
+PAIRS = {  # teacher, student, side of its images
+    "base": ("vit_base_patch16_224", "resnet50", 224),
+    "large": ("vit_large_patch16_384", "resnet50", 384),
+    "swin": ("swin_large_patch4_window7_224", "resnet50x2", 224),
+    "swin384": ("swin_large_patch4_window12_384", "resnet50x2", 384),
+}
+TOPOLOGIES = ("v5e:2x2", "v5e:2x4", "v5e:4x4", "v5e:8x8", "v5e:16x16")
+IMAGES = 16  # of each chip, where the batch grows with the chips: 256 on 16 chips is the paper's
+BATCH = 1024  # where it doesn't
+
+
+def create_config(teacher: str, student: str, size: int, batch_size: int) -> Config:
+    """configs/imagenet.py with another pair."""
+    config = default_config()
+    config.update(batch_size=batch_size, image_size=size)
+    config.method.name = "cakd"
+    config.student.model = student
+    config.teacher.weights = f"timm:{teacher}"
+    config.data.update(name="tfds:imagenet2012", eval="validation", test="validation")
+    config.augment.crop_padding = 0
+    config.optimizer.clip_norm = 2.0
+    config.views.mask_patch = 16
+    return config
+
+
+def row(pair: str, topology: str, strong: bool) -> str:
+    """One line of the table."""
+    mesh, chip = compile_for.topology(topology, default_config().mesh)
+    batch_size = BATCH if strong else IMAGES * mesh.size
+    with platform.assume("tpu"):
+        task = task_of_shapes(create_config(*PAIRS[pair], batch_size), mesh)
+        prediction = predict_train_step(task, chip)
+    reduced, gathered = (
+        hlo.total_bytes([c for c in prediction.collectives if c.kind in kinds]) / 2**20
+        for kinds in (("all-reduce", "reduce-scatter"), ("all-gather",))
+    )
+    cells = (
+        pair,
+        "strong" if strong else "weak",
+        topology,
+        mesh.size,
+        batch_size,
+        f"{prediction.memory / GIB:.1f}",
+        f"{1e3 * prediction.compute:.1f}",
+        f"{1e3 * prediction.communication:.1f}",
+        f"{batch_size / prediction.seconds:,.0f}",
+        f"{100 * prediction.mfu(mesh.size, chip):.0f}",
+        f"{reduced:.0f}",
+        f"{gathered:.0f}",
+    )
+    return f"| {' | '.join(map(str, cells))} |"
+
+
+def main() -> None:
+    """The command line."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--pairs", nargs="+", choices=PAIRS, default=("base", "large"))
+    parser.add_argument("--topologies", nargs="+", default=TOPOLOGIES)
+    parser.add_argument("--scaling", nargs="+", choices=("weak", "strong"), default=("weak",))
+    options = parser.parse_args()
+    titles = (
+        "pair", "scaling", "topology", "chips", "batch", "GiB a chip", "computing, ms",
+        "communicating, ms", "images/s", "MFU, %", "reduced, MiB", "gathered, MiB",
+    )  # fmt: skip
+    print(f"| {' | '.join(titles)} |\n|{' --- |' * 3}{' ---: |' * (len(titles) - 3)}")
+    for pair in options.pairs:
+        for scaling in options.scaling:
+            for topology in options.topologies:
+                print(row(pair, topology, scaling == "strong"), flush=True)
+
+
+if __name__ == "__main__":
+    main()

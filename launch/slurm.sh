@@ -1,0 +1,53 @@
+#!/usr/bin/env bash
+# Submits a run on several GPU nodes to SLURM:
+#
+#   launch/slurm.sh --nodes 4 --gpus 8 --workdir /shared/runs/a -- --config configs/imagenet.py
+#
+# One process per GPU; JAX finds the others through SLURM. Five minutes before the time limit, and at
+# preemption, SIGTERM makes the run save and end; then the job goes back into the queue until the
+# run is complete.
+#
+#   --workdir FOLDER     of the run, on a file system that all nodes share
+#   --nodes N            (1)
+#   --gpus N             of each node (8)
+#   --cpus N             for each process (8)
+#   --time LIMIT         of one turn (24:00:00)
+#   --partition NAME
+#   --account NAME
+#   --setup COMMAND      run first, such as 'source venv/bin/activate'
+#   --dry_run            prints the job's script
+
+set -euo pipefail
+cd "$(dirname "$0")/.."
+source launch/common.sh
+workdir="" nodes=1 gpus=8 cpus=8 time=24:00:00 partition="" account="" setup=:
+parse_options "workdir nodes gpus cpus time partition account setup" "$@"
+required workdir
+
+script() {
+  cat <<END
+#!/usr/bin/env bash
+#SBATCH --job-name=$(basename "$workdir")
+#SBATCH --nodes=$nodes
+#SBATCH --ntasks-per-node=$gpus
+#SBATCH --gpus-per-node=$gpus
+#SBATCH --cpus-per-task=$cpus
+#SBATCH --time=$time
+#SBATCH --signal=TERM@300
+#SBATCH --requeue
+#SBATCH --open-mode=append
+#SBATCH --output=$(basename "$workdir")-%j.log
+${partition:+#SBATCH --partition=$partition
+}${account:+#SBATCH --account=$account
+}set -euo pipefail
+cd $(quoted "$PWD")
+$setup
+source launch/xla_flags.sh
+xla_flags gpu
+srun --kill-on-bad-exit=1 python -m xkd_jax.main $(quoted --workdir "$workdir" "${rest[@]}")
+# Training that was stopped early ends with 0 too; its end writes the report.
+[[ -e $(quoted "$workdir")/report.md ]] || scontrol requeue "\$SLURM_JOB_ID"
+END
+}
+
+if $dry_run; then script; else script | sbatch; fi

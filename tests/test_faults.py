@@ -1,0 +1,183 @@
+"""What befalls long runs, with real processes: kills, full disks, torn checkpoints, NaN."""
+
+import json
+import random
+import re
+import resource
+import shutil
+import signal
+import time
+
+import numpy as np
+import pytest
+
+from tests.runs import TINY, assert_same_run, final_state, finish, timeless, wait_for_step
+from xkd_jax.data.order import batch_indices
+from xkd_jax.metrics import read_metrics
+
+pytestmark = pytest.mark.slow
+
+STEPS = 160
+# A discriminator with its own optimizer, and memory banks.
+RUN = ("--config", f"{TINY}:cakd+crd", f"--config.epochs={STEPS // 4}")
+OFTEN = "--config.checkpoint_every=3"
+
+# One weight's gradient is NaN at the eleventh step.
+POISONED = """
+import sys
+import jax.numpy as jnp
+from absl import app
+from xkd_jax import main, train
+
+plain = train.student_loss
+
+def poisoned(task, state, params, *rest):
+    loss, aux = plain(task, state, params, *rest)
+    loss += jnp.where(state.step == 10, jnp.nan, 0) * params["fc"]["kernel"].sum()
+    aux["metrics"]["loss"] = loss
+    return loss, aux
+
+train.student_loss = poisoned
+app.run(main.main, argv=["main", *sys.argv[1:]], flags_parser=main.parse)
+"""
+
+
+def run_to_the_end(start, folder, *arguments, **variables):
+    code, _, err = finish(start(*RUN, OFTEN, "--workdir", folder, *arguments, **variables))
+    assert code == 0, err
+    return err
+
+
+def steps_saved(folder):
+    return sorted(int(path.name) for path in (folder / "checkpoints").iterdir())
+
+
+def assert_one_sentence(err, start):
+    """Threads of Orbax and TensorBoard whose writes fail may say more around it."""
+    (line,) = [line for line in err.splitlines() if line.startswith("xkd_jax: ")]
+    assert re.match(f"xkd_jax: {start}", line), err
+
+
+@pytest.fixture(scope="module")
+def unbroken(start, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("runs") / "unbroken"
+    run_to_the_end(start, folder)
+    return folder
+
+
+@pytest.fixture
+def unfinished(unbroken, tmp_path):
+    """A copy of the unbroken run, as if it had been killed right after its last step."""
+    folder = tmp_path / "run"
+    shutil.copytree(unbroken, folder)
+    (folder / "summary.json").unlink()
+    return folder
+
+
+def test_a_run_killed_twenty_times_ends_bit_identical(start, unbroken, tmp_path):
+    folder, rng, reached = tmp_path / "run", random.Random(0), 0
+    for _ in range(20):
+        process = start(*RUN, OFTEN, "--workdir", folder)
+        wait_for_step(process, folder, reached + rng.randint(1, 5))
+        time.sleep(rng.uniform(0, 0.05))
+        process.send_signal(signal.SIGKILL)
+        assert finish(process)[0] == -signal.SIGKILL
+        reached = read_metrics(folder)[-1]["step"]
+    assert 20 < reached < STEPS
+    run_to_the_end(start, folder)
+    assert_same_run(folder, unbroken)
+
+
+def fill_disk(process, folder):
+    """Every write fails from here on, as if the disk were full."""
+    del folder
+    resource.prlimit(process.pid, resource.RLIMIT_FSIZE, (0, resource.RLIM_INFINITY))
+
+
+def fill_for_checkpoints(process, folder):
+    """The large files of a checkpoint no longer fit."""
+    del folder
+    resource.prlimit(process.pid, resource.RLIMIT_FSIZE, (200_000, resource.RLIM_INFINITY))
+
+
+def block_folder(process, folder):
+    """The folder of the checkpoints can't be written; not even the superuser could."""
+    del process
+    (folder / "checkpoints").rename(folder / "kept")
+    (folder / "checkpoints").write_text("")
+
+
+@pytest.mark.parametrize("harm", [fill_disk, fill_for_checkpoints, block_folder])
+def test_a_failed_save_stops_the_run_which_goes_on_after_the_repair(
+    start, unbroken, tmp_path, harm
+):
+    folder = tmp_path / "run"
+    process = start(*RUN, OFTEN, "--workdir", folder)
+    wait_for_step(process, folder, 20)
+    harm(process, folder)
+    code, _, err = finish(process)
+    assert code == 2, err
+    assert_one_sentence(err, r".*checkpoints.* stay: .* run the same command again")
+    assert 20 <= read_metrics(folder)[-1]["step"] < STEPS
+    if harm is block_folder:
+        (folder / "checkpoints").unlink()
+        (folder / "kept").rename(folder / "checkpoints")
+    err = run_to_the_end(start, folder)
+    assert int(re.search(rf"step (\d+)/{STEPS}", err)[1]) > 12  # from a checkpoint
+    assert_same_run(folder, unbroken)
+
+
+def test_of_a_torn_checkpoint_the_one_before_is_used(start, unbroken, unfinished):
+    assert steps_saved(unfinished) == [STEPS - 1, STEPS]
+    files = (unfinished / "checkpoints" / str(STEPS)).rglob("*")
+    largest = max((path for path in files if path.is_file()), key=lambda path: path.stat().st_size)
+    with largest.open("rb+") as file:
+        file.truncate(largest.stat().st_size // 2)
+    err = run_to_the_end(start, unfinished)
+    assert f"the checkpoint of step {STEPS} is damaged" in err
+    assert f"training goes on from step {STEPS - 1}." in err
+    assert_same_run(unfinished, unbroken)
+
+
+def test_a_checkpoint_without_its_commit_marker_does_not_count(start, unbroken, unfinished):
+    newest = unfinished / "checkpoints" / str(STEPS)
+    newest.rename(newest.with_name(f"{STEPS}.orbax-checkpoint-tmp"))
+    err = run_to_the_end(start, unfinished)
+    assert re.search(r"step (\d+)/", err)[1] == str(STEPS)
+    assert steps_saved(unfinished) == [STEPS - 1, STEPS]
+    assert_same_run(unfinished, unbroken)
+
+
+def test_it_resumes_on_four_devices_after_eight_and_on_one_after_four(start, unbroken, tmp_path):
+    folder = tmp_path / "run"
+    for devices, until in ((8, 4), (4, 8)):
+        flags = f"--xla_force_host_platform_device_count={devices}"
+        process = start(*RUN, OFTEN, "--workdir", folder, XLA_FLAGS=flags)
+        wait_for_step(process, folder, until)
+        process.send_signal(signal.SIGTERM)
+        code, _, err = finish(process)
+        assert code == 0, err
+        assert until <= steps_saved(folder)[-1] < STEPS
+    run_to_the_end(start, folder)
+    losses = [
+        [line["loss"] for line in timeless(run) if "loss" in line] for run in (folder, unbroken)
+    ]
+    assert len(losses[0]) == len(losses[1]) == STEPS
+    # Sums in another order; the gap grows with the steps.
+    assert losses[0][:12] == pytest.approx(losses[1][:12], rel=2e-3)
+
+
+def test_nan_stops_the_run_and_names_step_parameters_and_examples(start, tmp_path):
+    folder = tmp_path / "run"
+    process = start(*RUN, OFTEN, "--workdir", folder, program=("-c", POISONED))
+    code, _, err = finish(process)
+    assert code == 2, err
+    assert_one_sentence(
+        err,
+        r"step 11 isn't finite: its loss is nan, its gradients fail at "
+        r"student/fc/kernel, its examples are \d+, .* and 8 more",
+    )
+    report = json.loads((folder / "not_finite.json").read_text())
+    assert report["examples"] == batch_indices(64, 16, 0, 10).tolist()
+    assert steps_saved(folder) == [6, 9]
+    assert all(np.isfinite(leaf).all() for _, leaf in final_state(folder)[1])

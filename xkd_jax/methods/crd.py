@@ -1,0 +1,191 @@
+"""CRD: the student's and the teacher's features of an image find each other among many others.
+
+Tian, Krishnan, Isola: Contrastive Representation Distillation, ICLR 2020, arXiv:1910.10699.
+M examples, K negatives for each of the N in a batch, features of D numbers.
+"""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import linen as nn
+from jax.nn import logsumexp
+
+from xkd_jax.errors import UserError
+from xkd_jax.methods.base import Method, apply, weighted_sum
+from xkd_jax.methods.layers import unit
+from xkd_jax.models.layers import torch_default
+
+ROWS = 1024  # the banks have a multiple of so many rows, which any usual mesh divides
+
+
+def group_by_class(labels: np.ndarray, num_classes: int) -> dict[str, jax.Array]:
+    """What `draw_negatives` needs to know about a training set's labels [M].
+
+    Returns:
+      `by_class` int32 [M], the examples in the order of their classes, and `starts` int32
+      [num_classes + 1], where each class begins in it.
+    """
+    order = np.argsort(labels, kind="stable")
+    starts = np.searchsorted(labels[order], np.arange(num_classes + 1))
+    return {"by_class": jnp.asarray(order, jnp.int32), "starts": jnp.asarray(starts, jnp.int32)}
+
+
+def draw_negatives(
+    key: jax.Array, by_class: jax.Array, starts: jax.Array, labels: jax.Array, number: int
+) -> jax.Array:
+    """Examples of other classes than `labels` [N], uniform and with repetition: int32 [N, number].
+
+    See `group_by_class` for `by_class` and `starts`.
+    """
+    start = starts[labels][:, None]
+    size = starts[labels + 1][:, None] - start
+    shape = (len(labels), number)
+    place = jax.random.randint(key, shape, 0, len(by_class) - size)
+    return by_class[jnp.where(place < start, place, place + size)]  # skips the label's class
+
+
+def contrast(
+    anchors: jax.Array,
+    bank: jax.Array,
+    index: jax.Array,
+    drawn: jax.Array,
+    log_normalizer: jax.Array,
+    examples: int,
+    temperature: float,
+) -> tuple[jax.Array, jax.Array]:
+    """Noise-contrastive estimation of one direction (Eq. 18), with the critic h of Eq. 19.
+
+    Args:
+      anchors: one network's features, unit vectors [N, D].
+      bank: the other's features of all examples [rows, D]; they receive no gradient.
+      index: the anchors' own places in the bank [N], their positives.
+      drawn: how often an example is a negative of an anchor, float32 [N, rows]; each row sums to K.
+      log_normalizer: log Z of exp(score / temperature), which Eq. 19 leaves out and the authors'
+        code has; -inf to estimate it from these scores as M times their mean.
+      examples: M.
+      temperature: tau.
+
+    Returns:
+      The batch mean of the loss, and log Z; both float32 scalars.
+    """
+    bank = jax.lax.stop_gradient(bank)
+    negatives = jnp.sum(drawn[0])
+    positive = jnp.sum(anchors * bank[index], -1) / temperature
+    # One product with the whole bank: to gather K rows of D numbers for every anchor would move
+    # far more memory. And no scores are gathered, but all are weighed: the gradient of a gather
+    # is a scattered sum, on a GPU in another order each time.
+    scores = anchors @ bank.T / temperature
+    total = jnp.logaddexp(logsumexp(positive), logsumexp(scores, b=drawn))
+    estimate = total - jnp.log(len(anchors) * (negatives + 1) / examples)
+    log_normalizer = jnp.where(jnp.isneginf(log_normalizer), estimate, log_normalizer)
+    log_normalizer = jax.lax.stop_gradient(log_normalizer)
+    shift = log_normalizer + jnp.log(negatives / examples)
+    log_h = jax.nn.log_sigmoid(positive - shift)
+    log_not_h = jnp.sum(drawn * jax.nn.log_sigmoid(shift - scores), -1)
+    return -jnp.mean(log_h + log_not_h), log_normalizer
+
+
+def remember(bank: jax.Array, index: jax.Array, features: jax.Array, momentum: float) -> jax.Array:
+    """The bank [rows, D] with its rows `index` [N] moved towards `features` [N, D], unit vectors.
+
+    As Wu et al. (arXiv:1805.01978) do it; `momentum` is the share of the old rows.
+    """
+    mixed = momentum * bank[index] + (1 - momentum) * jax.lax.stop_gradient(features)
+    return bank.at[index].set(unit(mixed))
+
+
+@dataclasses.dataclass(frozen=True)
+class CRD(Method):
+    """Contrastive distillation of the pooled features, with RepDistiller's numbers.
+
+    It carries two memory banks, together 2 * 4 * 128 bytes for every training example: 51 MB for
+    CIFAR, 1.3 GB for ImageNet, split over the devices. A step holds a few float32 arrays
+    [N, M]: 1.3 GB each for a batch of 256 of ImageNet. The paper's temperature for CIFAR-100 is
+    0.1; 0.07 is the authors' code's.
+
+    Attributes:
+      weight: of this term.
+      temperature: tau.
+      negatives: K, drawn for every example from all other classes, with repetition.
+      momentum: share of the old row when a bank takes up a new feature.
+      width: D, of the space that both networks' features are mapped to.
+    """
+
+    weight: float = 0.8
+    temperature: float = 0.07
+    negatives: int = 16384
+    momentum: float = 0.5
+    width: int = 128
+
+    needs_teacher = True
+
+    def check(self, teacher_out, student_out):
+        """See `Method.check`."""
+        for name, fits, right in (
+            ("temperature", self.temperature > 0, "above 0"),
+            ("negatives", self.negatives >= 1, "at least 1"),
+            ("momentum", 0 <= self.momentum < 1, "at least 0 and below 1"),
+            ("width", self.width >= 1, "at least 1"),
+        ):
+            if not fits:
+                raise UserError(f"method.crd.{name}={getattr(self, name)} must be {right}.")
+
+    def init(self, key, teacher_out, student_out, labels=()):
+        """See `Method.init`.
+
+        Raises:
+          UserError: the training set has but one class, or nothing.
+        """
+        labels = np.asarray(labels)
+        if len(np.unique(labels)) < 2:
+            raise UserError(
+                "crd contrasts examples of different classes, and this training set has fewer than "
+                "two; take another method."
+            )
+        outs = {"student": student_out, "teacher": teacher_out}
+        rows = -(-len(labels) // ROWS) * ROWS
+        bound = (self.width / 3) ** -0.5
+        keys = dict(zip(outs, jax.random.split(key, (2, 2)), strict=True))
+        linear = nn.Dense(self.width, kernel_init=torch_default)
+        params = {name: linear.init(keys[name][0], out["pooled"]) for name, out in outs.items()}
+        bank = {
+            name: jax.random.uniform(keys[name][1], (rows, self.width), minval=-bound, maxval=bound)
+            for name in outs
+        }
+        unset = {name: jnp.full((), -jnp.inf, jnp.float32) for name in outs}
+        state = {"bank": bank, "log_normalizer": unset}
+        return params, state | group_by_class(labels, student_out["logits"].shape[-1])
+
+    def loss(self, params, state, teacher_out, student_out, batch, key, progress, adversary=None):
+        """See `Method.loss`; the new state's banks hold this batch's features."""
+        pooled = {
+            "student": student_out["pooled"],
+            "teacher": jax.lax.stop_gradient(teacher_out["pooled"]),
+        }
+        features = {
+            name: unit(apply(nn.Dense(self.width), params[name], x.astype(jnp.float32)))
+            for name, x in pooled.items()
+        }
+        bank, index, by_class = state["bank"], batch["index"], state["by_class"]
+        negatives = draw_negatives(key, by_class, state["starts"], batch["label"], self.negatives)
+        drawn = jnp.zeros((len(index), len(bank["student"])))
+        drawn = drawn.at[jnp.arange(len(index))[:, None], negatives].add(1)
+        terms, log_normalizer = {}, {}
+        for name, other in (("student", "teacher"), ("teacher", "student")):
+            term, log_normalizer[name] = contrast(
+                features[name],
+                bank[other],
+                index,
+                drawn,
+                state["log_normalizer"][name],
+                len(by_class),
+                self.temperature,
+            )
+            terms[f"crd_{name}"] = (self.weight, term)
+        new_bank = {
+            name: remember(rows, index, features[name], self.momentum)
+            for name, rows in bank.items()
+        }
+        return weighted_sum(terms, state | {"bank": new_bank, "log_normalizer": log_normalizer})

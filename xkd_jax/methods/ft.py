@@ -1,0 +1,157 @@
+"""FT: the student translates factors, which a paraphraser has drawn from the teacher's last map.
+
+Kim, Park, Kwak: Paraphrasing Complex Network: Network Compression via Factor Transfer,
+arXiv:1802.04977.
+"""
+
+import dataclasses
+from typing import ClassVar
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+
+from xkd_jax.errors import UserError, unknown
+from xkd_jax.methods.align import level_grid, level_map, levels, on_smaller_grid
+from xkd_jax.methods.at import attention_map
+from xkd_jax.methods.base import Method, Outputs, apply, weighted_sum
+from xkd_jax.methods.layers import ConvNorm, unit
+
+VARIANTS = ("energy", "factor")
+
+
+class Convolutions(nn.Module):
+    """3x3 convolutions, each with batch normalisation and a leaky ReLU of slope 0.1."""
+
+    widths: tuple[int, ...]
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """[N, h, w, C] -> [N, h, w, widths[-1]]."""
+        for width in self.widths:
+            x = nn.leaky_relu(ConvNorm(width, 3)(x), 0.1)
+        return x
+
+
+class Paraphraser(nn.Module):
+    """A convolutional auto-encoder of the teacher's map (section 3.1).
+
+    The original's transposed convolutions of stride 1 are convolutions by another name.
+    """
+
+    factors: int
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """[N, h, w, C] -> factors [N, h, w, factors] and the reconstruction [N, h, w, C]."""
+        width = x.shape[-1]
+        factors = Convolutions((width, self.factors, self.factors), name="encoder")(x)
+        return factors, Convolutions((self.factors, width, width), name="decoder")(factors)
+
+
+def factor_distance(student: jax.Array, teacher: jax.Array, variant: str, p: int) -> jax.Array:
+    """The mean p-th power of the distance of the normalised factors (section 3.2).
+
+    Args:
+      student: its factors [N, h, w, F].
+      teacher: the teacher's [N, h', w', F], without gradient; the finer grid is averaged down.
+      variant: "factor" takes all h * w * F values of an image as one vector of length 1, as the
+        paper does; "energy" first averages their squares over the channels.
+      p: 1 or 2.
+    """
+    maps = on_smaller_grid(student, jax.lax.stop_gradient(teacher))
+    if variant == "energy":
+        a, b = (attention_map(factors) for factors in maps)
+    else:
+        a, b = (unit(factors.reshape(len(factors), -1)) for factors in maps)
+    return jnp.mean(jnp.abs(a - b) ** p)
+
+
+@dataclasses.dataclass(frozen=True)
+class FT(Method):
+    """Factor transfer, in two phases: the paraphraser alone, then the student and its translator.
+
+    "energy" is what RepDistiller computes: the published CIFAR-100 results, and the weight 200,
+    are its. The weight for ImageNet is the paper's, and belongs to the paper's "factor".
+
+    Attributes:
+      weight: of the distance of the factors.
+      variant: of that distance, see `factor_distance`.
+      p: the power of that distance, 1 or 2.
+      k: the number of factors as a share of the teacher's channels, the paraphrase rate.
+      first_epochs: in which the paraphraser learns, before the student does.
+    """
+
+    weight: float = 200.0
+    variant: str = "energy"
+    p: int = 1
+    k: float = 0.5
+    first_epochs: int = 30
+
+    needs_teacher = True
+    imagenet: ClassVar = {"weight": 1000.0, "variant": "factor"}
+
+    @property
+    def first_phase(self) -> float:
+        """See `Method.first_phase`."""
+        return self.first_epochs
+
+    def freeze(self, progress):
+        """See `Method.freeze`."""
+        return progress < 0, {"paraphraser": progress >= 0, "translator": False}
+
+    def check(self, teacher_out, student_out):
+        """See `Method.check`."""
+        if self.variant not in VARIANTS:
+            raise unknown("variant of ft", self.variant, VARIANTS)
+        if self.p not in (1, 2):
+            raise UserError(f"method.ft.p={self.p} must be 1 or 2.")
+        if self.k <= 0:
+            raise UserError(f"method.ft.k={self.k} must be above 0.")
+        if self.first_epochs < 1:
+            raise UserError(
+                f"method.ft.first_epochs={self.first_epochs} must be at least 1: the paraphraser "
+                "learns in no others."
+            )
+        grids = [level_grid(out, levels(out)[-1]) for out in (teacher_out, student_out)]
+        if self.variant == "energy" and (1, 1) in grids:
+            raise UserError(
+                "ft's variant 'energy' compares places, and a network's last map has but one; set "
+                "method.ft.variant to 'factor'."
+            )
+
+    def _modules(self, teacher: jax.Array, student: jax.Array) -> tuple[Paraphraser, Convolutions]:
+        factors = max(1, int(self.k * teacher.shape[-1]))
+        return Paraphraser(factors), Convolutions((student.shape[-1], factors, factors))
+
+    def init(self, key, teacher_out, student_out, labels=()):
+        """See `Method.init`."""
+        maps = _last_map(teacher_out), _last_map(student_out)
+        paraphraser, translator = self._modules(*maps)
+        keys = jax.random.split(key)
+        params = {
+            "paraphraser": paraphraser.init(keys[0], maps[0]),
+            "translator": translator.init(keys[1], maps[1]),
+        }
+        return params, {}
+
+    def loss(self, params, state, teacher_out, student_out, batch, key, progress, adversary=None):
+        """See `Method.loss`."""
+        teacher, student = jax.lax.stop_gradient(_last_map(teacher_out)), _last_map(student_out)
+        paraphraser, translator = self._modules(teacher, student)
+        factors, reconstruction = apply(paraphraser, params["paraphraser"], teacher)
+        translation = apply(translator, params["translator"], student)
+        distance = factor_distance(translation, factors, self.variant, self.p)
+        first = progress < 0
+        terms = {
+            "ft_reconstruction": (
+                jnp.where(first, 1.0, 0.0),
+                jnp.mean((teacher - reconstruction) ** 2),
+            ),
+            "ft_factors": (jnp.where(first, 0.0, self.weight), distance),
+        }
+        return weighted_sum(terms, state)
+
+
+def _last_map(out: Outputs) -> jax.Array:
+    return level_map(out, levels(out)[-1])

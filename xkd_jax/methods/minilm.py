@@ -1,0 +1,123 @@
+"""MiniLM: the student's last self-attention relates tokens to each other as the teacher's does.
+
+Wang, Wei, Dong, Bao, Yang, Zhou: MiniLM: Deep Self-Attention Distillation for Task-Agnostic
+Compression of Pre-Trained Transformers, arXiv:2002.10957, section 3, is "v1"; Wang, Bao, Huang,
+Dong, Wei: MiniLMv2, arXiv:2012.15828, section 3, is "v2".
+"""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+
+from xkd_jax.errors import UserError, unknown
+from xkd_jax.methods.align import is_transformer
+from xkd_jax.methods.base import Method, Outputs, PairError, weighted_sum
+from xkd_jax.methods.logits import soft_cross_entropy
+
+# What is multiplied with what, for each term.
+RELATIONS = {
+    "v1": {"minilm_attention": ("query", "key"), "minilm_value": ("value", "value")},
+    "v2": {
+        "minilm_query": ("query", "query"),
+        "minilm_key": ("key", "key"),
+        "minilm_value": ("value", "value"),
+    },
+}
+
+
+def relation(a: jax.Array, b: jax.Array) -> jax.Array:
+    """A B^T / sqrt(d) per head, before the softmax: [N, H, T, d] twice -> [N, H, T, T]."""
+    return jnp.einsum("nhqd,nhkd->nhqk", a, b) / a.shape[-1] ** 0.5
+
+
+def relation_loss(student: jax.Array, teacher: jax.Array) -> jax.Array:
+    """KL(teacher || student) of the relations' rows after a softmax, the mean over rows.
+
+    L_AT and L_VR of v1's sections 3.1 and 3.2, and each of v2's terms.
+
+    Args:
+      student: its relation [N, H, T, T]; see `relation`.
+      teacher: the teacher's [N, H, T, T], without gradient.
+    """
+    return soft_cross_entropy(student, jax.lax.stop_gradient(teacher), temperature=1.0)
+
+
+def regroup(x: jax.Array, heads: int) -> jax.Array:
+    """Joins all heads and splits them into as many as `heads`, v2's relation heads.
+
+    [N, H, T, d] -> [N, heads, T, H * d / heads].
+    """
+    n, _, tokens, _ = x.shape
+    return x.swapaxes(1, 2).reshape(n, tokens, heads, -1).swapaxes(1, 2)
+
+
+@dataclasses.dataclass(frozen=True)
+class MiniLM(Method):
+    """Deep self-attention distillation from the teacher's last block to the student's.
+
+    Both must be Transformers with the same grid of tokens. Only patch tokens take part: the class
+    token, and Swin's position bias, are in none of the relations.
+
+    Attributes:
+      weight: of each term.
+      variant: "v1" compares attention and value relations, head by head; "v2" relations of
+        queries, of keys and of values, whatever the two networks' heads.
+      relation_heads: of "v2"; 48 is what its authors took for teachers of width 768. Both
+        networks' widths must be multiples of it.
+    """
+
+    weight: float = 1.0
+    variant: str = "v1"
+    relation_heads: int = 48
+
+    needs_teacher = True
+
+    def check(self, teacher_out, student_out):
+        """See `Method.check`."""
+        if self.variant not in RELATIONS:
+            raise unknown("variant of minilm", self.variant, RELATIONS)
+        for role, out in (("teacher", teacher_out), ("student", student_out)):
+            if not is_transformer(out):
+                raise PairError(
+                    f"minilm compares the attention of two Transformers, and this {role} is a CNN"
+                )
+        grids = ["x".join(map(str, out["grid"])) for out in (teacher_out, student_out)]
+        if grids[0] != grids[1]:
+            raise PairError(
+                f"minilm compares the same tokens, and the teacher's are {grids[0]}, the "
+                f"student's {grids[1]}"
+            )
+        teacher, student = (out["query"].shape for out in (teacher_out, student_out))
+        if self.variant == "v1" and teacher[1] != student[1]:
+            raise UserError(
+                f"minilm's v1 compares head by head, and the teacher has {teacher[1]}, the student "
+                f"{student[1]}; set method.minilm.variant to 'v2'."
+            )
+        if self.variant == "v2":
+            self._check_relation_heads(teacher[1] * teacher[-1], student[1] * student[-1])
+
+    def _check_relation_heads(self, *widths: int) -> None:
+        if self.relation_heads < 1 or any(width % self.relation_heads for width in widths):
+            raise UserError(
+                f"method.minilm.relation_heads={self.relation_heads} must divide the teacher's "
+                f"width, {widths[0]}, and the student's, {widths[1]}."
+            )
+
+    def _taps(self, out: Outputs) -> dict[str, jax.Array]:
+        taps = {name: out[name].astype(jnp.float32) for name in ("query", "key", "value")}
+        if self.variant == "v2":
+            taps = {name: regroup(tap, self.relation_heads) for name, tap in taps.items()}
+        return taps
+
+    def loss(self, params, state, teacher_out, student_out, batch, key, progress, adversary=None):
+        """See `Method.loss`."""
+        teacher, student = self._taps(teacher_out), self._taps(student_out)
+        terms = {
+            name: (
+                self.weight,
+                relation_loss(relation(student[a], student[b]), relation(teacher[a], teacher[b])),
+            )
+            for name, (a, b) in RELATIONS[self.variant].items()
+        }
+        return weighted_sum(terms, state)

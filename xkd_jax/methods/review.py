@@ -1,0 +1,129 @@
+"""ReviewKD: the student's levels, each fused with all the deeper ones, imitate the teacher's.
+
+Chen, Liu, Zhao, Jia: Distilling Knowledge via Knowledge Review, arXiv:2104.09044.
+"""
+
+import dataclasses
+from typing import ClassVar
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+
+from xkd_jax.errors import UserError
+from xkd_jax.methods.align import level_map, paired_levels, resize_map
+from xkd_jax.methods.base import Method, Outputs, apply, weighted_sum
+from xkd_jax.methods.layers import ConvNorm
+from xkd_jax.models.layers import Conv, torch_default
+
+MAX_WIDTH = 512  # of the fused maps, which are as wide as the student's deepest level otherwise
+
+
+class Fusion(nn.Module):
+    """ABF: attention based fusion of a level with the deeper ones (section 3.3)."""
+
+    width: int  # of the fused maps
+    features: int  # the teacher's channels
+
+    @nn.compact
+    def __call__(self, level: jax.Array, deeper: jax.Array | None) -> tuple[jax.Array, jax.Array]:
+        """Two maps on the level's grid: what imitates the teacher, what the next fusion takes.
+
+        Args:
+          level: the student's, [N, h, w, C].
+          deeper: the deeper levels' fusion, [N, h', w', width]; None at the deepest level.
+        """
+        fused = ConvNorm(self.width, name="reduce")(level)
+        if deeper is not None:
+            repeated = jax.image.resize(deeper, fused.shape, "nearest")
+            both = jnp.concatenate([fused, repeated], axis=-1)
+            scores = Conv(2, 1, use_bias=True, kernel_init=torch_default, name="attention")(both)
+            attention = nn.sigmoid(scores)
+            fused = fused * attention[..., :1] + repeated * attention[..., 1:]
+        return ConvNorm(self.features, 3, name="expand")(fused), fused
+
+
+class Review(nn.Module):
+    """The residual learning framework (section 3.2): fusions from the deepest level up."""
+
+    widths: tuple[int, ...]  # the teacher's channels by level, shallow to deep
+
+    @nn.compact
+    def __call__(self, levels: list[jax.Array]) -> list[jax.Array]:
+        """The student's maps, shallow to deep -> the same in the teacher's channels."""
+        width = min(levels[-1].shape[-1], MAX_WIDTH)
+        reviewed, fused = [], None
+        for i in reversed(range(len(levels))):
+            fusion = Fusion(width, self.widths[i], name=f"fusion{i + 1}")
+            imitation, fused = fusion(levels[i], fused)
+            reviewed.insert(0, imitation)
+        return reviewed
+
+
+def context_loss(teacher: jax.Array, student: jax.Array) -> jax.Array:
+    """HCL: the hierarchical context loss (section 3.3) of two maps [N, h, w, C].
+
+    The mean squared distance of the maps, and of the two averaged to 4x4, 2x2 and 1x1 where that is
+    smaller, with weights 1, 1/2, 1/4, 1/8 divided by their sum, as in the released code.
+    """
+    difference = student - teacher
+    loss, weight, weights = jnp.mean(difference**2), 1.0, 1.0
+    for size in (4, 2, 1):
+        if size < min(difference.shape[1:3]):
+            weight = weight / 2
+            weights = weights + weight
+            loss = loss + weight * jnp.mean(resize_map(difference, (size, size)) ** 2)
+    return loss / weights
+
+
+def _maps(teacher_out: Outputs, student_out: Outputs) -> tuple[list[jax.Array], list[jax.Array]]:
+    """The teacher's maps on the student's grids and the student's, shallow to deep."""
+    pairs = [*paired_levels(teacher_out, student_out), ("pooled", "pooled")]
+    student = [level_map(student_out, name) for _, name in pairs]
+    teacher = [
+        resize_map(level_map(teacher_out, name, before_activation=True), features.shape[1:3])
+        for (name, _), features in zip(pairs, student, strict=True)
+    ]
+    return jax.lax.stop_gradient(teacher), student
+
+
+@dataclasses.dataclass(frozen=True)
+class ReviewKD(Method):
+    """The context losses of all levels and of the pooled features, the deepest level of all.
+
+    As in the released code, the teacher's maps are taken before the activation and the student's
+    after it, and a deeper map is brought to a finer grid by repetition.
+
+    Attributes:
+      weight: of the sum over levels. The authors' for CIFAR-100 is 0.6 for ResNet-56 -> 20, 1 for
+        ResNet-110 -> 32, 5 for ResNet-32x4 -> 8x4 and WRN-40-2 -> 16-2 and 40-1, 8 for
+        ResNet-32x4 -> ShuffleNetV2; for ImageNet 1 for ResNet-34 -> 18, 8 for ResNet-50 ->
+        MobileNet.
+      warmup_epochs: the weight grows linearly to its full value over so many.
+    """
+
+    weight: float = 1.0
+    warmup_epochs: int = 20
+
+    needs_teacher = True
+    imagenet: ClassVar = {"warmup_epochs": 1}
+
+    def check(self, teacher_out, student_out):
+        """See `Method.check`."""
+        if self.warmup_epochs < 0:
+            raise UserError(f"method.review.warmup_epochs={self.warmup_epochs} must be at least 0.")
+
+    def init(self, key, teacher_out, student_out, labels=()):
+        """See `Method.init`."""
+        teacher, student = _maps(teacher_out, student_out)
+        return Review(tuple(x.shape[-1] for x in teacher)).init(key, student), {}
+
+    def loss(self, params, state, teacher_out, student_out, batch, key, progress, adversary=None):
+        """See `Method.loss`."""
+        teacher, student = _maps(teacher_out, student_out)
+        reviewed = apply(Review(tuple(x.shape[-1] for x in teacher)), params, student)
+        losses = map(context_loss, teacher, reviewed)
+        weight = self.weight
+        if self.warmup_epochs:
+            weight = weight * jnp.minimum(progress / self.warmup_epochs, 1.0)
+        return weighted_sum({"review": (weight, sum(losses, jnp.zeros(())))}, state)
