@@ -67,24 +67,24 @@ def get_config(variant: str = "") -> Config:
             "fc_norm": False,
         }
     elif variant in ("methods", "transformer"):
-        config.compare = METHODS if variant == "methods" else ("none", "logits", "deit", "minilm")
-        config.method.logits.update(label_weight=0.1, weight=0.9)
-        # What lasts for epochs shrinks as the schedule does, from 240 to 56.
-        config.method.ab.first_epochs = config.method.ft.first_epochs = 7
-        config.method.review.warmup_epochs = 5
-        config.method.crd.negatives = 512
-        if variant == "transformer":
-            config.student.model = "deit_tiny_distilled_patch16_224"
-            config.student.args = {
-                "img_size": 28,
-                "patch_size": 4,
-                "embed_dim": 32,
-                "depth": 4,
-                "num_heads": 2,
-            }
-            config.optimizer.name = "adamw"
-            config.optimizer.learning_rate = 2e-3
-            config.optimizer.weight_decay = 0.05
+        _compare_all(config, transformer=variant == "transformer")
     elif variant:
         raise unknown("variant", variant, ("smoke", "control", "methods", "transformer"))
     return config
+
+
+def _compare_all(config: Config, transformer: bool) -> None:
+    """Every method with its published weights, for a CNN or a Transformer as the student."""
+    config.compare = ("none", "logits", "deit", "minilm") if transformer else METHODS
+    config.method.logits.update(label_weight=0.1, weight=0.9)
+    # What lasts for epochs shrinks as the schedule does, from 240 to 56.
+    config.method.ab.first_epochs = config.method.ft.first_epochs = 7
+    config.method.review.warmup_epochs = 5
+    config.method.crd.negatives = 512
+    if transformer:
+        config.student.model = "deit_tiny_distilled_patch16_224"
+        sizes = {"img_size": 28, "patch_size": 4, "embed_dim": 32, "depth": 4, "num_heads": 2}
+        config.student.args = sizes
+        config.optimizer.name = "adamw"
+        config.optimizer.learning_rate = 2e-3
+        config.optimizer.weight_decay = 0.05

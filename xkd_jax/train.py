@@ -98,23 +98,20 @@ def train_step(
     carry = state.batch_stats, state.method_state
     (batch_stats, method_state), (grads, metrics) = accumulate(part, carry, batch, parts)
     student_stays, method_stays = task.method.freeze(epochs_so_far(task, state))
-    (params, opt_state), batch_stats = _keep(
-        student_stays,
-        ((state.params, state.opt_state), state.batch_stats),
-        (_update(task, "student", grads["student"], state.opt_state, state.params), batch_stats),
-    )
+    params, opt_state = _update(task, "student", grads["student"], state.opt_state, state.params)
+    old = state.params, state.opt_state, state.batch_stats
+    params, opt_state, batch_stats = _keep(student_stays, old, (params, opt_state, batch_stats))
     method_params, method_opt_state = _update(
         task, "method", grads["method"], state.method_opt_state, state.method_params
     )
     method_params = _keep(method_stays, state.method_params, method_params)
     adversary, adversary_opt_state = _update_adversary(task, state, grads["adversary"])
-    metrics |= {"learning_rate": task.learning_rate_fn(state.step)}
-    metrics |= {"gradient_norm": optax.tree.norm(grads["student"])}
-    metrics |= {finite.FLAGS: finite.flags(grads)}
-    average, config = state.ema, task.config.ema
-    if config.decay:
-        trained = {"params": params, "batch_stats": batch_stats}
-        average = ema.update(average, trained, config.decay, state.step, config.warmup)
+    metrics |= {
+        "learning_rate": task.learning_rate_fn(state.step),
+        "gradient_norm": optax.tree.norm(grads["student"]),
+        finite.FLAGS: finite.flags(grads),
+    }
+    trained = {"params": params, "batch_stats": batch_stats}
     state = dataclasses.replace(
         state,
         step=state.step + 1,
@@ -126,7 +123,7 @@ def train_step(
         method_state=method_state,
         adversary=adversary,
         adversary_opt_state=adversary_opt_state,
-        ema=average,
+        ema=_average(task, state, trained),
     )
     return state, metrics
 
@@ -238,6 +235,13 @@ def _keep(stays: Any, old: Any, new: Any) -> Any:
         return jax.tree.map(lambda a, b: jnp.where(stays, a, b), old, new)
 
     return jax.tree.map(choose, stays, old, new)
+
+
+def _average(task: Task, state: TrainState, trained: Any) -> Any:
+    options = task.config.ema
+    if not options.decay:
+        return state.ema
+    return ema.update(state.ema, trained, options.decay, state.step, options.warmup)
 
 
 def _adversarys_turn(task: Task, state: TrainState) -> jax.Array:
