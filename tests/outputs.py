@@ -124,3 +124,15 @@ def step_down(params, gradients, loss):
     """Parameters a small step down the gradient, which promises to take 1% off the loss."""
     rate = 1e-2 * loss / sum(np.sum(leaf**2) for leaf in jax.tree.leaves(gradients))
     return jax.tree.map(lambda p, g: p - rate * g, params, gradients)
+
+
+def assert_levels_learn(name, levels, gradients):
+    """Every parameter and the student's `levels` get a gradient, before the activation in a CNN.
+
+    The teacher gets none. `gradients` are those of `learn` on PAIRS[name].
+    """
+    of_params, of_teacher, of_student = gradients
+    assert reached(of_teacher) == set()
+    suffix = "" if name.endswith("ViT") else "_pre"
+    assert reached(of_student) == {level + suffix for level in levels}
+    assert all(np.any(leaf != 0) for leaf in jax.tree.leaves(of_params))

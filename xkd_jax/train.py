@@ -106,12 +106,9 @@ def train_step(
     )
     method_params = _keep(method_stays, state.method_params, method_params)
     adversary, adversary_opt_state = _update_adversary(task, state, grads["adversary"])
-    metrics |= {
-        "learning_rate": task.learning_rate_fn(state.step),
-        "gradient_norm": optax.tree.norm(grads["student"]),
-        finite.FLAGS: finite.flags(grads),
-    }
-    trained = {"params": params, "batch_stats": batch_stats}
+    metrics |= {"learning_rate": task.learning_rate_fn(state.step)}
+    metrics |= {"gradient_norm": optax.tree.norm(grads["student"])}
+    metrics |= {finite.FLAGS: finite.flags(grads)}
     state = dataclasses.replace(
         state,
         step=state.step + 1,
@@ -123,7 +120,7 @@ def train_step(
         method_state=method_state,
         adversary=adversary,
         adversary_opt_state=adversary_opt_state,
-        ema=_average(task, state, trained),
+        ema=_average(task, state, {"params": params, "batch_stats": batch_stats}),
     )
     return state, metrics
 

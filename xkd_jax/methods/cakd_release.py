@@ -14,6 +14,7 @@ from flax import linen as nn
 from xkd_jax.errors import UserError
 from xkd_jax.methods import cakd
 from xkd_jax.methods.base import Outputs, apply, weighted_sum
+from xkd_jax.methods.logits import mean_squared_distance
 
 
 class LinearProjector(nn.Module):
@@ -127,7 +128,7 @@ class CAKDRelease(cakd.CAKD):
             "tokens": (self.token_weight, cakd.token_loss(teacher_tokens, tokens)),
             "logits_mse": (
                 self.logit_weight,
-                jnp.mean((student_out["logits"] - teacher_logits) ** 2),
+                mean_squared_distance(student_out["logits"], teacher_logits),
             ),
             "class_token": (self.class_token_weight, jnp.mean((target - pooled) ** 2)),
             "generator": (
