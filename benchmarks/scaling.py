@@ -13,9 +13,11 @@ from xkd_jax.compile_for import predict_train_step, task_of_shapes
 from xkd_jax.config import Config, default_config
 from xkd_jax.memory import GIB
 
-PAIRS = {  # teacher, student, side of its images
+PAIRS = {  # the paper's: teacher, student, side of its images
     "base": ("vit_base_patch16_224", "resnet50", 224),
-    "large": ("vit_large_patch16_384", "resnet50", 384),
+    "base384": ("vit_base_patch16_384", "resnet50", 384),
+    "large": ("vit_large_patch16_224", "resnet50", 224),
+    "large384": ("vit_large_patch16_384", "resnet50", 384),
     "swin": ("swin_large_patch4_window7_224", "resnet50x2", 224),
     "swin384": ("swin_large_patch4_window12_384", "resnet50x2", 384),
 }

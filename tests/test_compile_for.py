@@ -10,10 +10,10 @@ from typing import Any
 import jax
 import pytest
 
-from benchmarks.scaling import create_config
+from benchmarks.scaling import IMAGES, PAIRS, create_config
 from tests.tiny import get_config
-from xkd_jax import compile_for, hlo, partition
-from xkd_jax.compile_for import CHIPS, Prediction, table, task_of_shapes
+from xkd_jax import compile_for, hlo, partition, platform
+from xkd_jax.compile_for import CHIPS, Prediction, predict_train_step, table, task_of_shapes
 from xkd_jax.config import default_config
 from xkd_jax.errors import UserError
 from xkd_jax.feed import batch_shapes, create_feed, resident_shapes
@@ -142,3 +142,62 @@ def test_command_line(tmp_path):
     assert (wrong.returncode, len(wrong.stderr.splitlines())) == (2, 1)
     assert "take one such as v5e:4x4" in wrong.stderr
     assert not (tmp_path / "run").exists()
+
+
+def sizes(task):
+    """Numbers in what is trained and in BatchNorm's statistics, and the bytes of split weights."""
+
+    def count(tree):
+        return sum(leaf.size for leaf in jax.tree.leaves(tree))
+
+    state = state_shapes(task)
+    teacher = jax.eval_shape(task.teacher.init, jax.random.key(0))
+    sharded = partition.of_teacher(task.mesh, teacher, task.config.mesh.teacher)
+    split = [
+        leaf.size * leaf.dtype.itemsize
+        for leaf, sharding in zip(jax.tree.leaves(teacher), jax.tree.leaves(sharded), strict=True)
+        if sharding.spec
+    ]
+    trained = state.params, state.method_params, state.adversary
+    return count(trained), count(state.batch_stats), sum(split)
+
+
+@needs_compiler
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("pair", "topology"),
+    [
+        ("base", "v4:2x2x1"),
+        ("base384", "v5e:4x4"),
+        ("large", "v5e:4x4"),
+        ("large384", "v5e:16x16"),
+        ("swin", "v5e:16x16"),
+        ("swin384", "v4:2x2x1"),
+    ],
+)
+def test_the_papers_pairs_fit_and_send_little(pair, topology):
+    """A few minutes each, so that not every pair is compiled for every topology.
+
+    benchmarks/scaling.py does that.
+    """
+    mesh, chip = compile_for.topology(topology, default_config().mesh)
+    with platform.assume("tpu"):
+        task = task_of_shapes(recipe(*PAIRS[pair], IMAGES * mesh.size), mesh)
+        prediction = predict_train_step(task, chip)
+        trained, statistics, split = sizes(task)
+    assert prediction.memory < chip.memory
+    assert 0.05 < prediction.mfu(mesh.size, chip) < 0.9
+    assert (split > 0) == pair.startswith("large")
+    moved = {
+        kind: hlo.total_bytes([c for c in prediction.collectives if c.kind == kind])
+        for kind in hlo.KINDS
+    }
+    # Weights alone are gathered, and only if they are split: no images, no activations.
+    assert moved["all-gather"] <= 1.05 * split
+    assert moved["all-to-all"] == 0
+    assert moved["collective-permute"] < 2**20
+    # One reduction of gradients, in bfloat16 where the network computes in it; BatchNorm's sums,
+    # forward and backward. From 64 chips on this compiler writes all-gathers as all-reduces.
+    reduced = moved["all-reduce"] + moved["reduce-scatter"]
+    most = 4 * trained + 3 * 4 * statistics + split + 2**20
+    assert 2 * trained + split / 2 < reduced + moved["all-gather"] < most

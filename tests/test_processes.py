@@ -2,6 +2,7 @@
 
 import os
 import re
+import shutil
 import signal
 import socket
 import subprocess
@@ -169,21 +170,24 @@ def last_state(folder, changes):
     return state
 
 
-TEN_STEPS = {"epochs": 1, "data.train": "train[:160]"}
+TEN_STEPS = {"epochs": 1, "data.train": "train[:160]", "checkpoint_every": 5}
 
 
 @pytest.mark.slow
 def test_two_processes_train_like_one(environment, tmp_path):
-    """Ten steps of 2 x 4 devices, from launch/local.sh, of 1 x 8 and of 1 x 1."""
+    """Ten steps of 2 x 4 devices, from launch/local.sh, of 1 x 8, of 1 x 1, and of half and half."""
     alone = [sys.executable, "-m", "xkd_jax.main"]
     runs = {
         "2 x 4": (["launch/local.sh", 2], environment | {"PYTHON": sys.executable}),
         "1 x 8": (alone, environment | {"XLA_FLAGS": f"{DEVICES}8"}),
         "1 x 1": (alone, environment | {"XLA_FLAGS": ""}),
+        "2 x 4, then 1 x 1": (alone, environment | {"XLA_FLAGS": ""}),
     }
     states, scores = {}, {}
     for name, (command, variables) in runs.items():
         folder = tmp_path / name
+        if name == "2 x 4, then 1 x 1":
+            shutil.copytree(tmp_path / "2 x 4" / "checkpoints" / "5", folder / "checkpoints" / "5")
         process = spawn([*command, *main(folder, TEN_STEPS)], variables)
         out, err = process.communicate(timeout=400)
         assert process.returncode == 0, err
@@ -191,7 +195,8 @@ def test_two_processes_train_like_one(environment, tmp_path):
         assert err.count("step 10/10") == 1
         states[name] = last_state(folder, TEN_STEPS)
         (scores[name],) = (line for line in read_metrics(folder) if "eval_top1" in line)
-    for name in ("2 x 4", "1 x 8"):
+    assert read_metrics(folder)[0]["step"] == 6
+    for name in ("2 x 4", "1 x 8", "2 x 4, then 1 x 1"):
         assert difference(states["1 x 1"], states[name]) < 1e-3
         # The 50 images are a part of one batch: any that counted twice or not at all would show.
         for score in ("eval_top1", "eval_top5", "eval_loss"):
@@ -201,12 +206,18 @@ def test_two_processes_train_like_one(environment, tmp_path):
 LONG = {"epochs": 30, "eval_every": 30, "checkpoint_every": 40}
 
 
+@pytest.fixture(scope="module")
+def one_each(environment):
+    """A device for each process: whole runs of eight threads on two cores take minutes."""
+    return environment | {"XLA_FLAGS": ""}
+
+
 @pytest.mark.slow
-def test_sigterm_to_one_process_stops_both_at_the_same_step(environment, tmp_path):
+def test_sigterm_to_one_process_stops_both_at_the_same_step(one_each, tmp_path):
     unbroken, folder = tmp_path / "unbroken", tmp_path / "broken"
-    codes, said = finish(*start_two(environment, main(unbroken, LONG)))
+    codes, said = finish(*start_two(one_each, main(unbroken, LONG)))
     assert codes == [0, 0], said
-    running = start_two(environment, main(folder, LONG))
+    running = start_two(one_each, main(folder, LONG))
     wait_for_step(folder, 5, running)
     running[1].send_signal(signal.SIGTERM)
     codes, said = finish(*running)
@@ -215,7 +226,7 @@ def test_sigterm_to_one_process_stops_both_at_the_same_step(environment, tmp_pat
     assert "run the same command again to go on" not in said[1]
     stopped_at = newest_step(folder)
     assert stopped_at == read_metrics(folder)[-1]["step"] < 120
-    codes, said = finish(*start_two(environment, main(folder, LONG)))
+    codes, said = finish(*start_two(one_each, main(folder, LONG)))
     assert codes == [0, 0], said
     assert f"step {stopped_at + 1}/120" in said[0]
     pairs = zip(
@@ -230,8 +241,8 @@ def test_sigterm_to_one_process_stops_both_at_the_same_step(environment, tmp_pat
 
 @pytest.mark.slow
 @pytest.mark.parametrize("victim", [0, 1])
-def test_when_one_process_dies_the_other_ends_with_a_message(environment, tmp_path, victim):
-    running = start_two(environment, main(tmp_path / "run", LONG))
+def test_when_one_process_dies_the_other_ends_with_a_message(one_each, tmp_path, victim):
+    running = start_two(one_each, main(tmp_path / "run", LONG))
     wait_for_step(tmp_path / "run", 3, running)
     running[victim].send_signal(signal.SIGKILL)
     begun = time.monotonic()

@@ -42,9 +42,14 @@ class Checkpoints:
         options = ocp.CheckpointManagerOptions(
             max_to_keep=keep, create=True, cleanup_tmp_directories=True
         )
+        # Weights hardly shrink, and compressing them takes processors from the steps that follow.
+        handlers = {
+            "state": ocp.PyTreeCheckpointHandler(use_compression=False),
+            "meta": ocp.JsonCheckpointHandler(),
+        }
         self._folder = folder
         with self._writing():
-            self._manager = ocp.CheckpointManager(path, options=options)
+            self._manager = ocp.CheckpointManager(path, options=options, item_handlers=handlers)
         self._meta = {"teacher": teacher}
 
     def restore(self, state: Any) -> Any | None:
@@ -87,8 +92,10 @@ class Checkpoints:
 
     def _read(self, step: int, abstract: Any, damaged: dict[int, str]) -> Any | None:
         """What was saved after `step`; None, and the reason in `damaged`, if it can't be read."""
+        layout = ocp.checkpoint_utils.construct_restore_args(abstract)
         args = ocp.args.Composite(
-            state=ocp.args.StandardRestore(abstract), meta=ocp.args.JsonRestore()
+            state=ocp.args.PyTreeRestore(abstract, restore_args=layout),
+            meta=ocp.args.JsonRestore(),
         )
         try:
             return self._manager.restore(step, args=args)
@@ -106,7 +113,7 @@ class Checkpoints:
             return
         finite.check_state(step, state)
         args = ocp.args.Composite(
-            state=ocp.args.StandardSave(state), meta=ocp.args.JsonSave(self._meta)
+            state=ocp.args.PyTreeSave(state), meta=ocp.args.JsonSave(self._meta)
         )
         with self._writing():
             self._manager.save(step, args=args)
