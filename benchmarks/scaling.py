@@ -40,12 +40,14 @@ def create_config(teacher: str, student: str, size: int, batch_size: int) -> Con
     return config
 
 
-def row(pair: str, topology: str, strong: bool) -> str:
-    """One line of the table."""
+def row(pair: str, topology: str, strong: bool, teacher: str) -> str:
+    """One line of the table; `teacher` is `config.mesh.teacher`."""
     mesh, chip = compile_for.topology(topology, default_config().mesh)
     batch_size = BATCH if strong else IMAGES * mesh.size
     with platform.assume("tpu"):
-        task = task_of_shapes(create_config(*PAIRS[pair], batch_size), mesh)
+        config = create_config(*PAIRS[pair], batch_size)
+        config.mesh.teacher = teacher
+        task = task_of_shapes(config, mesh)
         prediction = predict_train_step(task, chip)
     reduced, gathered = (
         hlo.total_bytes([c for c in prediction.collectives if c.kind in kinds]) / 2**20
@@ -53,6 +55,7 @@ def row(pair: str, topology: str, strong: bool) -> str:
     )
     cells = (
         pair,
+        teacher,
         "strong" if strong else "weak",
         topology,
         mesh.size,
@@ -74,16 +77,17 @@ def main() -> None:
     parser.add_argument("--pairs", nargs="+", choices=PAIRS, default=("base", "large"))
     parser.add_argument("--topologies", nargs="+", default=TOPOLOGIES)
     parser.add_argument("--scaling", nargs="+", choices=("weak", "strong"), default=("weak",))
+    parser.add_argument("--teacher", choices=("auto", "replicated", "fsdp"), default="auto")
     options = parser.parse_args()
     titles = (
-        "pair", "scaling", "topology", "chips", "batch", "GiB a chip", "computing, ms",
+        "pair", "teacher", "scaling", "topology", "chips", "batch", "GiB a chip", "computing, ms",
         "communicating, ms", "images/s", "MFU, %", "reduced, MiB", "gathered, MiB",
     )  # fmt: skip
-    print(f"| {' | '.join(titles)} |\n|{' --- |' * 3}{' ---: |' * (len(titles) - 3)}")
+    print(f"| {' | '.join(titles)} |\n|{' --- |' * 4}{' ---: |' * (len(titles) - 4)}")
     for pair in options.pairs:
         for scaling in options.scaling:
             for topology in options.topologies:
-                print(row(pair, topology, scaling == "strong"), flush=True)
+                print(row(pair, topology, scaling == "strong", options.teacher), flush=True)
 
 
 if __name__ == "__main__":
