@@ -9,9 +9,10 @@ import json
 import jax
 
 from tests.distributed import difference
-from tests.pairs import PAIRS, pair_task
-from xkd_jax import hlo, memory, partition, train
+from tests.pairs import PAIRS, VIT, pair_task
+from xkd_jax import hlo, memory, partition, platform, train
 from xkd_jax.feed import create_feed
+from xkd_jax.models import create_model
 
 STEPS = 3
 # Of the teacher and the student.
@@ -22,8 +23,18 @@ CASES = {
 }
 
 
+DEPTH = 14
+
+
 def split_leaves(tree):
     return sum("data" in str(leaf.sharding.spec) for leaf in jax.tree.leaves(tree))
+
+
+def facts_of(compiled, teacher):
+    return {
+        "collectives": [dataclasses.asdict(c) for c in hlo.collectives(compiled.as_text())],
+        "teacher": sum(leaf.nbytes for leaf in jax.tree.leaves(teacher)),
+    }
 
 
 def train_steps(teacher_rule, student_rule):
@@ -44,13 +55,29 @@ def train_steps(teacher_rule, student_rule):
         "ema": split_leaves(state.ema["params"]),
         "method_params": split_leaves(state.method_params),
     }
-    facts["collectives"] = [dataclasses.asdict(c) for c in hlo.collectives(step_fn.as_text())]
     trained = state.params, state.method_params, state.adversary
+    facts |= facts_of(step_fn, variables)
     facts["trained"] = sum(leaf.nbytes for leaf in jax.tree.leaves(trained))
-    facts["teacher"] = sum(leaf.nbytes for leaf in jax.tree.leaves(variables))
     facts["student"] = sum(leaf.nbytes for leaf in jax.tree.leaves(state.params))
     facts["images"] = feed.arrays["image"].nbytes
     return state, facts
+
+
+def deep_forward(rule):
+    """What a deep Transformer says of eight images, its blocks in a loop, as TPUs have them."""
+    module = create_model("vit_tiny_patch16_224", num_classes=10, **VIT | {"depth": DEPTH})
+    images = jax.random.normal(jax.random.key(1), (8, 28, 28, 3))
+    variables = module.init(jax.random.key(0), images)
+    mesh = partition.create_mesh(-1, 1)
+    layout = partition.of_teacher(mesh, variables, rule)
+
+    def forward(variables, images):
+        return module.apply(partition.gather_lazily(variables, layout), images)[0]
+
+    args = partition.put(variables, layout), jax.device_put(images, partition.over_batch(mesh))
+    with platform.assume("tpu"):
+        compiled = jax.jit(forward).lower(*args).compile()
+    return compiled(*args), facts_of(compiled, variables)
 
 
 if __name__ == "__main__":
@@ -62,3 +89,6 @@ if __name__ == "__main__":
         first = first or state
         facts["difference"] = difference(first, state)
         print(json.dumps({"case": case, **facts}), flush=True)
+    whole, _ = deep_forward("replicated")
+    split, facts = deep_forward("fsdp")
+    print(json.dumps({"case": "deep", "difference": float(abs(whole - split).max()), **facts}))

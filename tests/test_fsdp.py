@@ -33,7 +33,7 @@ def total(found):
     return sum(c["bytes"] * c["times"] for c in found)
 
 
-@pytest.mark.parametrize("case", ["teacher", "student"])
+@pytest.mark.parametrize("case", ["teacher", "student", "deep"])
 def test_split_weights_train_as_replicated_ones_do(cases, case):
     assert cases[case]["difference"] < 1e-5
 
@@ -67,7 +67,7 @@ def test_gradients_are_reduced_once(cases):
 
 
 def test_images_travel_once(cases):
-    for case in cases.values():
+    for case in (cases["replicated"], cases["teacher"], cases["student"]):
         assert total(moved(case, "all-to-all")) == BATCH_IMAGES + 4 * BATCH  # and labels
 
 
@@ -84,3 +84,12 @@ def test_only_split_weights_are_gathered(cases):
         assert 0.8 * most <= total(weights) <= most
         assert all(c["bytes"] == 4 * BATCH for c in gathered if c not in weights)
         assert not moved(cases[case], "collective-permute")
+
+
+def test_a_deep_teacher_is_gathered_block_by_block(cases):
+    """All but the last one of 14, four kernels each; each turn of the loop gathers its own."""
+    gathered = moved(cases["deep"], "all-gather")
+    in_loop = [c for c in gathered if c["times"] == 13]
+    assert len(in_loop) == 4
+    assert {c["times"] for c in gathered} == {1, 13}
+    assert 0.8 * cases["deep"]["teacher"] <= total(gathered) <= cases["deep"]["teacher"]

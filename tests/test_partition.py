@@ -35,8 +35,8 @@ def test_large_leaves_are_split_along_their_longest_axis(shape, spec):
 @pytest.mark.parametrize(
     ("rule", "rows", "spec"),
     [
-        ("auto", 2**14, WHOLE),  # 1 GiB
-        ("auto", 2**14 + 8, PartitionSpec("data")),
+        ("auto", 2**15, WHOLE),  # 2 GiB
+        ("auto", 2**15 + 8, PartitionSpec("data")),
         ("fsdp", 2**10, PartitionSpec(None, "data")),
         ("replicated", 2**20, WHOLE),
     ],

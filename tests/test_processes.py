@@ -175,7 +175,7 @@ TEN_STEPS = {"epochs": 1, "data.train": "train[:160]", "checkpoint_every": 5}
 
 @pytest.mark.slow
 def test_two_processes_train_like_one(environment, tmp_path):
-    """Ten steps of 2 x 4 devices, from launch/local.sh, of 1 x 8, of 1 x 1, and of half and half."""
+    """Ten steps of 2 x 4 devices, from launch/local.sh, of 1 x 8, of 1 x 1, and of both."""
     alone = [sys.executable, "-m", "xkd_jax.main"]
     runs = {
         "2 x 4": (["launch/local.sh", 2], environment | {"PYTHON": sys.executable}),

@@ -84,7 +84,7 @@ def default_config() -> Config:
             "data": -1,  # devices along each axis; -1: the rest
             "model": 1,
             # "replicated"; "fsdp": each device keeps a share of large weights, and gathers them in
-            # every step; "auto": "fsdp" above 1 GiB.
+            # every step; "auto": "fsdp" above 2 GiB.
             "teacher": "auto",
             "student": "replicated",  # or "fsdp": weights, optimizer states and average
         }

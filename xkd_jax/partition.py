@@ -1,6 +1,8 @@
 """The device mesh, and how arrays lie on it."""
 
+import dataclasses
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import jax
@@ -12,9 +14,9 @@ from xkd_jax.errors import UserError
 
 # Elements from which on a leaf is split: below, a share is less than a collective is worth.
 SPLIT_FROM = 2**18
-# Bytes from which on a teacher is split by "auto": up to there it takes a sixteenth of the smallest
-# chip's memory, 16 GiB, and gathering it at every step would cost more than it frees.
-AUTO_SPLIT = 2**30
+# Bytes from which on a teacher is split by "auto": an eighth of the smallest chip's memory, 16 GiB.
+# Gathering ViT-L, 1.1 GiB, at every step would take 7% of the speed (docs/scaling.md).
+AUTO_SPLIT = 2**31
 
 
 def create_mesh(data: int, model: int, devices: Sequence[Any] | None = None) -> Mesh:
@@ -160,6 +162,59 @@ def gather(mesh: Mesh, tree: Any) -> Any:
     Without it XLA may leave split weights where they are and move the activations instead.
     """
     return jax.lax.with_sharding_constraint(tree, replicated(mesh))
+
+
+@partial(jax.tree_util.register_dataclass, data_fields=["array"], meta_fields=["sharding"])
+@dataclasses.dataclass(frozen=True)
+class Share:
+    """A weight, or equal ones stacked, and how each of them lies on the devices."""
+
+    array: jax.Array
+    sharding: NamedSharding
+
+
+SHARES = "shares"
+
+
+def gather_lazily(variables: Any, shardings: Any) -> Any:
+    """Inside `jit`: `variables` gathered, and beside them their params as they lie, in `SHARES`.
+
+    Who goes through many blocks in a loop takes those, and calls `stack` and `whole`: then no more
+    than a block is whole at a time. XLA drops what nobody uses of the others.
+
+    Args:
+      variables: a network's, with `params`.
+      shardings: theirs.
+    """
+    gathered = jax.tree.map(lambda leaf, s: gather(s.mesh, leaf), variables, shardings)
+    return gathered | {SHARES: jax.tree.map(Share, variables["params"], shardings["params"])}
+
+
+def stack(trees: Sequence[Any]) -> Any:
+    """Equal trees as one, its leaves stacked; each `Share` keeps its layout."""
+
+    def keep(leaf: Any) -> Any:
+        if not _is_share(leaf):
+            return leaf
+        spec = PartitionSpec(None, *leaf.sharding.spec)
+        layout = NamedSharding(leaf.sharding.mesh, spec)
+        return Share(jax.lax.with_sharding_constraint(leaf.array, layout), leaf.sharding)
+
+    stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), *trees)
+    return jax.tree.map(keep, stacked, is_leaf=_is_share)
+
+
+def whole(tree: Any) -> Any:
+    """Inside `jit`: the tree with each `Share` gathered."""
+
+    def gather_share(leaf: Any) -> Any:
+        return gather(leaf.sharding.mesh, leaf.array) if _is_share(leaf) else leaf
+
+    return jax.tree.map(gather_share, tree, is_leaf=_is_share)
+
+
+def _is_share(leaf: Any) -> bool:
+    return isinstance(leaf, Share)
 
 
 def to_host(tree: Any, mesh: Mesh) -> Any:

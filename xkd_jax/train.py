@@ -85,7 +85,9 @@ def train_step(
       The new state and the step's metrics: scalars, and `finite.FLAGS` of the gradients.
     """
     batch = batch | partition.take(task.mesh, resident, batch["index"])
-    teacher_variables = partition.gather(task.mesh, teacher_variables)
+    if task.teacher:
+        layout = partition.of_teacher(task.mesh, teacher_variables, task.config.mesh.teacher)
+        teacher_variables = partition.gather_lazily(teacher_variables, layout)
     whole = dataclasses.replace(state, params=partition.gather(task.mesh, state.params))
     parts = task.config.accumulate
     step_key = jax.random.fold_in(state.key, state.step)

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
-from xkd_jax import platform
+from xkd_jax import partition, platform
 
 
 def pays(depth: int, train: bool) -> bool:
@@ -30,7 +30,8 @@ def scan_blocks(
     """Puts `x` through the blocks called `names`, compiling only `modules`, the first few of them.
 
     XLA takes as long over the twentieth equal block as over the first; `lax.scan` shows it one.
-    The parameters stay with the parent, block by block, and are stacked on the way in.
+    The parameters stay with the parent, block by block, and are stacked on the way in. Split ones
+    (`partition.gather_lazily`) are gathered by each turn of the loop.
 
     Args:
       parent: whose parameters they are; it must not be initialising.
@@ -46,10 +47,9 @@ def scan_blocks(
       The last block's output, and every block's `(output, rest)`.
     """
     period = len(modules)
-    params = [parent.variables["params"][name] for name in names]
-    stacked = [
-        jax.tree.map(lambda *leaves: jnp.stack(leaves), *params[i::period]) for i in range(period)
-    ]
+    variables = parent.variables
+    params = [variables.get(partition.SHARES, variables["params"])[name] for name in names]
+    stacked = [partition.stack(params[i::period]) for i in range(period)]
     rates, keys = None, None
     if train and any(drop_paths):
         rates = jnp.asarray(drop_paths).reshape(-1, period)
@@ -57,7 +57,7 @@ def scan_blocks(
 
     def body(x: jax.Array, step: tuple) -> tuple[jax.Array, list]:
         params, rates, keys = step
-        outs = []
+        params, outs = partition.whole(params), []
         for i, module in enumerate(modules):
             rate = 0.0 if rates is None else rates[i]
             rngs = None if keys is None else {"dropout": keys[i]}
