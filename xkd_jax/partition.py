@@ -183,11 +183,12 @@ def gather_lazily(variables: Any, shardings: Any) -> Any:
     than a block is whole at a time. XLA drops what nobody uses of the others.
 
     Args:
-      variables: a network's, with `params`.
+      variables: a network's; empty where there is none.
       shardings: theirs.
     """
     gathered = jax.tree.map(lambda leaf, s: gather(s.mesh, leaf), variables, shardings)
-    return gathered | {SHARES: jax.tree.map(Share, variables["params"], shardings["params"])}
+    shares = jax.tree.map(Share, variables, shardings).get("params", {})
+    return gathered | {SHARES: shares}
 
 
 def stack(trees: Sequence[Any]) -> Any:

@@ -85,9 +85,8 @@ def train_step(
       The new state and the step's metrics: scalars, and `finite.FLAGS` of the gradients.
     """
     batch = batch | partition.take(task.mesh, resident, batch["index"])
-    if task.teacher:
-        layout = partition.of_teacher(task.mesh, teacher_variables, task.config.mesh.teacher)
-        teacher_variables = partition.gather_lazily(teacher_variables, layout)
+    layout = partition.of_teacher(task.mesh, teacher_variables, task.config.mesh.teacher)
+    teacher_variables = partition.gather_lazily(teacher_variables, layout)
     whole = dataclasses.replace(state, params=partition.gather(task.mesh, state.params))
     parts = task.config.accumulate
     step_key = jax.random.fold_in(state.key, state.step)
@@ -109,8 +108,8 @@ def train_step(
     method_params = _keep(method_stays, state.method_params, method_params)
     adversary, adversary_opt_state = _update_adversary(task, state, grads["adversary"])
     metrics |= {"learning_rate": task.learning_rate_fn(state.step)}
-    metrics |= {"gradient_norm": optax.tree.norm(grads["student"])}
-    metrics |= {finite.FLAGS: finite.flags(grads)}
+    norm = optax.tree.norm(grads["student"])
+    metrics |= {"gradient_norm": norm, finite.FLAGS: finite.flags(grads)}
     state = dataclasses.replace(
         state,
         step=state.step + 1,
