@@ -16,12 +16,13 @@ from typing import Any
 
 import jax
 
-from xkd_jax import partition, train
+from xkd_jax import train
 from xkd_jax.checkpoint import Checkpoints
 from xkd_jax.config import default_config
-from xkd_jax.feed import create_feed
+from xkd_jax.data.loader import create_feed
+from xkd_jax.distributed import sharding
+from xkd_jax.experiment import Task, create_task
 from xkd_jax.state import init_state
-from xkd_jax.task import Task, create_task
 
 WARMUP = 3
 
@@ -42,7 +43,7 @@ def measure(task: Task, options: argparse.Namespace, folder: Path) -> dict[str, 
     """Seconds of steps, of the steps that follow a save, and of what `save` takes to return."""
     state, feed = init_state(task), create_feed(task)
     assert task.teacher
-    teacher = partition.put(task.teacher.variables, partition.replicated(task.mesh))
+    teacher = sharding.put(task.teacher.variables, sharding.replicated(task.mesh))
     step_fn = train.compile_step(task, state, teacher, feed.arrays)
     checkpoints = Checkpoints(folder, 2, task.teacher.fingerprint)
     seconds: dict[str, list[float]] = {"step": [], "step after a save": [], "save": []}

@@ -14,8 +14,8 @@ import jax
 
 from xkd_jax import train
 from xkd_jax.config import default_config
-from xkd_jax.feed import create_feed
-from xkd_jax.task import create_task
+from xkd_jax.data.loader import create_feed
+from xkd_jax.experiment import create_task
 
 WARMUP = 3
 

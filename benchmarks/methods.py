@@ -16,14 +16,14 @@ import jax
 import numpy as np
 
 from xkd_jax import train
+from xkd_jax.analysis.memory import temporaries
 from xkd_jax.config import default_config
 from xkd_jax.data import Split
+from xkd_jax.data.loader import create_feed
 from xkd_jax.errors import UserError
-from xkd_jax.feed import create_feed
-from xkd_jax.memory import temporaries
+from xkd_jax.experiment import Task, create_task
 from xkd_jax.methods import METHODS
 from xkd_jax.methods.base import Method
-from xkd_jax.task import Task, create_task
 
 # Teacher and student of each pair, with the fields of their modules.
 PAIRS = {

@@ -26,7 +26,7 @@ import torch  # pyright: ignore[reportMissingImports]
 from torch.nn import functional as F  # pyright: ignore[reportMissingImports]
 from torch_peer import import_timm
 
-from xkd_jax import platform
+from xkd_jax import backend
 from xkd_jax.models import MODELS, create_model
 
 NAMES = (
@@ -139,7 +139,7 @@ def main() -> None:
         "| network | forward | PyTorch | ratio | training | PyTorch | ratio | compiling, s |\n"
         "| --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: |"
     )
-    with platform.assume("tpu") if options.plain else contextlib.nullcontext():
+    with backend.assume("tpu") if options.plain else contextlib.nullcontext():
         for name in options.names:
             print(row(name, options.batch, options.rounds), flush=True)
 

@@ -8,10 +8,11 @@ Strong: the batch stays, whatever the number of chips.
 
 import argparse
 
-from xkd_jax import compile_for, hlo, platform
-from xkd_jax.compile_for import predict_train_step, task_of_shapes
+from xkd_jax import backend
+from xkd_jax.analysis import hlo, tpu_forecast
+from xkd_jax.analysis.memory import GIB
+from xkd_jax.analysis.tpu_forecast import predict_train_step, task_of_shapes
 from xkd_jax.config import Config, default_config
-from xkd_jax.memory import GIB
 
 PAIRS = {  # the paper's: teacher, student, side of its images
     "base": ("vit_base_patch16_224", "resnet50", 224),
@@ -42,9 +43,9 @@ def create_config(teacher: str, student: str, size: int, batch_size: int) -> Con
 
 def row(pair: str, topology: str, strong: bool, teacher: str) -> str:
     """One line of the table; `teacher` is `config.mesh.teacher`."""
-    mesh, chip = compile_for.topology(topology, default_config().mesh)
+    mesh, chip = tpu_forecast.topology(topology, default_config().mesh)
     batch_size = BATCH if strong else IMAGES * mesh.size
-    with platform.assume("tpu"):
+    with backend.assume("tpu"):
         config = create_config(*PAIRS[pair], batch_size)
         config.mesh.teacher = teacher
         task = task_of_shapes(config, mesh)

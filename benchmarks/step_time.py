@@ -15,18 +15,19 @@ from typing import Any
 
 import jax
 
-from xkd_jax import partition, train
-from xkd_jax.feed import create_feed
+from xkd_jax import train
+from xkd_jax.data.loader import create_feed
+from xkd_jax.distributed import sharding
+from xkd_jax.experiment import Task, create_task
 from xkd_jax.methods.base import apply
-from xkd_jax.task import Task, create_task
 
 METHODS = ("none", "logits", "cakd", "cakd+logits")
 
 
 def create_step(task: Task) -> Callable[[], Any]:
     """A function that makes one training step and returns its metrics."""
-    everywhere = partition.replicated(task.mesh)
-    teacher = partition.put(task.teacher.variables, everywhere) if task.teacher else {}
+    everywhere = sharding.replicated(task.mesh)
+    teacher = sharding.put(task.teacher.variables, everywhere) if task.teacher else {}
     feed = create_feed(task)
     batch = next(feed.batches(0))
     step_fn = jax.jit(functools.partial(train.train_step, task), donate_argnums=0)
@@ -43,7 +44,7 @@ def create_teacher_forward(task: Task) -> Callable[[], Any]:
     """A function that runs the teacher on one batch and returns its logits."""
     assert task.teacher
     network = task.teacher
-    variables = partition.put(network.variables, partition.replicated(task.mesh))
+    variables = sharding.put(network.variables, sharding.replicated(task.mesh))
     shape = (task.config.batch_size, network.image_size, network.image_size, 3)
     images = jax.random.normal(jax.random.key(0), shape)
     forward = jax.jit(lambda v, x: apply(network.module, v, x, train=False)[0])

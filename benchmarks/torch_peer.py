@@ -27,12 +27,12 @@ from step_time import create_step
 from torch import nn  # pyright: ignore[reportMissingImports]
 from torch.nn import functional as F  # pyright: ignore[reportMissingImports]
 
+from xkd_jax.augment.multiview import MultiView
+from xkd_jax.experiment import Task, create_task
 from xkd_jax.methods.align import choose_stage
 from xkd_jax.methods.cakd import CAKD, TILE
 from xkd_jax.methods.logits import Logits
-from xkd_jax.task import Task, create_task
 from xkd_jax.train import init_state
-from xkd_jax.views import MultiView
 
 CONFIG = "configs/quickstart.py"
 METHODS = ("none", "logits", "cakd")

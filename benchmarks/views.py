@@ -12,25 +12,25 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 
-from xkd_jax import augment, mixing, views
+from xkd_jax.augment import corruptions, mixup, multiview, ops, policies
 
 VIEWS: dict[str, Callable[[jax.Array, jax.Array], jax.Array | tuple[jax.Array, ...]]] = {
-    "crop and flip": lambda k, x: views.random_crop_flip(k, x, 4, True),
-    "rotation and crop, bilinear": lambda k, x: views.random_geometry(k, x, 15.0, 0.8),
-    "colour jitter": lambda k, x: views.color_jitter(k, x, 0.4, 0.4, 0.4),
-    "colour jitter with hue": lambda k, x: views.color_jitter(k, x, 0.4, 0.4, 0.4, 0.1),
-    "Gaussian noise": lambda k, x: views.gaussian_noise(k, x, 0.1),
-    "patch-wise mask": lambda k, x: views.patch_mask(k, x, x.shape[1] // 8, 0.25),
-    "multi-view generator": lambda k, x: views.multi_view(k, x, views.MultiView()),
-    "Gaussian blur": lambda k, x: augment.random_blur(k, x, 0.5, 2.0),
-    "RandAugment, 2 operations": lambda k, x: augment.rand_augment(k, x, 2, 9),
-    "TrivialAugment": augment.trivial_augment,
-    "random erasing": lambda k, x: augment.random_erasing(k, x, 0.25),
-    "mixup": lambda k, x: mixing.mix(k, x, jnp.eye(len(x)), 0.8, 0.0),
-    "CutMix": lambda k, x: mixing.mix(k, x, jnp.eye(len(x)), 0.0, 1.0),
-    "evaluation noise": views.noisy,
-    "resize and crop of evaluation": lambda _, x: views.resize_crop(x, x.shape[1]),
-    "normalisation": lambda _, x: views.normalize(x, (0.5,) * 3, (0.25,) * 3),
+    "crop and flip": lambda k, x: ops.random_crop_flip(k, x, 4, True),
+    "rotation and crop, bilinear": lambda k, x: ops.random_geometry(k, x, 15.0, 0.8),
+    "colour jitter": lambda k, x: ops.color_jitter(k, x, 0.4, 0.4, 0.4),
+    "colour jitter with hue": lambda k, x: ops.color_jitter(k, x, 0.4, 0.4, 0.4, 0.1),
+    "Gaussian noise": lambda k, x: ops.gaussian_noise(k, x, 0.1),
+    "patch-wise mask": lambda k, x: ops.patch_mask(k, x, x.shape[1] // 8, 0.25),
+    "multi-view generator": lambda k, x: multiview.multi_view(k, x, multiview.MultiView()),
+    "Gaussian blur": lambda k, x: policies.random_blur(k, x, 0.5, 2.0),
+    "RandAugment, 2 operations": lambda k, x: policies.rand_augment(k, x, 2, 9),
+    "TrivialAugment": policies.trivial_augment,
+    "random erasing": lambda k, x: policies.random_erasing(k, x, 0.25),
+    "mixup": lambda k, x: mixup.mix(k, x, jnp.eye(len(x)), 0.8, 0.0),
+    "CutMix": lambda k, x: mixup.mix(k, x, jnp.eye(len(x)), 0.0, 1.0),
+    "evaluation noise": corruptions.noisy,
+    "resize and crop of evaluation": lambda _, x: ops.resize_crop(x, x.shape[1]),
+    "normalisation": lambda _, x: ops.normalize(x, (0.5,) * 3, (0.25,) * 3),
 }
 
 

@@ -5,7 +5,7 @@ SGD with rate 0.1, times 0.1 at 30, 60 and 90, weight decay 1e-4.
 Cost: 120 epochs of 5004 steps, each one ViT-B/16 forward and one ResNet-50 forward and backward at
 batch 256. `:smoke` takes about a minute on two CPU cores; its DATA is any folder of images.
 Command:
-  python -m xkd_jax.data prepare imagenet2012 --data_dir DIR \
+  python -m xkd_jax.prepare imagenet2012 --data_dir DIR \
     --archive ILSVRC2012_img_train.tar ILSVRC2012_img_val.tar
   python -m xkd_jax.main --config configs/imagenet.py --config.data.dir=DIR \
     --workdir runs/imagenet

@@ -8,16 +8,16 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from xkd_jax import partition
 from xkd_jax.checkpoint import Checkpoints, place
+from xkd_jax.distributed import sharding
 from xkd_jax.errors import UserError
 
 
 @pytest.fixture
 def state():
-    sharding = partition.replicated(partition.create_mesh(-1, 1))
+    everywhere = sharding.replicated(sharding.create_mesh(-1, 1))
     tree = {"key": jax.random.key(3), "half": jnp.arange(4, dtype=jnp.bfloat16) / 3}
-    return jax.device_put(tree, sharding)
+    return jax.device_put(tree, everywhere)
 
 
 def saved(folder, state, teacher="abc"):

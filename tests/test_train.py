@@ -12,12 +12,12 @@ import numpy as np
 import optax
 import pytest
 
-from xkd_jax.augment import Augment
+from xkd_jax.augment.policies import Augment
 from xkd_jax.config import default_config
+from xkd_jax.data.loader import create_feed
 from xkd_jax.data.order import batch_indices
-from xkd_jax.feed import create_feed
+from xkd_jax.experiment import Network, create_task
 from xkd_jax.methods.base import Method
-from xkd_jax.task import Network, create_task
 from xkd_jax.train import (
     TrainState,
     create_views,

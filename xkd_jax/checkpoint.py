@@ -10,9 +10,9 @@ import orbax.checkpoint as ocp
 from etils import epath
 from jax.experimental import multihost_utils
 
-from xkd_jax import finite
 from xkd_jax.errors import UserError
-from xkd_jax.metrics import say
+from xkd_jax.reporting import nan_guard
+from xkd_jax.reporting.logger import say
 
 
 def place(folder: Path, checkpoint_dir: str) -> epath.Path:
@@ -111,7 +111,7 @@ class Checkpoints:
         """
         if step == self._manager.latest_step():
             return
-        finite.check_state(step, state)
+        nan_guard.check_state(step, state)
         args = ocp.args.Composite(
             state=ocp.args.PyTreeSave(state), meta=ocp.args.JsonSave(self._meta)
         )

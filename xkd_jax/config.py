@@ -11,14 +11,14 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
-from xkd_jax import optimizer
-from xkd_jax.augment import Augment
+from xkd_jax import optim
+from xkd_jax.augment.multiview import MultiView
+from xkd_jax.augment.policies import Augment
 from xkd_jax.data.encoded import FEEDS
 from xkd_jax.data.examples import ON_ERROR
 from xkd_jax.errors import UserError, unknown
 from xkd_jax.methods import METHODS, create_method
-from xkd_jax.optimizer import OptimizerOptions, ScheduleOptions
-from xkd_jax.views import MultiView
+from xkd_jax.optim import OptimizerOptions, ScheduleOptions
 
 Config = Any  # a ConfigDict; what its fields are is known at run time only
 
@@ -109,9 +109,9 @@ def validate(config: Config) -> None:
         if not has_field(config, name):
             raise UserError(f"the config lacks {name}; a recipe starts from default_config().")
     for field, value, known in (
-        ("optimizer.name", config.optimizer.name, optimizer.OPTIMIZERS),
-        ("adversary_optimizer.name", config.adversary_optimizer.name, optimizer.OPTIMIZERS),
-        ("schedule.name", config.schedule.name, optimizer.SCHEDULES),
+        ("optimizer.name", config.optimizer.name, optim.OPTIMIZERS),
+        ("adversary_optimizer.name", config.adversary_optimizer.name, optim.OPTIMIZERS),
+        ("schedule.name", config.schedule.name, optim.SCHEDULES),
         ("dtype", config.dtype, DTYPES),
         ("data.feed", config.data.feed, FEEDS),
         ("data.on_error", config.data.on_error, ON_ERROR),

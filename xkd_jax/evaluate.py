@@ -11,10 +11,12 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from xkd_jax import data, partition, views
+from xkd_jax import data
 from xkd_jax.analysis.eer import equal_error_rate
+from xkd_jax.augment import corruptions, ops
+from xkd_jax.distributed import sharding
+from xkd_jax.experiment import Network
 from xkd_jax.methods.base import apply
-from xkd_jax.task import Network
 
 # The seed of the noisy evaluation: the same corruptions for every model that is compared.
 NOISE_SEED = 2022
@@ -29,7 +31,7 @@ def create_eval_step(
     Args:
       network: the student or the teacher.
       crop_pct: of the split, `data.Split.crop_pct`.
-      noisy: whether images are corrupted (`views.noisy`), as in the paper's Fig. 3(a).
+      noisy: whether images are corrupted (`corruptions.noisy`), as in the paper's Fig. 3(a).
 
     Returns:
       step(variables, images uint8 [N, H, W, 3], labels [N], valid [N], key) -> sums by name and,
@@ -40,12 +42,12 @@ def create_eval_step(
     def eval_step(variables, images, labels, valid, key):
         pixels = images.astype(jnp.float32) / 255
         if noisy:
-            pixels = views.noisy(key, pixels)
+            pixels = corruptions.noisy(key, pixels)
         if crop_pct:
-            pixels = views.resize_crop(pixels, network.image_size, crop_pct)
+            pixels = ops.resize_crop(pixels, network.image_size, crop_pct)
         else:
-            pixels = views.resize(pixels, network.image_size)
-        pixels = views.normalize(pixels, network.mean, network.std)
+            pixels = ops.resize(pixels, network.image_size)
+        pixels = ops.normalize(pixels, network.mean, network.std)
         logits, _ = apply(network.module, variables, pixels, train=False)
         best = jax.lax.top_k(logits, min(5, logits.shape[-1]))[1]
         hits = (best == labels[:, None]) & valid[:, None]
@@ -77,8 +79,8 @@ def evaluate(
       top1 and top5 in [0, 1], the mean cross-entropy and, where both of two classes occur, eer,
       the Equal Error Rate.
     """
-    sharding = partition.over_batch(mesh)
-    variables = jax.device_put(variables, partition.replicated(mesh))
+    over_batch = sharding.over_batch(mesh)
+    variables = jax.device_put(variables, sharding.replicated(mesh))
     count, sums = len(split), []
     batch_size = IMAGES_PER_DEVICE * mesh.shape["data"]
     key = jax.random.key(NOISE_SEED)
@@ -86,11 +88,11 @@ def evaluate(
         indices = np.arange(start, start + batch_size)
         valid = indices < count
         indices = np.minimum(indices, count - 1)
-        images = partition.put_rows(split.images, indices, sharding)
-        labels, valid = partition.put((split.labels[indices], valid), sharding)
+        images = sharding.put_rows(split.images, indices, over_batch)
+        labels, valid = sharding.put((split.labels[indices], valid), over_batch)
         sums.append(eval_step(variables, images, labels, valid, jax.random.fold_in(key, start)))
     scores = [batch.pop("scores") for batch in sums if "scores" in batch]
-    scores = partition.to_host(scores, mesh)
+    scores = sharding.to_host(scores, mesh)
     totals = jax.device_get(sums)
     means = {name: float(sum(s[name] for s in totals)) / count for name in totals[0]}
     if scores and np.ptp(split.labels):

@@ -7,8 +7,9 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 
-from xkd_jax import ema, partition
-from xkd_jax.task import Task
+from xkd_jax import ema
+from xkd_jax.distributed import sharding
+from xkd_jax.experiment import Task
 
 
 @flax.struct.dataclass
@@ -36,7 +37,7 @@ def init_state(task: Task) -> TrainState:
     """The state before the first step, laid out on the mesh."""
     # It runs once: on a CPU, compiling it well would take longer than the first training steps.
     options = {"xla_backend_optimization_level": 0} if jax.default_backend() == "cpu" else None
-    shardings = partition.shardings(state_shapes(task))
+    shardings = sharding.shardings(state_shapes(task))
     init = jax.jit(partial(_init, task), out_shardings=shardings, compiler_options=options)
     return init(jax.random.key(task.config.seed))
 
@@ -45,7 +46,7 @@ def state_shapes(task: Task) -> TrainState:
     """The state as shapes with their places on the mesh; nothing is computed."""
     shapes = jax.eval_shape(partial(_init, task), jax.random.key(0))
     split = ("params", "opt_state", "ema") if task.config.mesh.student == "fsdp" else ()
-    return partition.shaped(shapes, partition.of_state(task.mesh, shapes, split))
+    return sharding.shaped(shapes, sharding.of_state(task.mesh, shapes, split))
 
 
 def _init(task: Task, key: jax.Array) -> TrainState:

@@ -12,19 +12,23 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from xkd_jax import ema, finite, memory, partition, views
-from xkd_jax.augment import augment
+from xkd_jax import ema
+from xkd_jax.analysis import memory
+from xkd_jax.augment import multiview, ops
+from xkd_jax.augment.mixup import mix
+from xkd_jax.augment.policies import augment
 from xkd_jax.checkpoint import Checkpoints, place
+from xkd_jax.data.loader import batch_shapes, create_feed
+from xkd_jax.distributed import sharding
+from xkd_jax.distributed.processes import StopSignal
 from xkd_jax.evaluate import create_eval_step, evaluate
-from xkd_jax.feed import batch_shapes, create_feed
+from xkd_jax.experiment import Network, Task
 from xkd_jax.methods.base import apply
-from xkd_jax.metrics import Reporter, say
-from xkd_jax.mixing import mix
-from xkd_jax.optimizer import accumulate
-from xkd_jax.processes import StopSignal
-from xkd_jax.results import Best
+from xkd_jax.optim import accumulate
+from xkd_jax.reporting import nan_guard
+from xkd_jax.reporting.logger import Reporter, say
+from xkd_jax.reporting.summary import Best
 from xkd_jax.state import TrainState, init_state, student_variables
-from xkd_jax.task import Network, Task
 
 AUXILIARY_WEIGHT = 0.4  # of Inception's second classifier, as TF-Slim and torchvision train it
 
@@ -46,7 +50,7 @@ def create_views(
     augment_key, mix_key = jax.random.split(jax.random.fold_in(key, 1))
     pixels = images.astype(jnp.float32) / 255
     crop = task.config.augment
-    pixels = views.random_crop_flip(crop_key, pixels, crop.crop_padding, crop.flip)
+    pixels = ops.random_crop_flip(crop_key, pixels, crop.crop_padding, crop.flip)
     pixels = augment(augment_key, pixels, task.augment)
     targets = jax.nn.one_hot(labels, task.train.num_classes)
     targets = optax.smooth_labels(targets, task.config.label_smoothing)
@@ -54,11 +58,11 @@ def create_views(
     pixels, targets = mix(mix_key, pixels, targets, *alphas)
     teacher_view, student_view = pixels, pixels
     if task.method.multi_view:
-        teacher_view, student_view = views.multi_view(view_key, pixels, task.views)
+        teacher_view, student_view = multiview.multi_view(view_key, pixels, task.views)
 
     def prepare(network: Network, view: jax.Array) -> jax.Array:
-        view = views.resize(view, network.image_size)
-        return views.normalize(view, network.mean, network.std)
+        view = ops.resize(view, network.image_size)
+        return ops.normalize(view, network.mean, network.std)
 
     teacher_view = prepare(task.teacher or task.student, teacher_view)
     return teacher_view, prepare(task.student, student_view), targets
@@ -82,12 +86,12 @@ def train_step(
         uint8 [N, H, W, 3], and `label` [N].
 
     Returns:
-      The new state and the step's metrics: scalars, and `finite.FLAGS` of the gradients.
+      The new state and the step's metrics: scalars, and `nan_guard.FLAGS` of the gradients.
     """
-    batch = batch | partition.take(task.mesh, resident, batch["index"])
-    layout = partition.of_teacher(task.mesh, teacher_variables, task.config.mesh.teacher)
-    teacher_variables = partition.gather_lazily(teacher_variables, layout)
-    whole = dataclasses.replace(state, params=partition.gather(task.mesh, state.params))
+    batch = batch | sharding.take(task.mesh, resident, batch["index"])
+    layout = sharding.of_teacher(task.mesh, teacher_variables, task.config.mesh.teacher)
+    teacher_variables = sharding.gather_lazily(teacher_variables, layout)
+    whole = dataclasses.replace(state, params=sharding.gather(task.mesh, state.params))
     parts = task.config.accumulate
     step_key = jax.random.fold_in(state.key, state.step)
 
@@ -109,7 +113,7 @@ def train_step(
     adversary, adversary_opt_state = _update_adversary(task, state, grads["adversary"])
     metrics |= {"learning_rate": task.learning_rate_fn(state.step)}
     norm = optax.tree.norm(grads["student"])
-    metrics |= {"gradient_norm": norm, finite.FLAGS: finite.flags(grads)}
+    metrics |= {"gradient_norm": norm, nan_guard.FLAGS: nan_guard.flags(grads)}
     state = dataclasses.replace(
         state,
         step=state.step + 1,
@@ -161,7 +165,7 @@ def gradients(
         task, state, teacher_out, aux["student_out"], method_key
     )
     if task.config.mesh.student == "fsdp":  # summed where its share of the weights is
-        split = partition.split_large(task.mesh, grads)
+        split = sharding.split_large(task.mesh, grads)
         grads = jax.lax.with_sharding_constraint(grads, split)
     all_grads = {"student": grads, "method": method_grads, "adversary": adversary_grads}
     metrics |= aux["metrics"] | adversary_metrics
@@ -300,7 +304,7 @@ def compile_step(
     Raises:
       UserError: the compiler says that it doesn't fit.
     """
-    out_shardings = partition.shardings(state), partition.replicated(task.mesh)
+    out_shardings = sharding.shardings(state), sharding.replicated(task.mesh)
     step_fn = jax.jit(
         functools.partial(train_step, task), donate_argnums=0, out_shardings=out_shardings
     )
@@ -338,7 +342,7 @@ def run(task: Task, folder: Path) -> tuple[TrainState, signal.Signals | None]:
         state = init_state(task)
         state = checkpoints.restore(state) or state
         start = int(state.step)
-        check = finite.create_guard(task, state, folder).check
+        check = nan_guard.create_guard(task, state, folder).check
         reporter = Reporter(
             folder, start, task.total_steps, config.batch_size, config.log_every, check
         )
@@ -362,8 +366,8 @@ def _loop(
         return state
     if task.teacher:
         variables = task.teacher.variables
-        shardings = partition.of_teacher(task.mesh, variables, config.mesh.teacher)
-        teacher = partition.put(variables, shardings)
+        shardings = sharding.of_teacher(task.mesh, variables, config.mesh.teacher)
+        teacher = sharding.put(variables, shardings)
     eval_step = create_eval_step(task.student, task.evaluation.crop_pct)
     step_fn = compile_step(task, state, teacher, feed.arrays)
     sizes = memory.parts(state, teacher, feed.arrays)

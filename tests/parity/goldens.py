@@ -11,7 +11,7 @@ import numpy as np
 from tests.parity.filling import noise
 from xkd_jax.models import MODELS
 
-FOLDER = Path(__file__).parents[1] / "goldens"
+FOLDER = Path(__file__).parents[1] / "models" / "goldens"
 
 _ENTRIES = 8
 

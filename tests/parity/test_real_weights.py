@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from xkd_jax.convert.__main__ import main
+from xkd_jax.cli.convert import main
 from xkd_jax.models import create_model
 from xkd_jax.weights import load_weights
 

@@ -6,7 +6,7 @@ from typing import Any
 
 import jax
 
-from xkd_jax import platform
+from xkd_jax import backend
 
 
 def count_flops(function: Callable, *args: Any) -> int:
@@ -20,7 +20,7 @@ def count_flops(function: Callable, *args: Any) -> int:
       *args: arrays, or `jax.ShapeDtypeStruct`s.
     """
     # Some convolutions are written out as sums of products on a CPU: count them all alike.
-    with platform.assume("tpu"):
+    with backend.assume("tpu"):
         return _count(jax.make_jaxpr(function)(*args).jaxpr)
 
 

@@ -15,14 +15,7 @@ from xkd_jax.convert.files import Checkpoint
 from xkd_jax.convert.hub import DEFAULT_TAGS, download, full_name
 from xkd_jax.convert.networks import Place, fit, get_places, recognize
 from xkd_jax.convert.resize import resize
-from xkd_jax.convert.rules import (
-    Family,
-    family_of,
-    find_layout,
-    from_torch,
-    rename,
-    torch_shape,
-)
+from xkd_jax.convert.rules import Family, family_of, find_layout, from_torch, rename, torch_shape
 from xkd_jax.errors import UserError, unknown
 from xkd_jax.models import MODELS
 from xkd_jax.weights import save_weights

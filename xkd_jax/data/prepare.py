@@ -23,7 +23,7 @@ def command(name: str, data_dir: str) -> str:
     """The command that prepares a set of `SETS`."""
     extra = " --archive ILSVRC2012_img_train.tar ILSVRC2012_img_val.tar"
     extra = extra if name == "imagenet2012" else ""
-    return f"python -m xkd_jax.data prepare {name} --data_dir {data_dir}{extra}"
+    return f"python -m xkd_jax.prepare {name} --data_dir {data_dir}{extra}"
 
 
 def default_folder() -> str:

@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
-from xkd_jax import platform
+from xkd_jax import backend
 from xkd_jax.errors import UserError, unknown
 from xkd_jax.methods.align import choose_stage, resize_map
 from xkd_jax.methods.base import Method, Outputs, PairError, Tree, apply, weighted_sum
@@ -22,7 +22,7 @@ TILE = 4  # a neighbourhood of 4 x 4 tokens shares one linear map
 
 def _conv3x3(x: jax.Array, kernel: jax.Array) -> jax.Array:
     """A 3x3 convolution of stride 1: [N, h, w, C], [3, 3, C, F] -> [N, h, w, F]."""
-    if platform.current() != "cpu":
+    if backend.current() != "cpu":
         return jax.lax.conv_general_dilated(
             x, kernel, (1, 1), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC")
         )

@@ -12,7 +12,7 @@ from functools import partial
 import jax
 import jax.numpy as jnp
 
-from xkd_jax import platform
+from xkd_jax import backend
 
 Pairs = tuple[tuple[int, int], tuple[int, int]]
 
@@ -34,7 +34,7 @@ def convolve(
         padding = jax.lax.padtype_to_pads(x.shape[1:3], (height, width), stride, padding)
     (top, bottom), (left, right) = padding
     pads = ((top, bottom), (left, right))
-    if platform.current() == "cpu":
+    if backend.current() == "cpu":
         if groups == 1 and (height, width) == (1, 1) and not any((top, bottom, left, right)):
             x = x[:, :: stride[0], :: stride[1]]
             y = x.reshape(-1, channels) @ kernel.reshape(channels, features)

@@ -7,7 +7,8 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
-from xkd_jax import partition, platform
+from xkd_jax import backend
+from xkd_jax.distributed import sharding
 
 
 def pays(depth: int, train: bool) -> bool:
@@ -15,7 +16,7 @@ def pays(depth: int, train: bool) -> bool:
 
     On a CPU XLA compiles a forward pass in no time: there only gradients of deep networks gain.
     """
-    return depth > 12 and (train or platform.current() != "cpu")
+    return depth > 12 and (train or backend.current() != "cpu")
 
 
 def scan_blocks(
@@ -31,7 +32,7 @@ def scan_blocks(
 
     XLA takes as long over the twentieth equal block as over the first; `lax.scan` shows it one.
     The parameters stay with the parent, block by block, and are stacked on the way in. Split ones
-    (`partition.gather_lazily`) are gathered by each turn of the loop.
+    (`sharding.gather_lazily`) are gathered by each turn of the loop.
 
     Args:
       parent: whose parameters they are; it must not be initialising.
@@ -48,8 +49,8 @@ def scan_blocks(
     """
     period = len(modules)
     variables = parent.variables
-    params = [variables.get(partition.SHARES, variables["params"])[name] for name in names]
-    stacked = [partition.stack(params[i::period]) for i in range(period)]
+    params = [variables.get(sharding.SHARES, variables["params"])[name] for name in names]
+    stacked = [sharding.stack(params[i::period]) for i in range(period)]
     rates, keys = None, None
     if train and any(drop_paths):
         rates = jnp.asarray(drop_paths).reshape(-1, period)
@@ -57,7 +58,7 @@ def scan_blocks(
 
     def body(x: jax.Array, step: tuple) -> tuple[jax.Array, list]:
         params, rates, keys = step
-        params, outs = partition.whole(params), []
+        params, outs = sharding.whole(params), []
         for i, module in enumerate(modules):
             rate = 0.0 if rates is None else rates[i]
             rngs = None if keys is None else {"dropout": keys[i]}

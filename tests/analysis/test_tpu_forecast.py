@@ -1,0 +1,213 @@
+"""Compiling for TPUs that aren't here. What needs no compiler is tested first."""
+
+import importlib.util
+import re
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import jax
+import pytest
+
+from benchmarks.scaling import IMAGES, PAIRS, create_config
+from tests.tiny import get_config
+from xkd_jax import backend
+from xkd_jax.analysis import hlo, tpu_forecast
+from xkd_jax.analysis.tpu_forecast import (
+    CHIPS,
+    Prediction,
+    predict_train_step,
+    table,
+    task_of_shapes,
+)
+from xkd_jax.config import default_config
+from xkd_jax.data.loader import batch_shapes, create_feed, resident_shapes
+from xkd_jax.distributed import sharding
+from xkd_jax.errors import UserError
+from xkd_jax.experiment import create_task
+from xkd_jax.state import init_state, state_shapes
+
+needs_compiler = pytest.mark.skipif(
+    importlib.util.find_spec("libtpu") is None, reason="needs the extra `pods`"
+)
+
+
+def shapes(tree):
+    return jax.tree.map(lambda leaf: (leaf.shape, str(leaf.dtype), leaf.sharding), tree)
+
+
+def recipe(*pair, data="tfds:imagenet2012"):
+    """The benchmark's, without anything on disk."""
+    config = create_config(*pair)
+    config.data.update(name=data, dir="nowhere")
+    return config
+
+
+# ---- without a compiler
+
+
+@pytest.fixture(scope="module")
+def mesh():
+    return sharding.create_mesh(-1, 1)
+
+
+def test_shapes_are_those_of_the_run(mesh):
+    task, real = task_of_shapes(get_config(), mesh), create_task(get_config())
+    state, feed = init_state(real), create_feed(real)
+    assert shapes(state_shapes(task)) == shapes(state)
+    assert shapes(resident_shapes(task)) == shapes(feed.arrays)
+    assert shapes(batch_shapes(task)) == shapes(next(feed.batches(0)))
+    assert task.total_steps == real.total_steps
+
+
+def test_imagenet_needs_neither_data_nor_weights(mesh):
+    task = task_of_shapes(recipe("vit_large_patch16_384.augreg", "resnet50", 224, 64), mesh)
+    assert task.teacher
+    teacher: Any = task.teacher.module
+    assert (task.teacher.image_size, teacher.depth) == (384, 24)
+    assert task.train.num_classes == 1000
+    assert task.steps_per_epoch == 1_281_167 // 64
+    assert resident_shapes(task) == {}
+    assert batch_shapes(task)["image"].shape == (64, 224, 224, 3)
+
+
+def test_cifar_lies_on_the_devices(mesh):
+    config = recipe("vit_tiny_patch16_224", "resnet18", 224, 64, data="tfds:cifar100")
+    config.data.update(eval="test", test="test", train="train[:10%]")
+    task = task_of_shapes(config, mesh)
+    assert task.train.num_classes == 100
+    assert resident_shapes(task)["image"].shape == (5000, 32, 32, 3)
+    assert set(batch_shapes(task)) == {"index"}
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "message"),
+    [
+        ("data.name", "tfds:stanford_dogs", "prepare"),
+        ("data.name", "folder:nowhere", "nowhere"),
+        ("image_size", 0, "image_size"),
+        ("data.train", "trian", "unknown split"),
+        ("teacher.weights", "nowhere.safetensors", "nowhere"),
+    ],
+)
+def test_what_nobody_knows_is_asked_for(mesh, field, value, message):
+    config = recipe("vit_tiny_patch16_224", "resnet18", 224, 64)
+    config.update_from_flattened_dict({field: value})
+    with pytest.raises(UserError, match=message):
+        task_of_shapes(config, mesh)
+
+
+def test_without_the_compiler_it_says_what_to_install(monkeypatch):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(UserError, match=r"pip install 'xkd_jax\[pods\]'"):
+        tpu_forecast.topology("v5e:4x4", default_config().mesh)
+
+
+def test_table():
+    found = [hlo.Collective("all-reduce", 2**20, 3, ""), hlo.Collective("all-reduce", 2**19, 1, "")]
+    prediction = Prediction(
+        arguments=2**30, temporaries=2**29, flops=197 * 10**10, compute=0.015,
+        communication=0.005, collectives=found,
+    )  # fmt: skip
+    assert prediction.memory == 3 * 2**29
+    # 1.97 TFLOP in 20 ms on 2 chips of 197 TFLOP/s: a quarter.
+    assert prediction.mfu(2, CHIPS["v5e"]) == pytest.approx(0.25)
+    rows = table({"training": (prediction, 64)}, 2, CHIPS["v5e"]).splitlines()
+    cells = dict(row.strip("| ").split(" | ") for row in rows[2:])
+    assert cells["images/s"] == "3,200"
+    assert cells["MFU, %"] == "25.0"
+    assert cells["arguments, GiB a chip"] == "1.000"
+    assert cells["all-reduce"] == "4, 3.50 MiB"
+    assert "all-gather" not in cells
+
+
+def test_peaks_are_those_of_the_matrix_units():
+    """Clock times multiply-adds a cycle: v4 and v5p 8 units of 128 x 128, v5e 4, v6e 4 of 256."""
+    units = {"v4": 8 * 128**2, "v5e": 4 * 128**2, "v5p": 8 * 128**2, "v6e": 4 * 256**2}
+    for name, chip in CHIPS.items():
+        assert 2 * units[name] * chip.clock == pytest.approx(chip.peak, rel=0.01)
+
+
+# ---- with it
+
+
+@needs_compiler
+@pytest.mark.slow
+def test_command_line(tmp_path):
+    def call(topology):
+        command = [sys.executable, "-m", "xkd_jax.main", "--config", "tests/tiny.py"]
+        command += ["--compile_for", topology, "--workdir", str(tmp_path / "run")]
+        return subprocess.run(
+            command, cwd=Path(__file__).parents[2], capture_output=True, text=True, check=False
+        )
+
+    done = call("v5e:2x2")
+    assert done.returncode == 0, done.stderr
+    assert "cakd on v5e:2x2, 4 chips" in done.stdout
+    assert re.search(r"It fits: \d+\.\d GiB of a chip's 16 GiB", done.stdout)
+    wrong = call("v5e:3x3")
+    assert (wrong.returncode, len(wrong.stderr.splitlines())) == (2, 1)
+    assert "take one such as v5e:4x4" in wrong.stderr
+    assert not (tmp_path / "run").exists()
+
+
+def sizes(task):
+    """Numbers in what is trained and in BatchNorm's statistics, and the bytes of split weights."""
+
+    def count(tree):
+        return sum(leaf.size for leaf in jax.tree.leaves(tree))
+
+    state = state_shapes(task)
+    teacher = jax.eval_shape(task.teacher.init, jax.random.key(0))
+    sharded = sharding.of_teacher(task.mesh, teacher, task.config.mesh.teacher)
+    split = [
+        leaf.size * leaf.dtype.itemsize
+        for leaf, sharding in zip(jax.tree.leaves(teacher), jax.tree.leaves(sharded), strict=True)
+        if sharding.spec
+    ]
+    trained = state.params, state.method_params, state.adversary
+    return count(trained), count(state.batch_stats), sum(split)
+
+
+@needs_compiler
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("pair", "topology"),
+    [
+        ("base", "v4:2x2x1"),
+        ("base384", "v5e:4x4"),
+        ("large", "v5e:4x4"),
+        ("large384", "v5e:16x16"),
+        ("swin", "v5e:16x16"),
+        ("swin384", "v4:2x2x1"),
+    ],
+)
+def test_the_papers_pairs_fit_and_send_little(pair, topology):
+    """A few minutes each, so that not every pair is compiled for every topology.
+
+    benchmarks/scaling.py does that.
+    """
+    mesh, chip = tpu_forecast.topology(topology, default_config().mesh)
+    with backend.assume("tpu"):
+        config = recipe(*PAIRS[pair], IMAGES * mesh.size)
+        config.mesh.teacher = "fsdp" if pair == "large384" else "auto"
+        task = task_of_shapes(config, mesh)
+        prediction = predict_train_step(task, chip)
+        trained, statistics, split = sizes(task)
+    assert prediction.memory < chip.memory
+    assert 0.05 < prediction.mfu(mesh.size, chip) < 0.9
+    assert (split > 0) == (pair == "large384")
+    moved = {
+        kind: hlo.total_bytes([c for c in prediction.collectives if c.kind == kind])
+        for kind in hlo.KINDS
+    }
+    # Weights alone are gathered, and only if they are split: no images, no activations.
+    assert moved["all-gather"] <= 1.05 * split
+    assert moved["all-to-all"] == 0
+    assert moved["collective-permute"] < 2**20
+    # One reduction of gradients, in bfloat16 where the network computes in it; BatchNorm's sums,
+    # forward and backward. From 64 chips on this compiler writes all-gathers as all-reduces.
+    reduced = moved["all-reduce"] + moved["reduce-scatter"]
+    most = 4 * trained + 3 * 4 * statistics + split + 2**20
+    assert 2 * trained + split / 2 < reduced + moved["all-gather"] < most

@@ -1,0 +1,386 @@
+"""Augmentation and the multi-view generator, against NumPy and Pillow."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from PIL import Image, ImageEnhance
+
+from xkd_jax.augment import corruptions, multiview, ops
+from xkd_jax.errors import UserError
+
+# Compiled as a whole, as the training loop does: it is also much quicker than op by op.
+random_crop_flip = jax.jit(ops.random_crop_flip, static_argnums=(2, 3))
+random_geometry = jax.jit(ops.random_geometry, static_argnums=(2, 3))
+sample = jax.jit(ops._sample)
+color_jitter = jax.jit(ops.color_jitter, static_argnums=(2, 3, 4))
+gaussian_noise = jax.jit(ops.gaussian_noise, static_argnums=2)
+patch_mask = jax.jit(ops.patch_mask, static_argnums=(2, 3))
+multi_view = jax.jit(multiview.multi_view, static_argnums=2)
+noisy = jax.jit(corruptions.noisy)
+blur = jax.jit(ops.blur)
+
+
+def key(seed: int = 0) -> jax.Array:
+    return jax.random.key(seed)
+
+
+def images_of(n: int = 16, h: int = 12, w: int = 10) -> np.ndarray:
+    return np.random.default_rng(0).random((n, h, w, 3), np.float32)
+
+
+# ---- crop and flip
+
+
+def test_crop_is_a_slice_of_the_padded_image():
+    x = images_of(32, 6, 5)
+    cropped = np.asarray(random_crop_flip(key(), x, padding=2, flip=False))
+    padded = np.pad(x, ((0, 0), (2, 2), (2, 2), (0, 0)))
+    offsets = set()
+    for i in range(len(x)):
+        found = [
+            (top, left)
+            for top in range(5)
+            for left in range(5)
+            if (padded[i, top : top + 6, left : left + 5] == cropped[i]).all()
+        ]
+        assert len(found) == 1
+        offsets.add(found[0])
+    assert {top for top, _ in offsets} == {left for _, left in offsets} == set(range(5))
+
+
+def test_flip_mirrors_half_of_the_images():
+    x = images_of(400, 3, 4)
+    y = np.asarray(random_crop_flip(key(), x, padding=0, flip=True))
+    flipped = (y == x[:, :, ::-1]).all((1, 2, 3))
+    np.testing.assert_array_equal(y[~flipped], x[~flipped])
+    assert 160 < flipped.sum() < 240
+
+
+def test_crop_and_flip_keep_uint8():
+    x = np.arange(2 * 4 * 4 * 3, dtype=np.uint8).reshape(2, 4, 4, 3)
+    assert random_crop_flip(key(), jnp.asarray(x), padding=1, flip=True).dtype == jnp.uint8
+    np.testing.assert_array_equal(random_crop_flip(key(), jnp.asarray(x), 0, False), x)
+
+
+# ---- geometry
+
+
+def test_no_rotation_and_no_crop_is_the_identity():
+    for h, w in ((12, 10), (7, 7), (5, 8)):
+        x = images_of(4, h, w)
+        np.testing.assert_array_equal(random_geometry(key(), x, 0.0, 1.0), x)
+
+
+def test_warp_equals_pillow():
+    """The same affine map through Pillow's bilinear transform, away from the border."""
+    x = images_of(1, 16, 14)[0]
+    angle, scale, shift = np.deg2rad(20), 0.8, (0.7, -0.4)
+    cos, sin = scale * np.cos(angle), scale * np.sin(angle)
+    cy, cx = 7.5, 6.5
+    v, u = np.meshgrid(np.arange(16) - cy, np.arange(14) - cx, indexing="ij")
+    from_y, from_x = cos * v - sin * u + shift[0] + cy, sin * v + cos * u + shift[1] + cx
+    ours = sample(x[None], jnp.float32(from_y)[None], jnp.float32(from_x)[None])[0]
+    # Pillow's coordinates are those of pixel corners: half a pixel off at both ends.
+    matrix = (
+        cos,
+        sin,
+        cx + shift[1] + 0.5 - cos * (cx + 0.5) - sin * (cy + 0.5),
+        -sin,
+        cos,
+        cy + shift[0] + 0.5 + sin * (cx + 0.5) - cos * (cy + 0.5),
+    )
+    channels = [
+        Image.fromarray(np.ascontiguousarray(x[..., c])).transform(
+            (14, 16), Image.Transform.AFFINE, matrix, Image.Resampling.BILINEAR
+        )
+        for c in range(3)
+    ]
+    pillow = np.stack([np.asarray(channel) for channel in channels], -1)
+    inside = (from_y > 0.5) & (from_y < 14.5) & (from_x > 0.5) & (from_x < 12.5)
+    assert inside.mean() > 0.6
+    np.testing.assert_allclose(np.asarray(ours)[inside], pillow[inside], atol=1e-4)
+
+
+def test_outside_is_zero():
+    x = jnp.ones((1, 8, 8, 3))
+    far = jnp.full((1, 8, 8), 1e6)
+    inside = jnp.full((1, 8, 8), 3.0)
+    for y, x_at in ((far, inside), (-far, inside), (inside, far), (inside, -far)):
+        np.testing.assert_array_equal(sample(x, y, x_at), 0)
+    half_out = sample(x, jnp.full((1, 8, 8), -0.25), inside)
+    np.testing.assert_allclose(half_out, 0.75, rtol=1e-6)
+    half_out = sample(x, jnp.full((1, 8, 8), 7.25), inside)
+    np.testing.assert_allclose(half_out, 0.75, rtol=1e-6)
+
+
+def test_rotation_is_bounded_and_two_sided():
+    """A ramp along x stays a ramp: its slopes tell the angle and the scale of each image."""
+    n = 300
+    ramp = np.broadcast_to(np.arange(32, dtype=np.float32)[None, None, :, None], (n, 32, 32, 3))
+    y = np.asarray(random_geometry(key(), jnp.asarray(ramp), 15.0, 0.8))
+    slope_y = y[:, 17, 16, 0] - y[:, 16, 16, 0]
+    slope_x = y[:, 16, 17, 0] - y[:, 16, 16, 0]
+    angle = np.rad2deg(np.arctan2(slope_y, slope_x))
+    scale = np.hypot(slope_y, slope_x)
+    assert np.abs(angle).max() < 15.01
+    assert angle.min() < -14
+    assert angle.max() > 14
+    assert 0.799 < scale.min() < 0.81
+    assert 0.99 < scale.max() < 1.001
+
+
+def test_crop_without_rotation_stays_inside():
+    """Nothing from outside comes in."""
+    y = np.asarray(random_geometry(key(), jnp.ones((200, 16, 16, 3)), 0.0, 0.6))
+    np.testing.assert_allclose(y, 1, rtol=1e-5)
+
+
+# ---- colour
+
+
+@pytest.mark.parametrize("factor", [0.0, 0.6, 1.0, 1.4])
+@pytest.mark.parametrize(
+    ("ours", "enhance"),
+    [
+        (ops.adjust_brightness, ImageEnhance.Brightness),
+        (ops.adjust_contrast, ImageEnhance.Contrast),
+        (ops.adjust_saturation, ImageEnhance.Color),
+    ],
+)
+def test_colour_equals_pillow(ours, enhance, factor):
+    x = np.random.default_rng(1).integers(0, 256, (9, 7, 3), np.uint8)
+    pillow = np.asarray(enhance(Image.fromarray(x)).enhance(factor)) / 255
+    result = ours(jnp.float32(x[None] / 255), factor)[0]
+    np.testing.assert_allclose(result, pillow, atol=1.6 / 255)  # Pillow rounds the luma, too
+
+
+def test_jitter_equals_torchvisions_formulas():
+    x = images_of(5)
+    factors = np.asarray(jax.random.uniform(key(3), (5, 3, 1, 1, 1)))
+    strengths = (0.4, 0.3, 1.5)
+    luma = np.array([0.2989, 0.587, 0.114], np.float32)
+    expected = x
+    low = [max(0, 1 - s) for s in strengths]
+    f = [low[i] + (1 + s - low[i]) * factors[:, i] for i, s in enumerate(strengths)]
+    expected = np.clip(f[0] * expected, 0, 1)
+    mean = (expected @ luma).mean((1, 2))[:, None, None, None]
+    expected = np.clip(f[1] * expected + (1 - f[1]) * mean, 0, 1)
+    expected = np.clip(f[2] * expected + (1 - f[2]) * (expected @ luma)[..., None], 0, 1)
+    np.testing.assert_allclose(color_jitter(key(3), x, *strengths), expected, atol=1e-5)
+
+
+def test_jitter_of_nothing_is_the_identity():
+    x = images_of()
+    np.testing.assert_allclose(color_jitter(key(), x, 0.0, 0.0, 0.0), x, atol=1e-6)
+
+
+# ---- noise and mask
+
+
+def test_noise_is_gaussian():
+    noise = np.asarray(gaussian_noise(key(), jnp.full((64, 17, 15, 3), 0.5), 0.1)) - 0.5
+    assert abs(noise.mean()) < 1e-3
+    np.testing.assert_allclose(noise.std(), 0.1, rtol=0.01)
+    z = np.sort(noise.ravel()) / 0.1
+    for quantile, expected in ((0.001, -3.0902), (0.1587, -1.0), (0.5, 0), (0.9772, 2.0)):
+        np.testing.assert_allclose(z[int(quantile * len(z))], expected, atol=0.12)
+    # Pairs share their 32 random bits: neighbours must be independent all the same.
+    flat = noise.reshape(64, -1)
+    assert abs(np.corrcoef(flat[:, :-1].ravel(), flat[:, 1:].ravel())[0, 1]) < 0.01
+    assert len(np.unique(noise[:, 0, 0, 0])) > 60
+
+
+def test_noise_is_clipped_and_off_at_zero():
+    x = images_of()
+    result = np.asarray(gaussian_noise(key(), x, 0.8))
+    assert result.min() == 0
+    assert result.max() == 1
+    np.testing.assert_array_equal(gaussian_noise(key(), x, 0.0), x)
+
+
+@pytest.mark.parametrize(("h", "w", "patch"), [(12, 8, 4), (14, 9, 4), (5, 5, 8)])
+def test_mask_drops_whole_patches(h, w, patch):
+    x = images_of(400, h, w)
+    y = np.asarray(patch_mask(key(), x, patch, 0.25))
+    changed = (y != x).any(-1)
+    mean = np.broadcast_to(x.mean((1, 2), keepdims=True), x.shape)
+    np.testing.assert_allclose(y[changed], mean[changed], atol=1e-5)
+    patches = []
+    for top in range(0, h, patch):
+        for left in range(0, w, patch):
+            block = changed[:, top : top + patch, left : left + patch]
+            np.testing.assert_array_equal(block.all((1, 2)), block.any((1, 2)))
+            patches.append(block[:, 0, 0])
+    ratio = np.mean(patches)
+    assert abs(ratio - 0.25) < 4 * np.sqrt(0.25 * 0.75 / (400 * len(patches)))
+
+
+def test_mask_ratio_zero_and_one():
+    x = images_of()
+    np.testing.assert_array_equal(patch_mask(key(), x, 4, 0.0), x)
+    masked = np.asarray(patch_mask(key(), x, 4, 1.0))
+    mean = np.broadcast_to(x.mean((1, 2), keepdims=True), x.shape)
+    np.testing.assert_allclose(masked, mean, atol=1e-6)
+
+
+# ---- the multi-view generator
+
+
+def changed(view, x) -> np.ndarray:
+    return (np.asarray(view) != np.asarray(x)).any((1, 2, 3))
+
+
+@pytest.mark.parametrize("geometry", multiview.GEOMETRY_MODES)
+def test_half_of_the_images_are_transformed(geometry):
+    x = images_of(300)
+    teacher, student = multi_view(key(), x, multiview.MultiView(geometry=geometry))
+    moved = changed(student, x)
+    # Five standard deviations. What is not `moved` is the image itself, bit for bit.
+    assert abs(moved.mean() - 0.5) < 5 * 0.5 / np.sqrt(300)
+    if geometry == "shared":
+        np.testing.assert_array_equal(changed(teacher, x), moved)
+    else:
+        np.testing.assert_array_equal(teacher, x)
+    for view in (teacher, student):
+        assert view.shape == x.shape
+        assert view.dtype == jnp.float32
+        assert np.asarray(view).min() >= 0
+        assert np.asarray(view).max() <= 1 + 1e-6
+
+
+PLAIN = multiview.MultiView(brightness=0, contrast=0, saturation=0, noise=0, mask_ratio=0)
+
+
+def test_shared_geometry_is_the_same_for_both():
+    """Without photometric parts the views agree; with them the teacher's does not change."""
+    x = images_of(300)
+    teacher, student = multi_view(key(1), x, PLAIN)
+    np.testing.assert_allclose(student, teacher, atol=1e-6)
+    assert changed(teacher, x).any()
+    full_teacher, full_student = multi_view(key(1), x, multiview.MultiView())
+    np.testing.assert_allclose(full_teacher, teacher, atol=1e-6)
+    assert (changed(full_student, teacher) == changed(teacher, x)).all()
+
+
+def test_student_geometry_moves_the_student_as_shared_does():
+    x = images_of(300)
+    _, shared = multi_view(key(1), x, PLAIN)
+    teacher, student = multi_view(key(1), x, dataclasses.replace(PLAIN, geometry="student"))
+    np.testing.assert_array_equal(teacher, x)
+    np.testing.assert_allclose(student, shared, atol=1e-6)
+
+
+def test_without_any_part_nothing_changes():
+    x = images_of(300)
+    teacher, student = multi_view(key(1), x, dataclasses.replace(PLAIN, geometry="off"))
+    np.testing.assert_array_equal(teacher, x)
+    np.testing.assert_allclose(student, x, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [{name: 0.3} for name in ("brightness", "contrast", "saturation", "noise", "mask_ratio")],
+    ids=lambda change: next(iter(change)),
+)
+def test_every_photometric_part_reaches_the_student_alone(change):
+    x = images_of(300)
+    options = dataclasses.replace(PLAIN, geometry="off", **change)
+    teacher, student = multi_view(key(1), x, options)
+    np.testing.assert_array_equal(teacher, x)
+    assert np.abs(np.asarray(student) - x).max() > 0.01
+
+
+def test_a_key_decides_everything():
+    x = images_of(300)
+    first, again, other = (multi_view(key(k), x, multiview.MultiView()) for k in (1, 1, 2))
+    for view in (0, 1):
+        np.testing.assert_array_equal(first[view], again[view])
+        assert changed(first[view], other[view]).any()
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"geometry": "share"}, "unknown geometry mode 'share'; did you mean shared"),
+        ({"min_scale": 0.0}, r"min_scale 0.0 is not within \(0, 1\]"),
+        ({"mask_ratio": 1.5}, r"mask_ratio 1.5 is not within \[0, 1\]"),
+        ({"mask_patch": 0}, "mask_patch 0"),
+        ({"noise": -0.1}, "noise -0.1 is negative"),
+    ],
+)
+def test_wrong_options_are_named(change, message):
+    with pytest.raises(UserError, match=message):
+        multiview.MultiView(**change)
+
+
+# ---- evaluation noise
+
+
+def test_noisy_corruptions_are_equally_likely_and_what_they_say():
+    n, size = 400, 16
+    x = 0.2 + 0.6 * images_of(n, size, size)
+    y = np.asarray(noisy(key(), x))
+    bars = np.zeros(n, bool)
+    for i in range(n):
+        black = (y[i] == 0).all(-1)
+        rows, columns = black.all(1), black.all(0)
+        bars[i] = (rows.sum() == 4) or (columns.sum() == 4)
+        if bars[i]:  # a bar four pixels thick, everything else untouched
+            np.testing.assert_array_equal(y[i][~black], x[i][~black])
+            assert black.sum() == 4 * size
+    same = (y == x).all(-1).mean((1, 2))
+    specks = ~bars & (same > 0.5)
+    assert set(np.unique(y[specks][(y[specks] != x[specks])])) == {0.0, 1.0}
+    np.testing.assert_allclose(1 - same[specks].mean(), 0.1, atol=0.01)
+    blurred = np.asarray(blur(x))
+    is_blurred = np.abs(y - blurred).max((1, 2, 3)) < 1e-5
+    rest = ~bars & ~specks & ~is_blurred
+    exponent = np.log(y[rest]) / np.log(x[rest])
+    np.testing.assert_allclose(exponent.max((1, 2, 3)), exponent.min((1, 2, 3)), rtol=1e-3)
+    gamma = exponent.mean((1, 2, 3))
+    assert 0.4 <= gamma.min() < 0.5
+    assert 2.2 < gamma.max() <= 2.51
+    for kind in (bars, specks, is_blurred, rest):
+        assert abs(kind.mean() - 0.25) < 5 * np.sqrt(0.25 * 0.75 / n)
+    np.testing.assert_array_equal(y, noisy(key(), x))
+
+
+def test_blur_equals_numpy():
+    x = images_of(2, 9, 8)
+    kernel = np.exp(-0.5 * np.arange(-2, 3) ** 2)
+    kernel /= kernel.sum()
+    padded = np.pad(x, ((0, 0), (2, 2), (2, 2), (0, 0)), mode="reflect")
+    expected = np.zeros(x.shape)
+    for i in range(5):
+        for j in range(5):
+            expected += kernel[i] * kernel[j] * padded[:, i : i + 9, j : j + 8]
+    np.testing.assert_allclose(blur(jnp.asarray(x)), expected, atol=1e-6)
+
+
+# ---- normalize and resize
+
+
+def test_normalize():
+    x = images_of()
+    mean, std = (0.1, 0.2, 0.3), (0.4, 0.5, 0.6)
+    expected = (x - np.array(mean)) / np.array(std)
+    np.testing.assert_allclose(ops.normalize(x, mean, std), expected, rtol=1e-5, atol=1e-6)
+
+
+def test_resize():
+    x = jnp.asarray(images_of(2, 12, 12))
+    assert ops.resize(x, 12) is x
+    assert ops.resize(x, (12, 12)) is x
+    assert ops.resize(x, (24, 6)).shape == (2, 24, 6, 3)
+    pillow = [
+        np.asarray(
+            Image.fromarray(np.ascontiguousarray(x[0, ..., c])).resize(
+                (5, 5), Image.Resampling.BILINEAR
+            )
+        )
+        for c in range(3)
+    ]  # antialiased when it shrinks, as ours
+    np.testing.assert_allclose(ops.resize(x, 5)[0], np.stack(pillow, -1), atol=1e-4)

@@ -1,0 +1,347 @@
+"""The command line, files, the hub (a pretended one), and weights named in a config."""
+
+import argparse
+import json
+import sys
+import types
+import warnings
+
+import numpy as np
+import pytest
+from safetensors.numpy import load_file, save_file
+
+from tests.convert.test_conversion import TINY_RESNET, TINY_VIT, checkpoint
+from tests.tiny import get_config
+from xkd_jax import experiment
+from xkd_jax.cli.convert import main
+from xkd_jax.convert.conversion import convert, fetch
+from xkd_jax.convert.files import read_checkpoint, to_state, write_state
+from xkd_jax.convert.hub import DEFAULT_TAGS, download
+from xkd_jax.errors import UserError
+from xkd_jax.models import MODELS
+from xkd_jax.weights import load_weights, save_weights
+
+TINY_ARGS = ["--arg", "layers=[1,1,1,1]", "--arg", "width=0.125"]
+
+
+@pytest.fixture
+def run(monkeypatch, capsys):
+    """Runs a command line; its exit code, and what it printed on both streams."""
+
+    def run(*argv):
+        monkeypatch.setattr(sys, "argv", ["convert", *map(str, argv)])
+        try:
+            code = main()
+        except SystemExit as stopped:  # argparse's
+            code = stopped.code
+        captured = capsys.readouterr()
+        return code, captured.out, captured.err
+
+    return run
+
+
+@pytest.fixture
+def resnet(tmp_path):
+    """A tiny ResNet's state dict, as timm would have written it."""
+    path = tmp_path / "resnet.safetensors"
+    state = checkpoint("resnet18", TINY_RESNET).state
+    counters = {
+        name.replace("running_mean", "num_batches_tracked"): np.array(12)
+        for name in state
+        if name.endswith("running_mean")
+    }
+    save_file({f"module.{name}": array for name, array in (state | counters).items()}, path)
+    return path
+
+
+def test_there_and_back(run, resnet, tmp_path):
+    ours, back = tmp_path / "new" / "ours.safetensors", tmp_path / "back.safetensors"
+    code, out, _ = run("--from", resnet, "--model", "resnet18", *TINY_ARGS, "--out", ours)
+    assert code == 0
+    assert out == f"wrote {ours}: resnet18, 5 classes, 224 pixels\n"
+    variables, metadata = load_weights(ours)
+    assert metadata["args"] == {"layers": [1, 1, 1, 1], "width": 0.125}
+    assert metadata["source"] == str(resnet)
+    assert variables["params"]["fc"]["kernel"].shape == (64, 5)
+
+    # What it is stands in the files: nothing has to be said again.
+    code, out, _ = run("--from", ours, "--to_timm", back)
+    assert code == 0
+    assert out == f"wrote {back}: resnet18, 5 classes, 224 pixels, as timm's state dict\n"
+    theirs, again = load_file(resnet), load_file(back)
+    assert theirs.keys() == {f"module.{name}" for name in again}
+    assert all(np.array_equal(array, theirs[f"module.{name}"]) for name, array in again.items())
+    assert {a.dtype.name for n, a in again.items() if n.endswith("tracked")} == {"int64"}
+    code, _, _ = run("--from", back, "--out", tmp_path / "again.safetensors")
+    assert code == 0
+    assert (tmp_path / "again.safetensors").read_bytes() == ours.read_bytes()
+
+
+def test_it_says_what_it_changes(run, resnet, tmp_path):
+    out = tmp_path / "out.safetensors"
+    argv = ["--from", resnet, "--model", "resnet18", *TINY_ARGS, "--out", out]
+    code, text, _ = run(*argv, "--num_classes", 3, "--mean", 0, 0, 0, "--image_size", 32)
+    assert code == 0
+    assert text.splitlines()[0] == (f"{resnet}: set fc.bias and fc.weight to zero, for 3 classes")
+    assert load_weights(out)[1]["mean"] == [0, 0, 0]
+
+
+def test_the_hubs_config_beside_a_file(run, resnet, tmp_path):
+    config = {
+        "architecture": "resnet18",
+        "model_args": TINY_RESNET,
+        "pretrained_cfg": {"mean": [0.1] * 3, "std": [0.2] * 3, "input_size": [3, 288, 288]},
+    }
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    assert run("--from", resnet, "--out", tmp_path / "out.safetensors")[0] == 0
+    _, metadata = load_weights(tmp_path / "out.safetensors")
+    assert (metadata["image_size"], metadata["mean"], metadata["std"]) == (
+        288,
+        [0.1] * 3,
+        [0.2] * 3,
+    )
+
+
+@pytest.mark.parametrize(
+    ("argv", "error"),
+    [
+        (["--from", "FILE", "--out", "FOLDER/a.pth"], "a.pth must end in .safetensors."),
+        (["--from", "FILE"], "there is nowhere to write to; add --out FILE"),
+        (["--from", "no.pth", "--out", "FOLDER/a.safetensors"], "there is no file at no.pth"),
+        (["--from", "FILE", "--model", "resnet81", "--out", "FOLDER/a.safetensors"], "resnet18"),
+        (["--timm", "vit_basic", "--out", "FOLDER/a.safetensors"], "did you mean vit_base"),
+        (["--timm", "resnet8", "--out", "FOLDER/a.safetensors"], "no weights for resnet8"),
+        (["--timm", "resnet18.a/b", "--out", "FOLDER/a.safetensors"], "is no name of weights"),
+        (["--from", "FILE", "--arg", "width", "--out", "FOLDER/a.safetensors"], "NAME=VALUE"),
+        (["--from", "FILE", "--num_classes", "0", "--out", "FOLDER/a.safetensors"], "'0'"),
+        (["--from", "OURS", "--to_timm", "FOLDER/a.npz"], "must end in .safetensors, .pth or"),
+        (["--from", "OURS", "--out", "FOLDER/resnet.safetensors/a.safetensors"], "another path"),
+        (["--from", "CUT", "--out", "FOLDER/a.safetensors"], "it is cut off: 5 of"),
+        (["--from", "CUT_ZIP", "--out", "FOLDER/a.safetensors"], "is cut off: its end is missing"),
+        (["--from", "PAGE", "--out", "FOLDER/a.safetensors"], "was not written by torch.save"),
+        (["--out", "FOLDER/a.safetensors"], "one of the arguments --timm --from is required"),
+    ],
+)
+def test_mistakes(run, resnet, tmp_path, argv, error):
+    places = {name: tmp_path / name for name in ("CUT.safetensors", "CUT_ZIP.pth", "PAGE.bin")}
+    places["CUT.safetensors"].write_bytes(resnet.read_bytes()[:5])
+    places["CUT_ZIP.pth"].write_bytes(b"PK\x03\x04" + bytes(100))
+    places["PAGE.bin"].write_text("<html>not found</html>")
+    ours = convert(checkpoint("resnet18", TINY_RESNET), "resnet18", args=TINY_RESNET)
+    save_weights(tmp_path / "OURS.safetensors", ours.variables, ours.metadata)
+    names = {path.name.partition(".")[0]: path for path in tmp_path.iterdir()} | {"FILE": resnet}
+    argv = [str(names.get(text, text.replace("FOLDER", str(tmp_path)))) for text in argv]
+    code, _, text = run(*argv)
+    assert code == 2
+    assert error in text
+    assert "Traceback" not in text
+    assert not (tmp_path / "a.safetensors").exists()
+
+
+def test_a_cut_file_says_how_much_is_there(resnet):
+    size = resnet.stat().st_size
+    resnet.write_bytes(resnet.read_bytes()[: size - 10])
+    with pytest.raises(UserError, match=f"it is cut off: {size - 10:,} of {size:,} bytes"):
+        load_weights(resnet)
+
+
+def test_foreign_weights_in_a_config_name_the_converter(resnet, tmp_path):
+    with pytest.raises(UserError, match=r"python -m xkd_jax\.convert --from .*resnet\.safe"):
+        load_weights(resnet)
+    path = tmp_path / "w.pth"
+    path.write_bytes(b"PK\x03\x04")
+    with pytest.raises(UserError, match=r"python -m xkd_jax\.convert --from .*w\.pth"):
+        load_weights(path)
+
+
+class Hub:
+    """Repositories in a folder, behind `huggingface_hub`'s function and errors."""
+
+    def __init__(self, folder, monkeypatch):
+        self.folder, self.downloads, self.online = folder, [], True
+        names = ("OfflineModeIsEnabled", "HfHubHTTPError", "EntryNotFoundError")
+        errors = {name: type(name, (Exception,), {}) for name in names}
+        errors["RepositoryNotFoundError"] = type("R", (errors["HfHubHTTPError"],), {})
+        errors["LocalEntryNotFoundError"] = type("L", (errors["EntryNotFoundError"],), {})
+        self.errors = types.SimpleNamespace(**errors)
+        package = types.ModuleType("huggingface_hub")
+        package.hf_hub_download, package.errors = self.get, self.errors
+        monkeypatch.setitem(sys.modules, "huggingface_hub", package)
+        monkeypatch.setenv("XDG_CACHE_HOME", str(folder / "cache"))
+
+    def get(self, repository, filename):
+        self.downloads.append((repository, filename))
+        if not self.online:
+            raise self.errors.LocalEntryNotFoundError
+        path = self.folder / repository / filename
+        if not path.parent.exists():
+            raise self.errors.RepositoryNotFoundError
+        if not path.exists():
+            raise self.errors.EntryNotFoundError
+        return str(path)
+
+    def publish(self, name, state, **model_args):
+        folder = self.folder / "timm" / name
+        folder.mkdir(parents=True)
+        save_file(state, folder / "model.safetensors")
+        config = {"architecture": name.partition(".")[0], "model_args": model_args}
+        side = model_args.get("img_size", 224)
+        size = {"input_size": [3, side, side]}
+        config["pretrained_cfg"] = {"mean": [0.4] * 3, "std": [0.3] * 3, **size}
+        (folder / "config.json").write_text(json.dumps(config))
+
+
+@pytest.fixture
+def hub(tmp_path, monkeypatch):
+    hub = Hub(tmp_path, monkeypatch)
+    hub.publish("resnet18.a1_in1k", checkpoint("resnet18", TINY_RESNET).state, **TINY_RESNET)
+    return hub
+
+
+def test_download(hub, run, tmp_path):
+    code, out, _ = run("--timm", "resnet18", "--out", tmp_path / "out.safetensors")
+    assert code == 0
+    assert "resnet18, 5 classes, 224 pixels" in out
+    _, metadata = load_weights(tmp_path / "out.safetensors")
+    assert metadata["source"] == "https://huggingface.co/timm/resnet18.a1_in1k"
+    assert (metadata["mean"], metadata["std"]) == ([0.4] * 3, [0.3] * 3)
+
+
+def test_the_hub_fails(hub, monkeypatch):
+    with pytest.raises(
+        UserError, match=r"no weights timm/resnet18\.b; timm's default is .*a1_in1k"
+    ):
+        download("resnet18.b")
+    (hub.folder / "timm/resnet18.a1_in1k/model.safetensors").unlink()
+    with pytest.raises(UserError, match=r"has no weights .*; give its file with --from"):
+        download("resnet18")
+    assert hub.downloads[-1] == ("timm/resnet18.a1_in1k", "pytorch_model.bin")
+    hub.online = False
+    with pytest.raises(UserError, match="can't be reached"):
+        download("resnet18")
+    monkeypatch.setitem(sys.modules, "huggingface_hub", None)
+    with pytest.raises(UserError, match=r"pip install 'xkd_jax\[hub\]'"):
+        download("resnet18")
+
+
+def test_default_tags():
+    assert DEFAULT_TAGS.keys() <= MODELS.keys()
+
+
+def test_a_teacher_of_timms_in_a_config(hub):
+    args = {**TINY_VIT, "img_size": 28}
+    state = checkpoint("vit_tiny_patch16_224", args, classes=10).state
+    hub.publish("vit_tiny_patch16_224.augreg_in21k_ft_in1k", state, **args)
+    config = get_config("logits")
+    config.teacher.update(model="", args={}, weights="timm:vit_tiny_patch16_224")
+    made = experiment.create_task(config)
+    assert made.teacher.image_size == 28
+    assert made.teacher.mean == (0.4, 0.4, 0.4)
+    assert made.teacher.module.depth == 1
+    downloads = len(hub.downloads)
+    assert fetch("vit_tiny_patch16_224") == fetch("vit_tiny_patch16_224.augreg_in21k_ft_in1k")
+    assert len(hub.downloads) == downloads
+    config.teacher.weights = "timm:vit_tiny_patch16_225"
+    with pytest.raises(UserError, match="did you mean vit_tiny_patch16_224"):
+        experiment.create_task(config)
+
+
+def test_a_student_that_starts_from_timms(hub, capsys):
+    config = get_config("none")
+    config.student.args = TINY_RESNET
+    config.student.weights = "timm:resnet18"
+    student = experiment.create_task(config).student
+    assert "student.weights timm:resnet18: set fc.bias and fc.weight to zero, for 10 classes" in (
+        capsys.readouterr().err
+    )
+    np.testing.assert_array_equal(
+        student.variables["params"]["bn1"]["bias"],
+        checkpoint("resnet18", TINY_RESNET).state["bn1.bias"],
+    )
+    config.student.args = {**TINY_RESNET, "stem": "cifar"}
+    with pytest.raises(UserError, match=r"conv1.weight is \[8, 3, 7, 7\] where \[8, 3, 3, 3\]"):
+        experiment.create_task(config)
+
+
+@pytest.fixture
+def torch():
+    import torch
+
+    return torch
+
+
+@pytest.mark.parity
+def test_pytorch_files(torch, tmp_path, run):
+    state = checkpoint("resnet18", TINY_RESNET).state
+    ours = convert(checkpoint("resnet18", TINY_RESNET), "resnet18", args=TINY_RESNET)
+    path = tmp_path / "w.pth"
+    write_state(path, to_state(ours.variables, "resnet18"), ours.metadata)
+    tensors = torch.load(path, weights_only=True)
+    assert all(np.array_equal(tensors[name].numpy(), array) for name, array in state.items())
+    for legacy in (False, True):
+        for holder in (
+            tensors,
+            {"state_dict": {f"module.{k}": v for k, v in tensors.items()}, "epoch": 3},
+            {"model": tensors, "args": argparse.Namespace(lr=0.1)},
+            {"state_dict_ema": tensors, "state_dict": {}},
+        ):
+            torch.save(holder, path, _use_new_zipfile_serialization=not legacy)
+            again = read_checkpoint(path).state
+            assert again.keys() == state.keys()
+            assert all(np.array_equal(again[name], array) for name, array in state.items())
+        path.write_bytes(path.read_bytes()[:-1000])
+        with pytest.raises(UserError, match="cut off"):
+            read_checkpoint(path)
+    torch.save({"a": torch.ones(3, dtype=torch.bfloat16)}, path)
+    np.testing.assert_array_equal(read_checkpoint(path).state["a"], np.ones(3, np.float32))
+    torch.save({"model": types.SimpleNamespace()}, path)
+    with pytest.raises(UserError, match=r"holds types.SimpleNamespace beside its tensors"):
+        read_checkpoint(path)
+    torch.save([1], path)
+    with pytest.raises(UserError, match="holds a list"):
+        read_checkpoint(path)
+
+
+@pytest.mark.parity
+@pytest.mark.parametrize("model", DEFAULT_TAGS)
+def test_timm_loads_what_is_written(torch, tmp_path, model):
+    from tests.parity.reference import timm
+
+    args = {"aux_logits": False} if model == "inception_v3" else {}
+    ours = convert(checkpoint(model, args), model, args=args)
+    write_state(tmp_path / "w.safetensors", to_state(ours.variables, model), ours.metadata)
+    theirs = timm.create_model(model, num_classes=5)
+    from safetensors.torch import load_file as load_tensors
+
+    tensors = load_tensors(tmp_path / "w.safetensors")
+    assert theirs.state_dict().keys() == tensors.keys()
+    theirs.load_state_dict(tensors, strict=True)
+    default = theirs.pretrained_cfg
+    assert default["tag"] == DEFAULT_TAGS[model]
+    assert tuple(default["mean"]) == MODELS[model].mean
+    assert tuple(default["std"]) == MODELS[model].std
+    assert default["input_size"][-1] == MODELS[model].image_size
+
+
+@pytest.mark.parity
+@pytest.mark.parametrize(("old", "new"), [(14, 24), (24, 14), (4, 7)])
+def test_resizing_is_timms(torch, old, new):
+    from tests.parity.reference import timm
+    from xkd_jax.convert import resize
+
+    layers = timm.layers
+    rng = np.random.default_rng(0)
+    table = 0.1 * rng.standard_normal((1, old * old + 1, 8), np.float32)
+    theirs = layers.resample_abs_pos_embed(torch.tensor(table), [new, new])
+    ours = resize.resize_position_embedding(table, new * new + 1)
+    np.testing.assert_allclose(ours, theirs, atol=1e-5)
+    kernel = 0.1 * rng.standard_normal((8, 3, old, old), np.float32)
+    theirs = layers.resample_patch_embed(torch.tensor(kernel), [new, new]).numpy()
+    ours = resize.resize_patch_kernel(kernel.transpose(2, 3, 1, 0), new)
+    np.testing.assert_allclose(ours, theirs.transpose(2, 3, 1, 0), atol=1e-5)
+    table = 0.1 * rng.standard_normal(((2 * old - 1) ** 2, 4), np.float32)
+    rows = (2 * new - 1) ** 2
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # timm's own
+        theirs = layers.resize_rel_pos_bias_table(torch.tensor(table), (new, new), (rows, 4))
+    np.testing.assert_allclose(resize.resize_bias_table(table, rows), theirs, atol=1e-5)

@@ -1,0 +1,175 @@
+"""The command line, as a user meets it: real processes."""
+
+import json
+import re
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+
+from tests.runs import ROOT, TINY, assert_same_run, final_state, finish, timeless, wait_for_step
+from xkd_jax.reporting.logger import read_metrics
+from xkd_jax.weights import load_weights
+
+
+@pytest.fixture(scope="module")
+def unbroken(start, tmp_path_factory):
+    """A run of 40 steps that nothing disturbed."""
+    folder = tmp_path_factory.mktemp("runs") / "unbroken"
+    code, out, err = finish(start("--config", TINY, "--workdir", folder))
+    assert code == 0, err
+    return folder, out, err
+
+
+def test_a_run_shows_progress_and_ends_with_a_table_and_a_picture(unbroken):
+    folder, out, err = unbroken
+    assert re.search(r"unbroken: step 40/40  \d+ images/s  0 s left  loss [\d.]+  accuracy", err)
+    assert "\r" not in err  # a pipe gets lines, not a bar
+    assert re.search(r"\| teacher +\| +\d+\.\d\d \|", out)
+    assert re.search(r"\| student, cakd +\| +\d+\.\d\d \|", out)
+    assert (folder / "curves.png").read_bytes().startswith(b"\x89PNG")
+    assert list((folder / "tensorboard").iterdir())
+    summary = json.loads((folder / "summary.json").read_text())
+    assert summary["steps"] == 40
+    assert summary["student"]["parameters"] == 78_002
+
+
+def test_the_saved_student_is_the_plain_network(unbroken):
+    import jax
+
+    from xkd_jax.models import create_model
+
+    variables, metadata = load_weights(unbroken[0] / "student.safetensors")
+    model = create_model(metadata["model"], num_classes=metadata["num_classes"], **metadata["args"])
+    images = jax.numpy.zeros((1, metadata["image_size"], metadata["image_size"], 3))
+    plain = jax.eval_shape(model.init, jax.random.key(0), images)
+    assert jax.tree.structure(variables) == jax.tree.structure(plain)
+
+
+def test_killed_run_ends_bit_identical_to_an_unbroken_one(start, unbroken, tmp_path):
+    folder = tmp_path / "unbroken"
+    process = start("--config", TINY, "--workdir", folder)
+    wait_for_step(process, folder, 17)
+    process.send_signal(signal.SIGKILL)
+    assert finish(process)[0] == -signal.SIGKILL
+    assert not (folder / "summary.json").exists()
+    code, _, err = finish(start("--config", TINY, "--workdir", folder))
+    assert code == 0, err
+    # It went on from a checkpoint instead of starting again.
+    first = int(re.search(r"step (\d+)/40", err)[1])
+    assert 7 < first <= 40
+    assert_same_run(folder, unbroken[0])
+
+
+@pytest.mark.parametrize(
+    ("number", "code"),
+    [(signal.SIGTERM, 0), pytest.param(signal.SIGINT, 130, marks=pytest.mark.slow)],
+)
+def test_a_signal_saves_and_says_how_to_go_on(start, unbroken, tmp_path, number, code):
+    folder = tmp_path / "unbroken"
+    process = start("--config", TINY, "--workdir", folder)
+    wait_for_step(process, folder, 11)
+    process.send_signal(number)
+    returned, _, err = finish(process)
+    assert returned == code, err
+    assert "run the same command again to go on" in err
+    assert "Traceback" not in err
+    stopped_at = final_state(folder)[0]
+    assert stopped_at == read_metrics(folder)[-1]["step"] < 40
+    code, _, err = finish(start("--config", TINY, "--workdir", folder))
+    assert code == 0, err
+    assert int(re.search(r"step (\d+)/40", err)[1]) == stopped_at + 1
+    assert_same_run(folder, unbroken[0])
+
+
+@pytest.mark.slow
+def test_four_devices_train_like_one(start, unbroken, tmp_path):
+    flags = "--xla_force_host_platform_device_count=4"
+    folder = tmp_path / "unbroken"
+    code, _, err = finish(start("--config", TINY, "--workdir", folder, XLA_FLAGS=flags))
+    assert code == 0, err
+    losses = [
+        [line["loss"] for line in timeless(run) if "loss" in line][:10]
+        for run in (folder, unbroken[0])
+    ]
+    # Sums in another order; the gap grows with the steps.
+    assert losses[0] == pytest.approx(losses[1], rel=1e-3)
+    assert len(losses[0]) == 10
+
+
+def test_comparison_has_a_folder_for_each_method(start, tmp_path):
+    folder = tmp_path / "runs"
+    changes = ["--config.compare=('none','logits')", "--config.epochs=1", "--config.data.noisy"]
+    code, out, err = finish(start("--config", f"{TINY}:none", "--workdir", folder, *changes))
+    assert code == 0, err
+    assert re.findall(r"\| (teacher|student, [\w -]+?) +\|", out) == [
+        "teacher",
+        "student, cross-entropy alone",
+        "student, logits",
+    ]
+    assert "noisy top-1" in out
+    losses = [read_metrics(folder / name)[0]["label_loss"] for name in ("none", "logits")]
+    # Equal seeds: the same first student on the same first images.
+    assert losses[0] == pytest.approx(losses[1], rel=1e-5)
+    (folder / "none" / "summary.json").unlink()
+    code, again, err = finish(start("--config", f"{TINY}:none", "--workdir", folder, *changes))
+    assert code == 0, err
+    assert "logits is complete" in err
+    assert again == out
+
+
+@pytest.mark.slow
+def test_quickstart_smoke(start, tmp_path):
+    code, out, err = finish(start("--config=configs/quickstart.py:smoke", "--workdir", tmp_path))
+    assert code == 0, err
+    assert "| teacher " in out
+    assert "| student, cakd " in out
+
+
+def test_a_complete_run_is_not_trained_again(start, unbroken):
+    folder, out, _ = unbroken
+    before = (folder / "metrics.jsonl").read_bytes()
+    code, again, err = finish(start("--config", TINY, "--workdir", folder))
+    assert code == 0
+    assert "is complete" in err
+    assert again == out
+    assert (folder / "metrics.jsonl").read_bytes() == before
+
+
+@pytest.mark.parametrize(
+    ("arguments", "sentence"),
+    [
+        ([], "--config is missing"),
+        (["--config=nope.py"], "there is no config file nope.py"),
+        (["--config", TINY, "extra"], "'extra' is no flag"),
+        (["--config", TINY, "--confg=1"], "Did you mean: config"),
+        (["--config", TINY, "--process_id=1"], "give all three, or none"),
+        (["--config", TINY, "--config.data.dri=x"], "no field data.dri; did you mean data.dir?"),
+        (["--config", TINY, "--config.batch_size=many"], "invalid literal for int"),
+        (["--config=configs/cifar100.py:smok"], "unknown variant 'smok'; did you mean smoke?"),
+        (["--config", f"{TINY}:cakdd"], "unknown method 'cakdd'; did you mean cakd"),
+    ],
+)
+def test_wrong_command_lines_end_in_one_sentence(start, tmp_path, arguments, sentence):
+    workdir = [f"--workdir={tmp_path / 'run'}"]
+    code, out, err = finish(start(*arguments, *workdir))
+    assert code == 2
+    assert out == ""
+    assert sentence in err
+    assert err.startswith("xkd_jax: ")
+    assert len(err.strip().splitlines()) == 1
+
+
+def test_help_is_quick_and_shows_an_example(start):
+    begun = time.process_time()
+    code, out, _ = finish(start("--help"))
+    assert code in (0, 1)  # absl's --help exits with 1
+    assert "--config configs/quickstart.py" in out
+    assert time.process_time() - begun < 5
+
+
+def test_importing_main_does_not_import_jax():
+    code = "import sys, xkd_jax.main; sys.exit('jax' in sys.modules)"
+    subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)

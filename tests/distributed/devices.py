@@ -1,0 +1,57 @@
+"""Steps on one device and on all eight, in a process that has eight: prints the differences.
+
+python -m tests.distributed.devices METHOD ... (run by test_devices.py)
+"""
+
+import dataclasses
+import functools
+import json
+import sys
+
+import jax
+import numpy as np
+from jax.sharding import AxisType, Mesh
+
+from tests.methods.pairs import PAIRS, pair_task
+from xkd_jax import train
+from xkd_jax.data.loader import create_feed
+
+STEPS = 10
+
+
+def final_state(task):
+    """After `STEPS` steps, the last ones of the first phase included."""
+    first = round(task.method.first_phase * task.steps_per_epoch)
+    state, feed = train.init_state(task), create_feed(task)
+    state = dataclasses.replace(state, step=state.step + max(first - STEPS // 2, 0))
+    step_fn = jax.jit(functools.partial(train.train_step, task))
+    for _, batch in zip(range(STEPS), feed.batches(0), strict=False):
+        state, _ = step_fn(state, task.teacher.variables, feed.arrays, batch)
+    return state
+
+
+def difference(*states):
+    """The largest of any leaf of two states, relative to the leaf's largest value."""
+    worst, hosts = 0.0, (jax.device_get(dataclasses.replace(s, key=0)) for s in states)
+    for a, b in zip(*map(jax.tree.leaves, hosts), strict=True):
+        a, b = np.asarray(a, np.float64), np.asarray(b, np.float64)
+        worst = max(worst, np.abs(a - b).max(initial=0) / max(np.abs(a).max(initial=0), 1e-3))
+    return worst
+
+
+def compare(method):
+    """One device against eight."""
+    pair = PAIRS["ViT to ViT" if method in ("deit", "minilm") else "ViT to ResNet"]
+    task = pair_task(method, pair)
+    axes = {"axis_names": ("data", "model"), "axis_types": (AxisType.Auto,) * 2}
+    one = Mesh(np.array(jax.devices()[:1]).reshape(1, 1), **axes)
+    assert task.mesh.size == 8
+    states = [final_state(t) for t in (task, dataclasses.replace(task, mesh=one))]
+    bank = [x for x in jax.tree.leaves(states[0].method_state) if "data" in str(x.sharding.spec)]
+    return {"difference": difference(*states), "sharded": len(bank)}
+
+
+if __name__ == "__main__":
+    jax.config.update("jax_disable_most_optimizations", True)
+    for name in sys.argv[1:]:
+        print(json.dumps({"method": name, **compare(name)}), flush=True)

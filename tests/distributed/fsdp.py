@@ -1,0 +1,96 @@
+"""Steps with replicated and with split weights, in a process with eight devices: prints JSON.
+
+python -m tests.distributed.fsdp (run by test_fsdp.py)
+"""
+
+import dataclasses
+import json
+
+import jax
+
+from tests.distributed.devices import difference
+from tests.methods.pairs import PAIRS, VIT, pair_task
+from xkd_jax import backend, train
+from xkd_jax.analysis import hlo, memory
+from xkd_jax.data.loader import create_feed
+from xkd_jax.distributed import sharding
+from xkd_jax.models import create_model
+
+STEPS = 3
+# Of the teacher and the student.
+CASES = {
+    "replicated": ("replicated", "replicated"),
+    "teacher": ("fsdp", "replicated"),
+    "student": ("replicated", "fsdp"),
+}
+
+
+DEPTH = 14
+
+
+def split_leaves(tree):
+    return sum("data" in str(leaf.sharding.spec) for leaf in jax.tree.leaves(tree))
+
+
+def facts_of(compiled, teacher):
+    return {
+        "collectives": [dataclasses.asdict(c) for c in hlo.collectives(compiled.as_text())],
+        "teacher": sum(leaf.nbytes for leaf in jax.tree.leaves(teacher)),
+    }
+
+
+def train_steps(teacher_rule, student_rule):
+    """The last state, and what there is to tell about it and the compiled step."""
+    changes = {"mesh": {"teacher": teacher_rule, "student": student_rule}, "ema": {"decay": 0.9}}
+    task = pair_task("cakd", PAIRS["ViT to ResNet"], **changes)
+    state, feed, variables = train.init_state(task), create_feed(task), task.teacher.variables
+    rule = task.config.mesh.teacher
+    teacher = sharding.put(variables, sharding.of_teacher(task.mesh, variables, rule))
+    step_fn = train.compile_step(task, state, teacher, feed.arrays)
+    facts = {"sizes": memory.parts(state, teacher, feed.arrays)}
+    for _, batch in zip(range(STEPS), feed.batches(0), strict=False):
+        state, _ = step_fn(state, teacher, feed.arrays, batch)
+    facts["split"] = {
+        "teacher": split_leaves(teacher),
+        "params": split_leaves(state.params),
+        "opt_state": split_leaves(state.opt_state),
+        "ema": split_leaves(state.ema["params"]),
+        "method_params": split_leaves(state.method_params),
+    }
+    trained = state.params, state.method_params, state.adversary
+    facts |= facts_of(step_fn, variables)
+    facts["trained"] = sum(leaf.nbytes for leaf in jax.tree.leaves(trained))
+    facts["student"] = sum(leaf.nbytes for leaf in jax.tree.leaves(state.params))
+    facts["images"] = feed.arrays["image"].nbytes
+    return state, facts
+
+
+def deep_forward(rule):
+    """What a deep Transformer says of eight images, its blocks in a loop, as TPUs have them."""
+    module = create_model("vit_tiny_patch16_224", num_classes=10, **VIT | {"depth": DEPTH})
+    images = jax.random.normal(jax.random.key(1), (8, 28, 28, 3))
+    variables = module.init(jax.random.key(0), images)
+    mesh = sharding.create_mesh(-1, 1)
+    layout = sharding.of_teacher(mesh, variables, rule)
+
+    def forward(variables, images):
+        return module.apply(sharding.gather_lazily(variables, layout), images)[0]
+
+    args = sharding.put(variables, layout), jax.device_put(images, sharding.over_batch(mesh))
+    with backend.assume("tpu"):
+        compiled = jax.jit(forward).lower(*args).compile()
+    return compiled(*args), facts_of(compiled, variables)
+
+
+if __name__ == "__main__":
+    jax.config.update("jax_disable_most_optimizations", True)
+    sharding.SPLIT_FROM = 128  # the networks are tiny; no vector is split
+    first = None
+    for case, rules in CASES.items():
+        state, facts = train_steps(*rules)
+        first = first or state
+        facts["difference"] = difference(first, state)
+        print(json.dumps({"case": case, **facts}), flush=True)
+    whole, _ = deep_forward("replicated")
+    split, facts = deep_forward("fsdp")
+    print(json.dumps({"case": "deep", "difference": float(abs(whole - split).max()), **facts}))

@@ -1,0 +1,295 @@
+"""Several processes: what starts them, and that two train, stop and fail as one."""
+
+import os
+import re
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+
+from tests import tiny
+from tests.distributed.devices import difference
+from xkd_jax.checkpoint import Checkpoints
+from xkd_jax.distributed import processes
+from xkd_jax.errors import UserError
+from xkd_jax.experiment import create_task
+from xkd_jax.reporting.logger import Reporter, read_metrics, say
+from xkd_jax.state import state_shapes
+
+ROOT = Path(__file__).parents[2]
+METHOD = "crd+rkd"  # a bank that is split over the devices, and a loss over all pairs
+DEVICES = "--xla_force_host_platform_device_count="
+
+
+@pytest.mark.parametrize(
+    ("variables", "expected"),
+    [
+        ({}, False),
+        ({"SLURM_JOB_ID": "7", "SLURM_NTASKS": "4"}, False),  # a job's script, outside of srun
+        ({"SLURM_STEP_NUM_TASKS": "1"}, False),
+        ({"SLURM_STEP_NUM_TASKS": "2"}, True),
+        ({"OMPI_COMM_WORLD_SIZE": "1"}, False),
+        ({"OMPI_COMM_WORLD_SIZE": "16"}, True),
+        ({"KUBERNETES_SERVICE_HOST": "10.0.0.1"}, False),
+        ({"KUBERNETES_SERVICE_HOST": "10.0.0.1", "JOB_COMPLETION_INDEX": "0"}, True),
+    ],
+)
+def test_a_cluster_is_seen_in_the_environment(variables, expected):
+    assert processes.in_cluster(variables) == expected
+
+
+@pytest.mark.parametrize(
+    ("flags", "sentence"),
+    [
+        (("host:1", None, None), "go together: give all three, or none"),
+        ((None, 2, None), "go together"),
+        ((None, 2, 0), "go together"),
+        (("host", 2, 0), "--coordinator=host must be HOST:PORT"),
+        (("host:p", 2, 0), "--coordinator=host:p must be HOST:PORT"),
+        (("host:1", 2, 2), "--process_id=2 must be from 0 to 1, as --num_processes=2"),
+        (("host:1", 2, -1), "--process_id=-1 must be"),
+    ],
+)
+def test_wrong_flags_are_refused(flags, sentence):
+    with pytest.raises(UserError, match=re.escape(sentence)):
+        processes.start(*flags)
+
+
+def test_one_process_starts_alone(monkeypatch):
+    def initialize(*_, **__):
+        raise AssertionError("joins a cluster")
+
+    monkeypatch.setattr(jax.distributed, "initialize", initialize)
+    processes.start(None, None, None)
+    monkeypatch.setenv("SLURM_STEP_NUM_TASKS", "2")
+    processes.start(None, 1, None)
+    assert processes.is_first()
+
+
+def test_a_tpu_of_no_pod_and_a_cluster_that_cannot_be_joined(monkeypatch):
+    def initialize(*_, **__):
+        raise ValueError("coordinator_address should be defined.")
+
+    monkeypatch.setattr(jax.distributed, "initialize", initialize)
+    monkeypatch.setenv("SLURM_STEP_NUM_TASKS", "2")
+    with pytest.raises(UserError, match=r"can't be joined \(coordinator.*--num_processes 1"):
+        processes.start(None, None, None)
+    monkeypatch.setattr("jax._src.cloud_tpu_init.running_in_cloud_tpu_vm", True)
+    processes.start(None, None, None)
+
+
+def test_only_the_first_process_tells(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(processes, "is_first", lambda: False)
+    looked_at = []
+    reporter = Reporter(tmp_path, 0, 2, 8, 1, lambda step, _: looked_at.append(step))
+    for step in (1, 2):
+        reporter.take(step, {"loss": np.float32(1), "accuracy": np.float32(0.5)})
+        reporter.flush()
+    reporter.evaluated(2, {"top1": 0.5}, 0.0)
+    reporter.close()
+    say("hello")
+    assert looked_at == [1, 2]  # all processes stop where a loss isn't finite
+    assert capsys.readouterr() == ("", "")
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.fixture(scope="module")
+def environment(tmp_path_factory):
+    """A new compilation cache, and a process's share of 8 devices."""
+    cache = {"XDG_CACHE_HOME": str(tmp_path_factory.mktemp("cache"))}
+    return os.environ | cache | {"XLA_FLAGS": f"{DEVICES}4", "JAX_PLATFORMS": "cpu"}
+
+
+def spawn(command, environment):
+    return subprocess.Popen(
+        [*map(str, command)],
+        cwd=ROOT,
+        env=environment,
+        text=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+    )
+
+
+def main(folder, changes, method=METHOD):
+    """The arguments of `xkd_jax.main`."""
+    options = [f"--config.{name}={value}" for name, value in changes.items()]
+    return ["--config", f"tests/tiny.py:{method}", "--workdir", folder, *options]
+
+
+def start_two(environment, *arguments, variables=({}, {})):
+    """Two processes, which find each other through flags; one list of arguments, or two."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    joined = ["--coordinator", f"127.0.0.1:{port}", "--num_processes", 2, "--process_id"]
+    python = [sys.executable, "-m", "xkd_jax.main"]
+    return [
+        spawn([*python, *arguments[number % len(arguments)], *joined, number], environment)
+        for number in range(2)
+    ]
+
+
+def finish(*running):
+    """The exit codes, and what was said on standard error."""
+    said = [process.communicate(timeout=400)[1] for process in running]
+    return [process.returncode for process in running], said
+
+
+def wait_for_step(folder, step, running):
+    deadline = time.monotonic() + 300
+    while time.monotonic() < deadline:
+        if any(process.poll() is not None for process in running):
+            break
+        lines = read_metrics(folder)
+        if lines and lines[-1]["step"] >= step:
+            return
+        time.sleep(0.01)
+    raise AssertionError(f"step {step} was not reached: {finish(*running)}")
+
+
+def newest_step(folder):
+    return max(int(path.name) for path in (folder / "checkpoints").iterdir())
+
+
+def last_state(folder, changes):
+    """The last checkpoint, read by one process on its own device."""
+    config = tiny.get_config(METHOD)
+    config.update_from_flattened_dict(changes)
+    task = create_task(config)
+    checkpoints = Checkpoints(folder / "checkpoints", 2, task.teacher.fingerprint)
+    state = checkpoints.restore(state_shapes(task))
+    checkpoints.close()
+    return state
+
+
+TEN_STEPS = {"epochs": 1, "data.train": "train[:160]", "checkpoint_every": 5}
+
+
+@pytest.mark.slow
+def test_two_processes_train_like_one(environment, tmp_path):
+    """Ten steps of 2 x 4 devices, from launch/local.sh, of 1 x 8, of 1 x 1, and of both."""
+    alone = [sys.executable, "-m", "xkd_jax.main"]
+    runs = {
+        "2 x 4": (["launch/local.sh", 2], environment | {"PYTHON": sys.executable}),
+        "1 x 8": (alone, environment | {"XLA_FLAGS": f"{DEVICES}8"}),
+        "1 x 1": (alone, environment | {"XLA_FLAGS": ""}),
+        "2 x 4, then 1 x 1": (alone, environment | {"XLA_FLAGS": ""}),
+    }
+    states, scores = {}, {}
+    for name, (command, variables) in runs.items():
+        folder = tmp_path / name
+        if name == "2 x 4, then 1 x 1":
+            shutil.copytree(tmp_path / "2 x 4" / "checkpoints" / "5", folder / "checkpoints" / "5")
+        process = spawn([*command, *main(folder, TEN_STEPS)], variables)
+        out, err = process.communicate(timeout=400)
+        assert process.returncode == 0, err
+        assert out.count("| teacher ") == 1
+        assert err.count("step 10/10") == 1
+        states[name] = last_state(folder, TEN_STEPS)
+        (scores[name],) = (line for line in read_metrics(folder) if "eval_top1" in line)
+    assert read_metrics(folder)[0]["step"] == 6
+    for name in ("2 x 4", "1 x 8", "2 x 4, then 1 x 1"):
+        assert difference(states["1 x 1"], states[name]) < 1e-3
+        # The 50 images are a part of one batch: any that counted twice or not at all would show.
+        for score in ("eval_top1", "eval_top5", "eval_loss"):
+            assert scores[name][score] == pytest.approx(scores["1 x 1"][score], rel=1e-3)
+
+
+LONG = {"epochs": 30, "eval_every": 30, "checkpoint_every": 40}
+
+
+@pytest.fixture(scope="module")
+def one_each(environment):
+    """A device for each process: whole runs of eight threads on two cores take minutes."""
+    return environment | {"XLA_FLAGS": ""}
+
+
+@pytest.mark.slow
+def test_sigterm_to_one_process_stops_both_at_the_same_step(one_each, tmp_path):
+    unbroken, folder = tmp_path / "unbroken", tmp_path / "broken"
+    codes, said = finish(*start_two(one_each, main(unbroken, LONG)))
+    assert codes == [0, 0], said
+    running = start_two(one_each, main(folder, LONG))
+    wait_for_step(folder, 5, running)
+    running[1].send_signal(signal.SIGTERM)
+    codes, said = finish(*running)
+    assert codes == [0, 0], said
+    assert "stopped by SIGTERM" in said[0]
+    assert "run the same command again to go on" not in said[1]
+    stopped_at = newest_step(folder)
+    assert stopped_at == read_metrics(folder)[-1]["step"] < 120
+    codes, said = finish(*start_two(one_each, main(folder, LONG)))
+    assert codes == [0, 0], said
+    assert f"step {stopped_at + 1}/120" in said[0]
+    pairs = zip(
+        *(jax.tree.leaves_with_path(last_state(run, LONG)) for run in (unbroken, folder)),
+        strict=True,
+    )
+    for (path, leaf), (_, other) in pairs:
+        if jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.prng_key):
+            leaf, other = jax.random.key_data(leaf), jax.random.key_data(other)
+        np.testing.assert_array_equal(leaf, other, err_msg=str(path))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("victim", [0, 1])
+def test_when_one_process_dies_the_other_ends_with_a_message(one_each, tmp_path, victim):
+    running = start_two(one_each, main(tmp_path / "run", LONG))
+    wait_for_step(tmp_path / "run", 3, running)
+    running[victim].send_signal(signal.SIGKILL)
+    begun = time.monotonic()
+    codes, said = finish(*running)
+    assert time.monotonic() - begun < 60
+    assert codes[victim] == -signal.SIGKILL
+    assert codes[1 - victim] != 0
+    assert re.search("another task died|killed|Connection|Socket closed", said[1 - victim])
+
+
+@pytest.mark.slow
+def test_a_mistake_ends_both_processes_and_is_said_once(environment, tmp_path):
+    running = start_two(environment, main(tmp_path / "run", {"data.train": "trian"}))
+    codes, said = finish(*running)
+    assert codes == [2, 2]
+    (line,) = [line for line in "".join(said).splitlines() if line.startswith("xkd_jax: ")]
+    assert "unknown split 'trian'" in line
+    assert "Traceback" not in "".join(said)
+
+
+@pytest.mark.slow
+def test_one_process_that_fails_ends_the_other(environment, tmp_path):
+    """The other one is in the middle of its work, and would wait for ever."""
+    (tmp_path / "file").touch()
+    folders = tmp_path / "run", tmp_path / "file" / "run"
+    running = start_two(environment, *(main(folder, TEN_STEPS) for folder in folders))
+    codes, said = finish(*running)
+    assert codes == [2, 2], said
+    assert "can't be written" in said[1]
+    assert "xkd_jax: " not in said[0]
+
+
+@pytest.mark.slow
+def test_jax_finds_the_processes_of_a_slurm_step(environment, tmp_path):
+    """With the variables that srun sets; both say no to the same mistake, as one."""
+    step = {
+        "SLURM_JOB_ID": str(os.getpid()),  # the port depends on it
+        "SLURM_STEP_NODELIST": "localhost",
+        "SLURM_NTASKS": "2",
+        "SLURM_STEP_NUM_TASKS": "2",
+    }
+    command = [sys.executable, "-m", "xkd_jax.main"]
+    command += main(tmp_path / "run", {"data.train": "trian"})
+    running = [
+        spawn(command, environment | step | {"SLURM_PROCID": number, "SLURM_LOCALID": number})
+        for number in ("0", "1")
+    ]
+    codes, said = finish(*running)
+    assert codes == [2, 2]
+    assert "".join(said).count("unknown split 'trian'") == 1

@@ -1,0 +1,661 @@
+"""Every equation of the paper against NumPy in float64, and where gradients go."""
+
+import collections
+import dataclasses
+import math
+import re
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from xkd_jax.augment import multiview
+from xkd_jax.errors import UserError
+from xkd_jax.methods import align, cakd
+from xkd_jax.methods.base import PairError
+from xkd_jax.methods.cakd import CAKD, Discriminator, GLProjector, PCAProjector
+from xkd_jax.methods.cakd_release import CAKDRelease
+from xkd_jax.models import create_model
+
+HEADS, HEAD_DIM = 2, 3
+WIDTH = HEADS * HEAD_DIM
+
+
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
+
+def normal(*shape, seed=0):
+    return np.random.default_rng([seed, *shape]).normal(size=shape).astype(np.float32)
+
+
+def qkv(seed, n=2, tokens=6):
+    return tuple(normal(n, HEADS, tokens, HEAD_DIM, seed=seed + i) for i in range(3))
+
+
+def random_like(tree, seed=0):
+    """Random values in place of a tree of arrays or shapes; variances and scales are 1."""
+    rng = np.random.default_rng(seed)
+
+    def fill(path, leaf):
+        if path[-1].key in ("scale", "var"):
+            return jnp.ones(leaf.shape)
+        fan_in = np.prod(leaf.shape[:-1]) if leaf.ndim > 1 else 1
+        return jnp.asarray((rng.normal(size=leaf.shape) * fan_in**-0.5).astype(np.float32))
+
+    return jax.tree_util.tree_map_with_path(fill, tree)
+
+
+def random_params(module, *args, **kwargs):
+    return random_like(jax.eval_shape(lambda key: module.init(key, *args, **kwargs), key(0)))
+
+
+def key(seed):
+    return jax.random.key(seed)
+
+
+def record_attention(monkeypatch):
+    """The Q, K and V of every call of `attention`: first the teacher's, then the mixed ones."""
+    calls, attention = [], cakd.attention
+
+    def recorder(*args):
+        calls.append(tuple(np.asarray(a) for a in args))
+        return attention(*args)
+
+    monkeypatch.setattr(cakd, "attention", recorder)
+    return calls
+
+
+def masks_of(monkeypatch, step_key, shape):
+    """Where `pca_losses` takes Q, K and V from the teacher: ones against a student of zeros."""
+    with monkeypatch.context() as patch:
+        calls = record_attention(patch)
+        cakd.pca_losses(step_key, (jnp.zeros(shape),) * 3, (jnp.ones(shape),) * 3)
+    return [m.astype(bool) for m in calls[1]]
+
+
+# ---- NumPy, float64, from the paper
+
+
+def np_softmax(x):
+    e = np.exp(x - x.max(-1, keepdims=True))
+    return e / e.sum(-1, keepdims=True)
+
+
+def np_attention(query, keys, value):
+    query, keys, value = (np.asarray(x, np.float64) for x in (query, keys, value))
+    out = np.zeros_like(value)
+    for n, h, i in np.ndindex(query.shape[:3]):
+        scores = np.array([query[n, h, i] @ k for k in keys[n, h]]) / math.sqrt(query.shape[-1])
+        out[n, h, i] = np_softmax(scores) @ value[n, h]
+    return out
+
+
+def np_relation(value):
+    n, heads, tokens, d = value.shape
+    out = np.zeros((n, heads, tokens, tokens))
+    for i, j, k in np.ndindex(n, heads, tokens):
+        for m in range(tokens):
+            out[i, j, k, m] = np.dot(value[i, j, k], np.float64(value[i, j, m])) / math.sqrt(d)
+    return out
+
+
+def np_conv3x3(x, kernel):
+    """Stride 1, zeros around the map."""
+    n, h, w, _ = x.shape
+    out = np.zeros((n, h, w, kernel.shape[-1]))
+    for i, row, column, down, right in np.ndindex(n, h, w, 3, 3):
+        y, z = row + down - 1, column + right - 1
+        if 0 <= y < h and 0 <= z < w:
+            out[i, row, column] += np.float64(x[i, y, z]) @ np.float64(kernel[down, right])
+    return out
+
+
+def np_heads(x):
+    """[N, h, w, D] -> [N, H, T, d]: heads are contiguous slices of the channels."""
+    n, h, w, _ = x.shape
+    out = np.zeros((n, HEADS, h * w, HEAD_DIM))
+    for i, head, row, column in np.ndindex(n, HEADS, h, w):
+        channels = slice(head * HEAD_DIM, (head + 1) * HEAD_DIM)
+        out[i, head, row * w + column] = x[i, row, column, channels]
+    return out
+
+
+def np_proj_1(params, features):
+    params = {name: np.asarray(p) for name, p in params["params"].items()}
+    return tuple(
+        np_heads(np_conv3x3(features, params[f"{m}_kernel"]) + params[f"{m}_bias"])
+        for m in ("query", "key", "value")
+    )
+
+
+def np_proj_2(params, features):
+    kernel, bias = (np.asarray(params["params"][p], np.float64) for p in ("kernel", "bias"))
+    n, h, w, _ = features.shape
+    out = np.zeros((n, h * w, kernel.shape[-1]))
+    for i, row, column in np.ndindex(n, h, w):
+        group = (row // 4) * math.ceil(w / 4) + column // 4
+        out[i, row * w + column] = features[i, row, column] @ kernel[group] + bias[group]
+    return out
+
+
+def np_discriminator(params, tokens):
+    x = np.asarray(tokens, np.float64)
+    for layer in range(3):
+        dense = params["params"][f"Dense_{layer}"]
+        x = x @ np.asarray(dense["kernel"], np.float64) + np.asarray(dense["bias"], np.float64)
+        if layer < 2:
+            x = np.where(x > 0, x, 0.2 * x)
+    return x[..., 0].mean(1)
+
+
+def np_sigmoid(x):
+    return 1 / (1 + np.exp(-np.float64(x)))
+
+
+# ---- Proj_1 and attention
+
+
+@pytest.mark.parametrize("backend", ["cpu", "gpu"])
+def test_eq_1_is_three_3x3_convolutions(backend):
+    module, features = PCAProjector(HEADS, HEAD_DIM), normal(2, 4, 5, 7)
+    params = random_params(module, features)
+    shapes = {name: p.shape for name, p in params["params"].items()}
+    assert shapes == {f"{m}_kernel": (3, 3, 7, WIDTH) for m in ("query", "key", "value")} | {
+        f"{m}_bias": (WIDTH,) for m in ("query", "key", "value")
+    }
+    with backend.assume(backend):
+        ours = module.apply(params, features)
+    for one, expected in zip(ours, np_proj_1(params, features), strict=True):
+        np.testing.assert_allclose(one, expected, atol=1e-5)
+
+
+def test_both_convolutions_have_the_same_gradients():
+    x, kernel, weight = normal(2, 4, 5, 3), normal(3, 3, 3, 6), normal(2, 4, 5, 6)
+
+    grads = {}
+    for backend in ("cpu", "gpu"):
+        with backend.assume(backend):
+            # A function of its own for each: JAX keeps the trace of one that it has seen.
+            function = jax.grad(lambda *args: jnp.sum(cakd._conv3x3(*args) * weight), (0, 1))
+            convolves = "conv_general_dilated" in str(jax.make_jaxpr(function)(x, kernel))
+            assert convolves == (backend == "gpu")
+            grads[backend] = function(x, kernel)
+    for a, b in zip(grads["cpu"], grads["gpu"], strict=True):
+        np.testing.assert_allclose(a, b, atol=1e-4)
+    # d loss / d kernel[1, 1] needs no padding: the product of the map and the weight.
+    center = np.einsum("nhwc,nhwf->cf", x, weight)
+    np.testing.assert_allclose(grads["cpu"][1][1, 1], center, atol=1e-4)
+
+
+def test_eq_2_is_softmax_attention():
+    q, k, v = qkv(0)
+    np.testing.assert_allclose(cakd.attention(q, k, v), np_attention(q, k, v), atol=1e-5)
+
+
+# ---- partial replacement
+
+
+def test_eq_3_takes_every_element_from_one_or_the_other():
+    student, teacher = normal(10, 100, 100), normal(10, 100, 100, seed=1)
+    mixed = np.asarray(cakd.partly_replace(key(0), student, teacher))
+    replaced = mixed == teacher
+    np.testing.assert_array_equal(mixed[~replaced], student[~replaced])
+    flat = replaced.reshape(-1)
+    assert abs(flat.sum() - 50_000) < 5 * math.sqrt(100_000 / 4)
+    # Neighbours, and the bits at the same place of neighbouring words, are independent.
+    for lag in (1, 2, 31, 32, 64):
+        agree = (flat[lag:] == flat[:-lag]).sum()
+        assert abs(agree - (len(flat) - lag) / 2) < 5 * math.sqrt(len(flat) / 4)
+
+
+def test_eq_3_draws_afresh_with_every_key():
+    student, teacher = jnp.zeros((7, 11, 13)), jnp.ones((7, 11, 13))  # 1001: no multiple of 32
+    one, same, other = (cakd.partly_replace(key(s), student, teacher) for s in (0, 0, 1))
+    np.testing.assert_array_equal(one, same)
+    assert abs(np.sum(np.asarray(one) == other) - 500.5) < 5 * math.sqrt(1001 / 4)
+
+
+def test_eq_3_gives_the_teacher_no_gradient():
+    student, teacher, weight = normal(4, 9), normal(4, 9, seed=1), normal(4, 9, seed=2)
+
+    def loss(student, teacher):
+        return jnp.sum(cakd.partly_replace(key(0), student, teacher) * weight)
+
+    to_student, to_teacher = jax.grad(loss, (0, 1))(student, teacher)
+    replaced = np.asarray(cakd.partly_replace(key(0), student, teacher)) == teacher
+    assert 0 < replaced.sum() < replaced.size
+    np.testing.assert_array_equal(to_student, np.where(replaced, 0, weight))
+    np.testing.assert_array_equal(to_teacher, 0)
+
+
+def test_query_key_and_value_have_masks_of_their_own(monkeypatch):
+    masks = masks_of(monkeypatch, key(0), (2, 2, 50, 50))
+    bound = 5 * math.sqrt(10_000 / 4)
+    for i in range(3):
+        assert abs(masks[i].sum() - 5000) < bound
+        assert abs((masks[i] == masks[i - 1]).sum() - 5000) < bound
+    for one, other in zip(masks, masks_of(monkeypatch, key(1), (2, 2, 50, 50)), strict=True):
+        assert abs((one == other).sum() - 5000) < bound
+
+
+def test_eq_4_with_the_recovered_masks(monkeypatch):
+    student, teacher = qkv(0), qkv(10)
+    masks = masks_of(monkeypatch, key(3), student[0].shape)
+    attention_loss, relation_loss = cakd.pca_losses(key(3), student, teacher)
+    mixed = [np.where(m, t, s) for m, s, t in zip(masks, student, teacher, strict=True)]
+    difference = np_attention(*teacher) - np_attention(*mixed)
+    np.testing.assert_allclose(attention_loss, np.mean(difference**2), rtol=1e-5)
+    # The student's own value: nothing of the teacher's is in it.
+    difference = np_relation(teacher[2]) - np_relation(student[2])
+    np.testing.assert_allclose(relation_loss, np.mean(difference**2), rtol=1e-5)
+
+
+def test_eq_4_gives_the_teacher_no_gradient():
+    def loss(student, teacher, term):
+        return cakd.pca_losses(key(0), student, teacher)[term]
+
+    for term, reached in ((0, (True, True, True)), (1, (False, False, True))):
+        to_student, to_teacher = jax.grad(loss, (0, 1))(qkv(0), qkv(10), term)
+        assert tuple(bool(g.any()) for g in to_student) == reached
+        assert not any(g.any() for g in to_teacher)
+
+
+# ---- Proj_2
+
+
+@pytest.mark.parametrize(
+    ("grid", "groups"), [((14, 14), 16), ((7, 7), 4), ((8, 8), 4), ((24, 24), 36), ((5, 9), 6)]
+)
+def test_eq_5_has_one_layer_for_each_tile(grid, groups):
+    module, features = GLProjector(WIDTH), jnp.zeros((2, *grid, 5))
+    params = jax.eval_shape(lambda k: module.init(k, features, train=False), key(0))["params"]
+    assert {name: p.shape for name, p in params.items()} == {
+        "kernel": (groups, 5, WIDTH),
+        "bias": (groups, WIDTH),
+    }
+    jaxpr = jax.make_jaxpr(lambda p: module.apply({"params": p}, features, train=False))(params)
+    assert str(jaxpr).count("dot_general[") == 1
+
+
+@pytest.mark.parametrize("grid", [(14, 14), (8, 8), (5, 9), (3, 2)])
+def test_eq_5_maps_every_token_with_the_layer_of_its_tile(grid):
+    module, features = GLProjector(WIDTH), normal(2, *grid, 5)
+    params = random_params(module, features, train=False)
+    ours = module.apply(params, features, train=False)
+    np.testing.assert_allclose(ours, np_proj_2(params, features), atol=1e-5)
+
+
+def test_gl_projector_starts_with_the_variance_of_one_layer():
+    module = GLProjector(64)
+    params = module.init(key(0), jnp.zeros((1, 8, 8, 32)), train=False)["params"]
+    np.testing.assert_allclose(params["kernel"].std((1, 2)), 32**-0.5, rtol=0.1)
+    assert not params["bias"].any()
+
+
+def test_dropout_keeps_nine_in_ten_of_the_input_and_rescales():
+    module, features = GLProjector(25), normal(4, 16, 16, 25)
+    params = {"params": {"kernel": jnp.tile(jnp.eye(25), (16, 1, 1)), "bias": jnp.zeros((16, 25))}}
+    passed = np.asarray(module.apply(params, features, rngs={"dropout": key(0)}))
+    features = features.reshape(passed.shape)
+    kept = passed != 0
+    np.testing.assert_allclose(passed[kept], features[kept] / 0.9, rtol=1e-5)
+    count = features.size
+    assert abs(kept.sum() - 0.9 * count) < 5 * math.sqrt(0.09 * count)
+    still = module.apply(params, features.reshape(4, 16, 16, 25), train=False)
+    np.testing.assert_allclose(still, features, rtol=1e-6)
+
+
+def test_eq_6_is_the_mean_squared_distance():
+    teacher, student = normal(3, 4, WIDTH), normal(3, 4, WIDTH, seed=1)
+    expected = np.mean((np.float64(teacher) - student) ** 2)
+    np.testing.assert_allclose(cakd.token_loss(teacher, student), expected, rtol=1e-5)
+    to_teacher, to_student = jax.grad(cakd.token_loss, (0, 1))(teacher, student)
+    np.testing.assert_array_equal(to_teacher, 0)
+    np.testing.assert_allclose(to_student, 2 * (student - teacher) / student.size, rtol=1e-4)
+
+
+# ---- the adversary
+
+
+def test_discriminator_has_three_layers_and_averages_token_logits():
+    module, tokens = Discriminator(WIDTH), 3 * normal(4, 5, WIDTH)
+    params = random_params(module, tokens)
+    shapes = {name: p["kernel"].shape for name, p in params["params"].items()}
+    square = (WIDTH, WIDTH)
+    assert shapes == {"Dense_0": square, "Dense_1": square, "Dense_2": (WIDTH, 1)}
+    logits = module.apply(params, tokens)
+    np.testing.assert_allclose(logits, np_discriminator(params, tokens), atol=1e-5)
+
+
+def test_eq_8_and_9_are_the_papers_logarithms():
+    teacher, student = 3 * normal(6), 3 * normal(6, seed=1)
+    d_teacher, d_student = np_sigmoid(teacher), np_sigmoid(student)
+    expected = np.mean(-np.log(d_teacher) - np.log(1 - d_student))
+    np.testing.assert_allclose(cakd.discriminator_loss(teacher, student), expected, rtol=1e-5)
+    saturating, flipped = np.mean(np.log(1 - d_student)), -np.mean(np.log(d_student))
+    np.testing.assert_allclose(cakd.generator_loss(student), saturating, rtol=1e-5)
+    np.testing.assert_allclose(cakd.generator_loss(student, "saturating"), saturating, rtol=1e-5)
+    np.testing.assert_allclose(cakd.generator_loss(student, "non_saturating"), flipped, rtol=1e-5)
+
+
+def test_eq_8_and_9_stay_finite_at_extreme_logits():
+    def values(logit):
+        high, low = jnp.full(2, logit), jnp.full(2, -logit)
+        return jnp.stack(
+            [cakd.discriminator_loss(high, low), cakd.discriminator_loss(low, high)]
+            + [cakd.generator_loss(x, kind) for kind in cakd.GENERATORS for x in (high, low)]
+        )
+
+    np.testing.assert_allclose(values(100.0), [0, 200, -100, 0, 0, 100], atol=1e-6)
+    slopes = jax.jacfwd(values)(100.0)
+    np.testing.assert_allclose(slopes, [0, 2, -1, 0, 0, 1], atol=1e-6)
+
+
+def test_generators_pull_the_logit_up():
+    for kind in cakd.GENERATORS:
+        slope = jax.grad(lambda x, kind=kind: cakd.generator_loss(x, kind))(normal(4))
+        assert (slope < 0).all()
+
+
+def test_judge_counts_both_kinds():
+    class Identity:
+        def apply(self, params, logits):
+            return logits
+
+    teacher, student = jnp.array([1.0, 2, 3, -1]), jnp.array([1.0, 2, -3, 1])
+    loss, metrics = cakd.judge(Identity(), {}, teacher, student)  # pyright: ignore[reportArgumentType]
+    assert metrics["discriminator_accuracy"] == (3 / 4 + 1 / 4) / 2
+    assert loss == metrics["discriminator"] == cakd.discriminator_loss(teacher, student)
+
+
+# ---- the whole loss
+
+
+def outputs(grid=(4, 5), channels=4):
+    """A teacher of three blocks and a student whose `stage2` has the teacher's grid."""
+    tokens = grid[0] * grid[1]
+    teacher: dict = {"grid": grid, "tokens": normal(2, tokens, WIDTH, seed=1)}
+    for i in (1, 2, 3):
+        teacher[f"block{i:02d}"] = normal(2, tokens, WIDTH, seed=10 * i)
+        for name, x in zip(("query", "key", "value"), qkv(10 * i + 1, 2, tokens), strict=True):
+            teacher[name] = teacher[f"block{i:02d}_{name}"] = x
+    student = {
+        f"stage{i}": normal(2, grid[0] * 4 // 2**i, grid[1] * 4 // 2**i, channels, seed=i)
+        for i in (1, 2, 3)
+    }
+    return teacher, student
+
+
+def method_params(method, teacher, student):
+    shapes = jax.eval_shape(lambda k: method.init(k, teacher, student)[0], key(0))
+    adversary = jax.eval_shape(lambda k: method.init_adversary(k, teacher, student), key(0))
+    return random_like(shapes), random_like(adversary, seed=1)
+
+
+def run_loss(method, teacher, student, seed=0):
+    params, adversary = method_params(method, teacher, student)
+    loss, state, metrics = method.loss(
+        params, {}, teacher, student, {}, key(seed), jnp.zeros(()), adversary
+    )
+    assert state == {}
+    return loss, metrics
+
+
+@pytest.mark.parametrize("generator", ["saturating", "non_saturating"])
+def test_eq_10_is_the_weighted_sum_of_every_term(monkeypatch, generator):
+    monkeypatch.setattr(cakd, "partly_replace", lambda key, student, teacher: student)
+    weights = {"attention": 0.5, "value_relation": 3.0, "tokens": 2.0, "generator": 0.7}
+    method = CAKD(
+        attention_weight=0.5,
+        value_weight=3.0,
+        token_weight=2.0,
+        adversarial_weight=0.7,
+        generator=generator,
+        token_dropout=0.0,
+    )
+    teacher, student = outputs()
+    params, adversary = method_params(method, teacher, student)
+    loss, metrics = run_loss(method, teacher, student)
+    mapped = np_proj_1(params["pca"], student["stage2"])
+    tokens = np_proj_2(params["gl"], student["stage2"])
+    fooled = np_sigmoid(np_discriminator(adversary, tokens))
+    teacher_qkv = [teacher[name] for name in ("query", "key", "value")]
+    terms = {
+        "attention": np.mean((np_attention(*teacher_qkv) - np_attention(*mapped)) ** 2),
+        "value_relation": np.mean((np_relation(teacher["value"]) - np_relation(mapped[2])) ** 2),
+        "tokens": np.mean((teacher["tokens"] - tokens) ** 2),
+        "generator": np.mean(np.log(1 - fooled) if generator == "saturating" else -np.log(fooled)),
+    }
+    weighted = {f"{name}_weighted": weights[name] * value for name, value in terms.items()}
+    assert metrics.keys() == terms.keys() | weighted.keys()
+    for name, value in (terms | weighted).items():
+        np.testing.assert_allclose(metrics[name], value, rtol=1e-4, err_msg=name)
+    np.testing.assert_allclose(loss, sum(weighted.values()), rtol=1e-4)
+
+
+def test_eq_10_with_every_weight_zero_is_zero():
+    weights = ("attention_weight", "value_weight", "token_weight", "adversarial_weight")
+    loss, metrics = run_loss(CAKD(**dict.fromkeys(weights, 0.0)), *outputs())
+    assert loss == 0
+    assert all(metrics[name] != 0 for name in ("attention", "value_relation", "tokens"))
+
+
+def test_loss_draws_masks_and_dropout_from_its_key():
+    teacher, student = outputs()
+    (_, one), (_, same), (_, other) = (run_loss(CAKD(), teacher, student, s) for s in (0, 0, 1))
+    assert one == same
+    for name in ("attention", "tokens", "generator"):
+        assert one[name] != other[name]
+    assert one["value_relation"] == other["value_relation"]
+    bare = CAKD(token_dropout=0.0)
+    (_, one), (_, other) = (run_loss(bare, teacher, student, seed) for seed in (0, 1))
+    assert one["tokens"] == other["tokens"]
+
+
+def test_the_adversary_sees_the_tokens_of_the_students_loss():
+    """L_MAD + L_MVG = -log D(h_T), which has no dropout, only if both drop the same."""
+    teacher, student = outputs()
+    params, adversary = method_params(CAKD(), teacher, student)
+    _, metrics = run_loss(CAKD(), teacher, student)
+    loss, _ = CAKD().adversary_loss(adversary, params, teacher, student, key(0))
+    expected = -np.mean(np.log(np_sigmoid(np_discriminator(adversary, teacher["tokens"]))))
+    np.testing.assert_allclose(loss + metrics["generator"], expected, rtol=1e-5)
+
+
+def test_every_equation_is_named_once():
+    """Other methods' files name their own papers' equations."""
+    sources = (Path(module.__file__) for module in (cakd, multiview))
+    text = "\n".join(path.read_text("utf-8") for path in sources)
+    numbers = collections.Counter(int(n) for n in re.findall(r"\bEq\.\s(\d+)\b", text))
+    assert numbers == dict.fromkeys(range(1, 11), 1)
+
+
+# ---- where gradients go, through real networks
+
+
+@pytest.fixture(scope="module", params=[CAKD(), CAKDRelease(student_stage="auto")], ids=type)
+def gradients(request):
+    """Values and gradients of the whole loss, of the generator term alone, of the adversary's."""
+    method, images = request.param, normal(2, 32, 32, 3)
+    networks = {
+        "teacher": create_model(
+            "vit_tiny_patch4_32", num_classes=5, patch_size=8, embed_dim=16, depth=2, num_heads=2
+        ),
+        "student": create_model(
+            "resnet18", num_classes=5, layers=(1, 1, 1, 1), width=0.125, stem="cifar"
+        ),
+    }
+    variables = {name: random_params(module, images) for name, module in networks.items()}
+    stats = variables["student"].pop("batch_stats")
+
+    def forward(variables):
+        student = variables["student"] | {"batch_stats": stats}
+        return (
+            networks["teacher"].apply(variables["teacher"], images)[1],
+            networks["student"].apply(student, images)[1],
+        )
+
+    shapes = jax.eval_shape(forward, variables)
+    zeros = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape), shapes)
+    variables["method"], variables["adversary"] = method_params(method, *zeros)
+
+    def loss(variables, weights):
+        weighted, rest = dataclasses.replace(method, **weights), ({}, key(0), jnp.float32(100))
+        params, adversary = variables["method"], variables["adversary"]
+        return weighted.loss(params, {}, *forward(variables), *rest, adversary)[0]
+
+    def adversary_loss(variables):
+        params, adversary = variables["method"], variables["adversary"]
+        return method.adversary_loss(adversary, params, *forward(variables), key(0))[0]
+
+    names = [f.name for f in dataclasses.fields(method) if f.name.endswith("_weight")]
+    alone = dict.fromkeys(names, 0.0) | {"adversarial_weight": 1.0}
+    grad = jax.jit(jax.value_and_grad(loss))
+    return {
+        "method": method,
+        "all": grad(variables, dict.fromkeys(names, 1.0)),
+        "generator": grad(variables, alone),
+        "adversary": jax.jit(jax.value_and_grad(adversary_loss))(variables),
+    }
+
+
+def reached(tree):
+    """The paths of the leaves that have any gradient."""
+    leaves = jax.tree_util.tree_leaves_with_path(jax.device_get(tree))
+    assert all(np.isfinite(leaf).all() for _, leaf in leaves)
+    return {jax.tree_util.keystr(path) for path, leaf in leaves if leaf.any()}
+
+
+def paths(tree):
+    return {jax.tree_util.keystr(path) for path, _ in jax.tree_util.tree_leaves_with_path(tree)}
+
+
+def test_the_students_loss_reaches_neither_teacher_nor_adversary(gradients):
+    _, grads = gradients["all"]
+    assert not reached(grads["teacher"])
+    assert not reached(grads["adversary"])
+    assert reached(grads["method"]) == paths(grads["method"])
+    blind = set()
+    if type(gradients["method"]) is CAKD:  # without the label term, nothing moves the classifier
+        blind = {"['params']['fc']['bias']", "['params']['fc']['kernel']"}
+    assert reached(grads["student"]) == paths(grads["student"]) - blind
+
+
+def test_the_adversarys_loss_reaches_the_adversary_alone(gradients):
+    _, grads = gradients["adversary"]
+    assert reached(grads["adversary"]) == paths(grads["adversary"])
+    for part in ("teacher", "student", "method"):
+        assert not reached(grads[part])
+
+
+def test_the_generator_term_reaches_the_student_unless_detached(gradients):
+    value, grads = gradients["generator"]
+    assert value != 0
+    if type(gradients["method"]) is CAKD:
+        assert "['params']['conv1']['kernel']" in reached(grads["student"])
+        assert reached(grads["method"]) == {
+            "['gl']['params']['bias']",
+            "['gl']['params']['kernel']",
+        }
+    else:
+        assert not reached(grads)
+
+
+# ---- taps and checks
+
+
+def test_teacher_block_taps_an_earlier_block():
+    out, _ = outputs()
+    for block, name in ((-1, "block03"), (-2, "block02"), (-3, "block01")):
+        tapped, tokens = cakd.teacher_taps(out, block)
+        for one, m in zip(tapped, ("query", "key", "value"), strict=True):
+            np.testing.assert_array_equal(one, out[f"{name}_{m}"])
+        if block == -1:
+            np.testing.assert_array_equal(tokens, out["tokens"])
+        else:
+            x = np.float64(out[name])
+            x = (x - x.mean(-1, keepdims=True)) / np.sqrt(x.var(-1, keepdims=True) + 1e-6)
+            np.testing.assert_allclose(tokens, x, atol=1e-5)
+
+
+def test_teacher_block_counts_past_nine():
+    out = {f"block{i:02d}{m}": jnp.full((1, 1, 1, 1), 1.0 * i)
+           for i in range(1, 13) for m in ("", "_query", "_key", "_value")}  # fmt: skip
+    assert [cakd.teacher_taps(out, block)[0][0].item() for block in (-2, -4, -12)] == [11, 9, 1]
+
+
+def test_teacher_block_changes_the_loss():
+    teacher, student = outputs()
+    _, last = run_loss(CAKD(), teacher, student)
+    _, before = run_loss(CAKD(teacher_block=-2), teacher, student)
+    for name in ("attention", "value_relation", "tokens"):
+        assert last[name] != before[name]
+
+
+def test_teacher_taps_are_float32():
+    out = {name: jnp.asarray(x, jnp.bfloat16) for name, x in outputs()[0].items() if name != "grid"}
+    for block in (-1, -2):
+        assert {x.dtype for x in jax.tree.leaves(cakd.teacher_taps(out, block))} == {
+            jnp.dtype("float32")
+        }
+
+
+def stages(*grids):
+    return {f"stage{i}": np.zeros((1, *grid, 3)) for i, grid in enumerate(grids, 1)}
+
+
+@pytest.mark.parametrize(
+    ("grids", "stage"),
+    [
+        ([(56, 56), (28, 28), (14, 14), (7, 7)], "stage3"),  # the teacher's own grid
+        ([(32, 32), (16, 16), (8, 8), (4, 4)], "stage2"),  # the nearest finer one
+        ([(56, 56), (28, 28), (14, 13), (7, 7)], "stage2"),  # finer in both directions
+        ([(12, 12), (6, 6), (3, 3), (2, 2)], "stage1"),  # all are coarser
+    ],
+)
+def test_auto_chooses_the_stage_that_meets_the_grid(grids, stage):
+    assert align.choose_stage(stages(*grids), (14, 14), "auto") == stage
+
+
+def test_a_stage_can_be_named():
+    out = stages((56, 56), (28, 28), (14, 14), (7, 7))
+    assert align.choose_stage(out, (14, 14), "stage4") == "stage4"
+    teacher, student = outputs()
+    losses = [run_loss(CAKD(student_stage=s), teacher, student)[0] for s in ("stage1", "stage2")]
+    assert losses[0] != losses[1]
+    assert run_loss(CAKD(), teacher, student)[0] == losses[1]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (
+            {"student_stage": "stage9"},
+            "no stage 'stage9'; it has stage1, stage2, stage3, or 'auto'",
+        ),
+        ({"generator": "saturated"}, "did you mean saturating"),
+        ({"teacher_block": -4}, r"-1 \(the last\) to -3 \(the first\)"),
+        ({"teacher_block": 0}, "teacher_block=0 doesn't exist"),
+        ({"adversary_every": 0}, "at least 1"),
+        ({"adversary_clock": "epochs"}, "adversary clock 'epochs'; did you mean epoch"),
+    ],
+)
+def test_wrong_options_are_refused(options, message):
+    CAKD().check(*outputs())
+    with pytest.raises(UserError, match=message):
+        CAKD(**options).check(*outputs())
+
+
+def test_wrong_networks_are_refused():
+    teacher, student = outputs()
+    with pytest.raises(PairError, match="this teacher is a CNN"):
+        CAKD().check(student, student)
+    with pytest.raises(PairError, match="this student has none"):
+        CAKD().check(teacher, teacher)
+
+
+def test_the_adversary_moves_every_fifth_step():
+    assert (CAKD().adversary_period, CAKD().adversary_clock) == (5, "step")
+    assert CAKD(adversary_every=2).adversary_period == 2

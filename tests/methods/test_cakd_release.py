@@ -1,0 +1,251 @@
+"""The released code's variant: its terms against NumPy, and a few steps of training."""
+
+import functools
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from xkd_jax.config import default_config
+from xkd_jax.data.loader import create_feed
+from xkd_jax.errors import UserError
+from xkd_jax.experiment import create_task
+from xkd_jax.methods.cakd_release import CAKDRelease, LinearProjector, PatchGAN
+from xkd_jax.train import init_state, train_step
+
+GRID, WIDTH = (3, 5), 24  # 16 student heads of 2; the teacher has 4 heads of 6
+
+
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
+
+def normal(*shape, seed=0):
+    return np.random.default_rng([seed, *shape]).normal(size=shape).astype(np.float32)
+
+
+def random_like(shapes):
+    """Random values in place of a tree of shapes, kernels scaled by their fan-in."""
+    rng = np.random.default_rng(0)
+
+    def draw(leaf):
+        fan_in = np.prod(leaf.shape[:-1]) if leaf.ndim > 1 else 1
+        return (rng.normal(size=leaf.shape) * fan_in**-0.5).astype(np.float32)
+
+    return jax.tree.map(draw, shapes)
+
+
+def outputs():
+    tokens = math.prod(GRID)
+    teacher = {name: normal(2, 4, tokens, 6, seed=i) for i, name in enumerate(("query", "key"))}
+    teacher |= {
+        "value": normal(2, 4, tokens, 6, seed=2),
+        "tokens": normal(2, tokens, WIDTH),
+        "cls": normal(2, WIDTH),
+        "pooled": normal(2, WIDTH, seed=1),
+        "logits": normal(2, 5),
+        "block01": normal(2, tokens, WIDTH),
+    }
+    student = {"pooled": normal(2, 9), "logits": normal(2, 5, seed=1)}
+    student |= {"stage2": normal(2, 6, 10, 8), "stage3": normal(2, *GRID, 7)}
+    return {"grid": GRID} | teacher, student
+
+
+def all_params(method):
+    key = jax.random.key(0)
+    shapes = jax.eval_shape(
+        lambda: (method.init(key, *outputs())[0], method.init_adversary(key, *outputs()))
+    )
+    return random_like(shapes)
+
+
+def run_loss(method, progress=0.0, outs=None):
+    params, adversary = all_params(method)
+    outs = outs or outputs()
+    key, progress = jax.random.key(0), jnp.float32(progress)
+    loss, _, metrics = method.loss(params, {}, *outs, {}, key, progress, adversary)
+    return loss, jax.device_get(metrics)
+
+
+def dense(params, x):
+    return np.float64(x) @ params["params"]["kernel"] + params["params"]["bias"]
+
+
+def linear_heads(params, features):
+    """[N, h, w, C] -> Q, K, V [N, 16, T, 2] of one linear layer, channels Q | K | V, by head."""
+    n, h, w, c = features.shape
+    projected = dense({"params": params["params"]["Dense_0"]}, features.reshape(n, h * w, c))
+    width = projected.shape[-1] // 3
+    return [
+        np.stack([projected[..., m * width + 2 * i : m * width + 2 * i + 2] for i in range(16)], 1)
+        for m in range(3)
+    ]
+
+
+def mean_scores(query, keys):
+    """Over heads, of Q K^T / sqrt(d)."""
+    n, heads, tokens, d = query.shape
+    out = np.zeros((n, tokens, tokens))
+    for i, head in np.ndindex(n, heads):
+        out[i] += np.float64(query[i, head]) @ keys[i, head].T / math.sqrt(d) / heads
+    return out
+
+
+def same_conv4x4(x, params, stride):
+    """As TensorFlow pads: the larger half behind."""
+    n, h, w, _ = x.shape
+    out_h, out_w = -(-h // stride), -(-w // stride)
+    pad = [(max((o - 1) * stride + 4 - s, 0)) for o, s in ((out_h, h), (out_w, w))]
+    x = np.pad(x, ((0, 0), *((p // 2, p - p // 2) for p in pad), (0, 0)))
+    out = np.zeros((n, out_h, out_w, params["kernel"].shape[-1]))
+    for i, j in np.ndindex(out_h, out_w):
+        patch = x[:, i * stride : i * stride + 4, j * stride : j * stride + 4]
+        out[:, i, j] = np.einsum("nabc,abcf->nf", patch, np.float64(params["kernel"]))
+    return out + params["bias"]
+
+
+def patch_gan(adversary, scores):
+    x = np.float64(scores)[..., None]
+    for i in range(3):
+        x = same_conv4x4(x, adversary["params"][f"Conv_{i}"], 2)
+        x = np.where(x > 0, x, 0.2 * x)
+    return same_conv4x4(x, adversary["params"]["Conv_3"], 1).mean((1, 2, 3))
+
+
+def test_terms_are_the_released_codes():
+    teacher, student = outputs()
+    params, adversary = all_params(CAKDRelease())
+    q, k, v = linear_heads(params["pca"], student["stage3"])
+    assert params["gl"]["params"]["kernel"].shape == (2, 7, WIDTH)
+    kernel, bias = (params["gl"]["params"][name] for name in ("kernel", "bias"))
+    tokens = np.stack(
+        [
+            np.float64(student["stage3"][:, row, column]) @ kernel[column // 4] + bias[column // 4]
+            for row, column in np.ndindex(*GRID)
+        ],
+        1,
+    )
+    scores = mean_scores(q, k)
+    # The slip: the student's value relation is scaled by 1/sqrt(d), the teacher's is not.
+    target = mean_scores(teacher["value"], teacher["value"]) * math.sqrt(6)
+    fooled = 1 / (1 + np.exp(-patch_gan(adversary, scores)))
+    expected = {
+        "attention": mean_scores(teacher["query"], teacher["key"]) - scores,
+        "value_relation": target - mean_scores(v, v),
+        "tokens": teacher["tokens"] - tokens,
+        "logits_mse": teacher["logits"] - student["logits"],
+        "class_token": teacher["cls"] - dense(params["class_token"], student["pooled"]),
+    }
+    expected = {name: np.mean(np.float64(x) ** 2) for name, x in expected.items()}
+    expected["generator"] = -np.mean(np.log(fooled))
+    loss, metrics = run_loss(CAKDRelease(), progress=30.0)
+    assert metrics.keys() == expected.keys() | {f"{name}_weighted" for name in expected}
+    for name, value in expected.items():
+        np.testing.assert_allclose(metrics[name], value, rtol=1e-4, err_msg=name)
+    total = sum(value for name, value in expected.items() if name != "generator")
+    np.testing.assert_allclose(loss, total + 0.1 * expected["generator"], rtol=1e-5)
+
+
+def test_weights_are_options():
+    weights = ("attention", "value", "token", "logit", "class_token")
+    names = ("attention", "value_relation", "tokens", "logits_mse", "class_token")
+    options = {f"{name}_weight": 0.5 * i for i, name in enumerate(weights)}
+    loss, metrics = run_loss(CAKDRelease(**options))
+    for i, name in enumerate(names):
+        np.testing.assert_allclose(metrics[f"{name}_weighted"], 0.5 * i * metrics[name], rtol=1e-6)
+    np.testing.assert_allclose(loss, sum(metrics[f"{n}_weighted"] for n in names), rtol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("progress", "weight"), [(0, 0), (24, 0), (30, 0.1), (32.5, 0.15), (36, 0.2), (200, 0.2)]
+)
+def test_lambda_climbs_from_epoch_25_to_35(progress, weight):
+    _, metrics = run_loss(CAKDRelease(), progress)
+    np.testing.assert_allclose(
+        metrics["generator_weighted"], weight * metrics["generator"], rtol=1e-5
+    )
+
+
+def test_a_ramp_that_ends_before_it_starts_is_refused():
+    CAKDRelease().check(*outputs())
+    with pytest.raises(UserError, match=r"ramp_end=25\.0 must be a later epoch"):
+        CAKDRelease(ramp_end=25.0).check(*outputs())
+
+
+def test_a_teacher_without_class_token_gives_its_pooled_features():
+    teacher, student = outputs()
+    without = {name: x for name, x in teacher.items() if name != "cls"}
+    swapped = teacher | {"cls": teacher["pooled"]}
+    terms = [
+        run_loss(CAKDRelease(), outs=(out, student))[1]["class_token"]
+        for out in (teacher, without, swapped)
+    ]
+    assert terms[0] != terms[1] == terms[2]
+
+
+def test_patch_gan_halves_the_map_three_times():
+    scores = jnp.zeros((2, 49, 49))
+    (logits, state), params = jax.eval_shape(
+        lambda k: (
+            PatchGAN().apply(PatchGAN().init(k, scores), scores, capture_intermediates=True),
+            PatchGAN().init(k, scores)["params"],
+        ),
+        jax.random.key(0),
+    )
+    assert logits.shape == (2,)
+    channels = [1, 32, 64, 128, 1]
+    for i, side in enumerate((25, 13, 7, 7)):
+        assert params[f"Conv_{i}"]["kernel"].shape == (4, 4, channels[i], channels[i + 1])
+        (out,) = state["intermediates"][f"Conv_{i}"]["__call__"]
+        assert out.shape == (2, side, side, channels[i + 1])
+
+
+def test_linear_projector_rounds_the_head_width_up():
+    shapes = jax.eval_shape(
+        lambda k: LinearProjector(40).init_with_output(k, jnp.zeros((2, 3, 5, 7)))[0],
+        jax.random.key(0),
+    )
+    assert [x.shape for x in shapes] == [(2, 16, 15, 3)] * 3
+
+
+def test_the_adversary_judges_score_maps():
+    teacher, student = outputs()
+    params, adversary = all_params(CAKDRelease())
+    q, k, _ = linear_heads(params["pca"], student["stage3"])
+    real = patch_gan(adversary, mean_scores(teacher["query"], teacher["key"]))
+    fake = patch_gan(adversary, mean_scores(q, k))
+    expected = np.mean(np.log1p(np.exp(-real)) + np.log1p(np.exp(fake)))
+    loss, _ = CAKDRelease().adversary_loss(adversary, params, teacher, student, jax.random.key(0))
+    np.testing.assert_allclose(loss, expected, rtol=1e-5)
+
+
+def test_it_trains():
+    config = default_config()
+    config.batch_size = 16
+    config.method.name = "cakd_release"
+    config.data.update(name="fashion_mnist_mini", train="train[:64]", eval="validation[:64]")
+    config.student.args = {"layers": (1, 1, 1, 1), "width": 0.125, "stem": "cifar"}
+    config.teacher.update(model="vit_tiny_patch16_224", weights="random")
+    config.teacher.args = {
+        "img_size": 28, "patch_size": 14, "embed_dim": 16, "depth": 1, "num_heads": 2,
+        "class_token": False, "global_pool": "avg",
+    }  # fmt: skip
+    config.augment.update(crop_padding=0, flip=False)
+    config.optimizer.learning_rate = 0.02
+    task = create_task(config)
+    assert task.method == CAKDRelease()
+    assert task.teacher is not None
+    step_fn = jax.jit(functools.partial(train_step, task))
+    state, losses, feed = init_state(task), [], create_feed(task)
+    for _, batch in zip(range(12), feed.batches(0), strict=False):
+        before = state
+        state, metrics = step_fn(state, task.teacher.variables, feed.arrays, batch)
+        losses.append(metrics["loss"])
+        assert np.isfinite(metrics["discriminator"])  # the adversary moves at every step
+        for old, new in zip(
+            jax.tree.leaves(before.adversary), jax.tree.leaves(state.adversary), strict=True
+        ):
+            assert not np.array_equal(old, new)
+    assert metrics["generator_weighted"] == 0 < metrics["generator"]
+    assert np.mean(losses[-4:]) < 0.95 * np.mean(losses[:4])

@@ -1,0 +1,146 @@
+"""Factor transfer, against NumPy in float64."""
+
+import jax
+import numpy as np
+import pytest
+
+from tests.methods.outputs import cnn, gradient_fn, init, reached, teacher_cnn, vit
+from xkd_jax.errors import UserError
+from xkd_jax.methods.ft import FT, Paraphraser, factor_distance
+
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
+SIDES = (8, 8, 4, 2)  # "energy" needs more than one place
+PAIRS = {
+    "CNN to CNN": lambda: (teacher_cnn(0), cnn(1, sides=SIDES)),
+    "ViT to CNN": lambda: (vit(0), cnn(1, sides=SIDES)),
+    "CNN to ViT": lambda: (cnn(0, sides=SIDES), vit(1)),
+}
+
+
+def factors(seed, side=4, width=3, n=3):
+    return np.random.default_rng(seed).normal(size=(n, side, side, width)).astype(np.float32)
+
+
+def normalized(maps, variant):
+    """A list of unit vectors, one an image."""
+    vectors = []
+    for image in np.float64(maps):
+        if variant == "energy":
+            image = np.array([[np.mean(place**2) for place in row] for row in image])
+        vectors.append(image.ravel() / np.sqrt(np.sum(image**2)))
+    return vectors
+
+
+@pytest.mark.parametrize("p", [1, 2])
+@pytest.mark.parametrize("variant", ["energy", "factor"])
+def test_the_distance_is_between_unit_vectors(variant, p):
+    student, teacher = factors(0), factors(1)
+    total = 0.0
+    for a, b in zip(normalized(student, variant), normalized(teacher, variant), strict=True):
+        total += sum(abs(x - y) ** p for x, y in zip(a, b, strict=True)) / len(a)
+    distance = factor_distance(student, teacher, variant, p)
+    np.testing.assert_allclose(distance, total / len(student), rtol=1e-5)
+
+
+def test_the_finer_grid_is_averaged_and_the_scale_is_nothing():
+    coarse, fine = factors(0, side=2), factors(1, side=4)
+    pooled = fine.reshape(3, 2, 2, 2, 2, 3).mean((2, 4))
+    expected = factor_distance(coarse, pooled, "factor", 1)
+    for a, b in ((coarse, fine), (5 * coarse, 0.1 * fine)):
+        np.testing.assert_allclose(factor_distance(a, b, "factor", 1), expected, rtol=1e-5)
+        np.testing.assert_allclose(factor_distance(b, a, "factor", 1), expected, rtol=1e-5)
+    np.testing.assert_allclose(factor_distance(3 * fine, fine, "energy", 1), 0, atol=1e-7)
+
+
+def conv_norm_leaky(x, params):
+    """A 3x3 convolution padded with zeros, batch statistics and a leaky ReLU."""
+    kernel, x = np.float64(params["conv"]["kernel"]), np.float64(x)
+    n, h, w, _ = x.shape
+    padded = np.pad(x, ((0, 0), (1, 1), (1, 1), (0, 0)))
+    y = np.zeros((n, h, w, kernel.shape[-1]))
+    for i in range(3):
+        for j in range(3):
+            y += padded[:, i : i + h, j : j + w] @ kernel[i, j]
+    y = (y - y.mean((0, 1, 2))) / np.sqrt(y.var((0, 1, 2)) + 1e-5)
+    y = y * np.float64(params["scale"]) + np.float64(params["bias"])
+    return np.where(y > 0, y, 0.1 * y)
+
+
+def test_the_paraphraser_is_an_auto_encoder_of_three_and_three_convolutions():
+    x, module = factors(0, width=4), Paraphraser(2)
+    variables = jax.jit(module.init)(jax.random.key(0), x)
+    found, reconstruction = jax.jit(module.apply)(variables, x)
+    stages = [variables["params"][part] for part in ("encoder", "decoder")]
+    assert [len(stage) for stage in stages] == [3, 3]
+    expected = []
+    for stage in stages:
+        for i in range(3):
+            x = conv_norm_leaky(x, stage[f"ConvNorm_{i}"])
+        expected.append(x)
+    assert found.shape == (3, 4, 4, 2)
+    np.testing.assert_allclose(found, expected[0], atol=1e-4)
+    np.testing.assert_allclose(reconstruction, expected[1], atol=1e-4)
+
+
+@pytest.fixture(scope="module", params=PAIRS)
+def trained(request):
+    """The method, its parameters and its gradients on a pair of networks."""
+    method, outs = FT(), PAIRS[request.param]()
+    method.check(*outs)
+    params = jax.device_get(init(method, *outs)[0])
+    return params, outs, gradient_fn(method, *outs)
+
+
+def test_first_the_paraphraser_learns_and_then_the_student(trained):
+    params, outs, gradient = trained
+    student_level = {k for k in outs[1] if k in ("stage4", "block03")}
+    parts = "translator", "paraphraser"
+    for progress, (learns, waits) in ((0.0, parts), (-1.0, parts[::-1])):
+        loss, (grads, teacher, student) = jax.device_get(gradient(params, *outs, progress))
+        assert reached(teacher) == set()
+        assert reached(student) == (student_level if progress == 0 else set())
+        assert any(np.any(leaf != 0) for leaf in jax.tree.leaves(grads[learns]))
+        assert not any(np.any(leaf != 0) for leaf in jax.tree.leaves(grads[waits]))
+        rate = 1e-3 * loss / sum(np.sum(g**2) for g in jax.tree.leaves(grads))
+        stepped = jax.tree.map(lambda a, g, rate=rate: a - rate * g, params, grads)
+        assert gradient(stepped, *outs, progress)[0] < loss
+
+
+def test_each_phase_keeps_what_is_not_its_own():
+    assert FT().freeze(np.float32(-0.1)) == (True, {"paraphraser": False, "translator": False})
+    assert FT().freeze(np.float32(0)) == (False, {"paraphraser": True, "translator": False})
+    assert FT(first_epochs=7).first_phase == 7
+
+
+def test_the_terms_are_weighed_and_reported():
+    outs = PAIRS["CNN to CNN"]()
+    method = FT(weight=3.0, k=0.75, variant="factor")
+    params, _ = init(method, *outs)
+    assert params["translator"]["params"]["ConvNorm_2"]["conv"]["kernel"].shape[-1] == 6  # of 8
+    run = jax.jit(lambda progress: method.loss(params, {}, *outs, {}, jax.random.key(0), progress))
+    loss, _, metrics = run(1.0)
+    np.testing.assert_allclose(loss, 3 * metrics["ft_factors"], rtol=1e-6)
+    loss, _, metrics = run(-1.0)
+    np.testing.assert_allclose(loss, metrics["ft_reconstruction"], rtol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"variant": "factors"}, "variant of ft 'factors'; did you mean factor"),
+        ({"p": 3}, "p=3 must be 1 or 2"),
+        ({"k": 0.0}, r"k=0\.0 must be above 0"),
+        ({"first_epochs": 0}, "first_epochs=0 must be at least 1"),
+    ],
+)
+def test_wrong_options_are_refused(options, message):
+    with pytest.raises(UserError, match=message):
+        FT(**options).check(*PAIRS["CNN to CNN"]())
+
+
+def test_energy_needs_more_than_one_place():
+    outs = vit(0), cnn(1)  # the CNN's last map is 1x1
+    with pytest.raises(UserError, match="variant to 'factor'"):
+        FT().check(*outs)
+    FT(variant="factor").check(*outs)

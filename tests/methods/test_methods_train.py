@@ -1,0 +1,87 @@
+"""Every method through the loop's own step, on every pair of networks that it takes."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from tests.methods.pairs import PAIRS, pair_task
+from tests.test_train import changed
+from xkd_jax import train
+from xkd_jax.data.loader import create_feed
+from xkd_jax.errors import UserError
+from xkd_jax.methods import METHODS
+
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("quick_compilation")]
+DISTILLING = [name for name, method in METHODS.items() if method.needs_teacher]
+REFUSED = {
+    "deit": {"ViT to ResNet", "Swin to MobileNetV2", "ResNet to ResNet"},
+    "minilm": {"ViT to ResNet", "Swin to MobileNetV2", "ResNet to ResNet"},
+    "cakd": {"ResNet to ResNet", "ViT to ViT"},
+    "cakd_release": {"ResNet to ResNet", "ViT to ViT"},
+}
+
+
+def step_through(task, count=2, first=None):
+    """From step `first`; by default the last of the method's first phase, or the first of all."""
+    if first is None:
+        first = max(round(task.method.first_phase * task.steps_per_epoch) - 1, 0)
+    state = dataclasses.replace(train.init_state(task), step=jnp.asarray(first))
+    feed = create_feed(task)
+    step_fn = jax.jit(lambda *args: train.train_step(task, *args))
+    states, metrics = [state], []
+    for _, batch in zip(range(count), feed.batches(0), strict=False):
+        state, of_step = step_fn(state, task.teacher.variables, feed.arrays, batch)
+        states.append(state)
+        metrics.append(jax.device_get(of_step))
+    return states, metrics
+
+
+@pytest.mark.parametrize("pair", PAIRS)
+@pytest.mark.parametrize("method", DISTILLING)
+def test_every_method_trains_every_pair_or_says_what_would(method, pair):
+    if pair in REFUSED.get(method, ()):
+        with pytest.raises(UserError, match=r"; for this pair take .*logits"):
+            pair_task(method, PAIRS[pair])
+        return
+    task = pair_task(method, PAIRS[pair], **OPTIONS.get(method, {}))
+    dozens = pair == ("ViT to ViT" if method in ("deit", "minilm") else "ViT to ResNet")
+    steps, first = (36, 0 if method == "ab" else None) if dozens else (2, None)
+    states, metrics = step_through(task, steps, first)
+    assert all(np.isfinite(of_step["loss"]) for of_step in metrics)
+    assert changed(states[-2].params, states[-1].params)
+    if dozens:  # on real images, what the method minimises falls
+        terms = [sum(terms_of(of_step).values()) for of_step in metrics]
+        start = 1 if METHODS[method].first_phase else 0
+        assert np.mean(terms[-6:]) < np.mean(terms[start : start + 6])
+
+
+# A random teacher attends everywhere alike: there is little to learn from it.
+OPTIONS = {"minilm": {"method": {"minilm": {"weight": 1e4}}}}
+
+
+def terms_of(metrics):
+    """Unweighted, for ReviewKD's weight grows; what fools a discriminator needn't fall."""
+    return {k: float(v) for k, v in metrics.items() if f"{k}_weighted" in metrics
+            and k != "generator"}  # fmt: skip
+
+
+@pytest.mark.parametrize("method", ["crd", "ofd", "london", "ab", "ft"])
+def test_a_run_resumed_with_the_methods_state_ends_bit_identical(method, tmp_path):
+    """What has state, or phases: stopped in the middle of each."""
+    options = {"epochs": 1} | {"method": {name: {"first_epochs": 1} for name in ("ab", "ft")}}
+    task = pair_task(method, PAIRS["ResNet to ResNet"], **options)
+    unbroken, _ = train.run(task, tmp_path / "unbroken")
+    for steps in {2, task.total_steps - 2}:
+        train.run(dataclasses.replace(task, total_steps=steps), tmp_path / "resumed")
+    resumed, _ = train.run(task, tmp_path / "resumed")
+    assert int(resumed.step) == task.total_steps
+    assert not changed(unbroken, resumed)
+    if method in ("crd", "ofd", "london"):
+        assert jax.tree.leaves(resumed.method_state)
+
+
+def test_fourteen_methods_and_the_papers_own():
+    assert len(set(DISTILLING) - {"cakd", "cakd_release"}) == 14

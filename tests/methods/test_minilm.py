@@ -1,0 +1,136 @@
+"""MiniLM's attention and relations, against NumPy in float64."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from tests.methods.outputs import cnn, gradient_fn, reached, swin, vit
+from tests.methods.test_logits import softmax
+from xkd_jax.errors import UserError
+from xkd_jax.methods.base import PairError
+from xkd_jax.methods.minilm import MiniLM, regroup
+
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
+
+def small_swin(seed):
+    return swin(seed, sides=(16, 8, 4, 2), widths=(4, 4, 4, 8))
+
+
+# Teacher and student; for v2 of different numbers of heads.
+PAIRS = {
+    "v1": lambda: (vit(0, width=12), vit(1, width=8)),
+    "v2": lambda: (vit(0, width=12, heads=3), vit(1, width=8)),
+    "v1, Swin": lambda: (small_swin(0), vit(1, side=2)),
+    "v2, Swin": lambda: (vit(0, side=2, heads=4), small_swin(1)),
+}
+
+
+def method_and_pair(name):
+    return MiniLM(variant=name[:2], relation_heads=4), *PAIRS[name]()
+
+
+def split(x, heads):
+    """[H, T, d] -> a list of [T, H * d / heads], one a relation head."""
+    joined = np.concatenate(list(np.float64(x)), axis=-1)
+    return np.split(joined, heads, axis=-1)
+
+
+def divergence(student, teacher):
+    """KL(teacher || student) of softmax(A B^T / sqrt(d)), the mean over rows, of (A, B) twice."""
+    (a, b), (c, d) = student, teacher
+    s, t = softmax(a @ b.T / np.sqrt(a.shape[-1])), softmax(c @ d.T / np.sqrt(c.shape[-1]))
+    return sum(p * np.log(p / q) for p, q in zip(t.ravel(), s.ravel(), strict=True)) / len(s)
+
+
+def expected(student, teacher, names, heads):
+    """One term: the mean over images and heads."""
+    found = []
+    for image in range(len(student["query"])):
+        taps = [[split(out[name][image], heads) for name in names] for out in (student, teacher)]
+        for head in range(heads):
+            found.append(divergence(*[[tap[head] for tap in pair] for pair in taps]))
+    return np.mean(found)
+
+
+@pytest.mark.parametrize("name", ["v1", "v2"])
+def test_terms_are_divergences_of_relations(name):
+    method, teacher, student = method_and_pair(name)
+    method.check(teacher, student)
+    assert method.init(jax.random.key(0), teacher, student) == ({}, {})
+    relations = {"attention": ("query", "key"), "value": ("value", "value")}
+    if name == "v2":
+        relations = {part: (part, part) for part in ("query", "key", "value")}
+    heads = 4 if name == "v2" else 2
+    terms = {
+        f"minilm_{term}": expected(student, teacher, names, heads)
+        for term, names in relations.items()
+    }
+    args = {}, {}, teacher, student, {}, jax.random.key(0), jnp.zeros(())
+    loss, _, metrics = method.loss(*args)
+    assert {k for k in metrics if not k.endswith("weighted")} == terms.keys()
+    for term, value in terms.items():
+        np.testing.assert_allclose(metrics[term], value, rtol=1e-5)
+    np.testing.assert_allclose(loss, sum(terms.values()), rtol=1e-5)
+
+
+def test_relation_heads_are_split_from_the_joined_heads():
+    x = np.random.default_rng(0).normal(size=(2, 3, 5, 4)).astype(np.float32)
+    for heads in (1, 2, 6, 12):
+        found = regroup(jnp.asarray(x), heads)
+        assert found.shape == (2, heads, 5, 12 // heads)
+        for image in range(2):
+            np.testing.assert_allclose(found[image], split(x[image], heads))
+    np.testing.assert_array_equal(regroup(jnp.asarray(x), 3), x)
+
+
+@pytest.mark.parametrize("name", PAIRS)
+def test_every_pair_of_transformers_learns(name):
+    method, *outs = method_and_pair(name)
+    method.check(*outs)
+    gradient = gradient_fn(method, *outs)
+    loss, (_, teacher, student) = jax.device_get(gradient({}, *outs))
+    assert reached(teacher) == set()
+    assert reached(student) == {"query", "key", "value"}
+    stepped = outs[1] | {k: np.asarray(outs[1][k]) - 0.1 * student[k] for k in reached(student)}
+    assert gradient({}, outs[0], stepped)[0] < loss
+
+
+def test_queries_scaled_against_keys_are_the_same_attention():
+    method, teacher, student = method_and_pair("v1")
+    args = {}, jax.random.key(0), jnp.zeros(())
+    term = method.loss({}, {}, teacher, student, *args)[2]["minilm_attention"]
+    student |= {"query": 4 * student["query"], "key": student["key"] / 4}
+    scaled = method.loss({}, {}, teacher, student, *args)[2]["minilm_attention"]
+    np.testing.assert_allclose(scaled, term, rtol=1e-5)
+    same = method.loss({}, {}, teacher, teacher, *args)[0]
+    np.testing.assert_allclose(same, 0, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("teacher", "student", "message"),
+    [
+        (cnn(0), vit(1), "this teacher is a CNN"),
+        (vit(0), cnn(1), "this student is a CNN"),
+        (vit(0, side=4), vit(1, side=2), "the teacher's are 4x4, the student's 2x2"),
+    ],
+)
+def test_networks_without_the_same_tokens_are_refused(teacher, student, message):
+    for variant in ("v1", "v2"):
+        with pytest.raises(PairError, match=message):
+            MiniLM(variant=variant).check(teacher, student)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"variant": "v3"}, "variant of minilm 'v3'; did you mean v2 or v1"),
+        ({}, "the teacher has 4, the student 2; set method.minilm.variant to 'v2'"),
+        ({"variant": "v2"}, "relation_heads=48 must divide the teacher's width, 12, and .* 8"),
+        ({"variant": "v2", "relation_heads": 0}, "relation_heads=0 must divide"),
+    ],
+)
+def test_wrong_options_are_refused(options, message):
+    with pytest.raises(UserError, match=message):
+        MiniLM(**options).check(vit(0, width=12, heads=4), vit(1, width=8, heads=2))

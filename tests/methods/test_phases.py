@@ -1,0 +1,141 @@
+"""A method's first phase, and what it freezes, in the training step."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from tests.test_train import changed, run, tiny_task
+from xkd_jax.methods import Sum
+from xkd_jax.methods.base import Method
+from xkd_jax.optim import create_learning_rate_fn
+from xkd_jax.train import init_state, train_step
+
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
+
+@dataclasses.dataclass(frozen=True)
+class Phased(Method):
+    """Trains `first` in a first phase of two steps and `then` afterwards."""
+
+    student_waits: bool = True
+
+    @property
+    def first_phase(self):
+        """Half of an epoch of four steps."""
+        return 0.5
+
+    def freeze(self, progress):
+        """See `Method.freeze`."""
+        waits = progress < 0 if self.student_waits else False
+        return waits, {"first": progress >= 0, "then": progress < 0}
+
+    def init(self, key, teacher_out, student_out, labels=()):
+        """See `Method.init`."""
+        return {"first": {"a": jnp.ones(3)}, "then": jnp.ones(2)}, {}
+
+    def loss(self, params, state, teacher_out, student_out, batch, key, progress, adversary=None):
+        """See `Method.loss`."""
+        value = jnp.sum(params["first"]["a"] ** 2) + jnp.sum(params["then"] ** 2)
+        return value + 1e-3 * jnp.mean(student_out["logits"] ** 2), state, {"progress": progress}
+
+
+def steps(method, n=4):
+    task = tiny_task("none")
+    task = dataclasses.replace(task, method=method, total_steps=task.total_steps + 2)
+    return run(task, jax.jit(lambda *args: train_step(task, *args)), init_state(task), n)
+
+
+@pytest.fixture(scope="module")
+def waiting():
+    return steps(Phased())
+
+
+def test_progress_counts_from_the_training_proper(waiting):
+    progress = [float(metrics["progress"]) for metrics in waiting.metrics]
+    assert progress == [-0.5, -0.25, 0, 0.25]
+
+
+def test_the_label_term_waits_for_the_first_phase_to_end(waiting):
+    for metrics in waiting.metrics:
+        added = metrics["loss"] - (metrics["label_loss"] if metrics["progress"] >= 0 else 0)
+        assert 0 < added < 6  # the method's own
+
+
+def test_a_frozen_student_stays_bit_for_bit(waiting):
+    """Weights, running statistics and momentum too."""
+    before, middle, after = (waiting.states[i] for i in (0, 2, 3))
+    for part in ("params", "batch_stats", "opt_state"):
+        assert not changed(getattr(before, part), getattr(middle, part)), part
+        assert changed(getattr(middle, part), getattr(after, part)), part
+
+
+def test_each_of_the_methods_parameters_moves_in_its_phase(waiting):
+    moved = [
+        changed(a.method_params, b.method_params)
+        for a, b in zip(waiting.states, waiting.states[1:], strict=False)
+    ]
+    assert moved == [{"['first']['a']"}] * 2 + [{"['then']"}] * 2
+
+
+def test_a_student_that_is_not_frozen_learns_in_the_first_phase():
+    states = steps(Phased(student_waits=False), 1).states
+    moved = changed(states[0].params, states[1].params)
+    assert moved
+    assert changed(states[0].batch_stats, states[1].batch_stats)
+
+
+def test_the_rate_is_the_highest_before_the_schedule_begins():
+    schedule = {"name": "cosine", "warmup_epochs": 1.0}
+    plain = create_learning_rate_fn(schedule, 0.1, 3, 4)
+    late = create_learning_rate_fn(schedule, 0.1, 3, 4, first_steps=2)
+    np.testing.assert_allclose([late(0), late(1)], [0.1, 0.1])
+    np.testing.assert_allclose([late(i + 2) for i in range(12)], [plain(i) for i in range(12)])
+
+
+@dataclasses.dataclass(frozen=True)
+class Plain(Method):
+    """Adds 1."""
+
+    def loss(self, params, state, teacher_out, student_out, batch, key, progress, adversary=None):
+        """See `Method.loss`."""
+        return jnp.ones(()), state, {}
+
+
+@pytest.mark.parametrize(("progress", "added"), [(-0.1, 0.0), (0.0, 1.0)])
+def test_in_a_sum_methods_without_a_first_phase_wait(progress, added):
+    method = Sum(parts=(("phased", Phased()), ("plain", Plain())))
+    params, state = method.init(jax.random.key(0), {}, {})
+    out = {"logits": jnp.zeros((2, 3))}
+    value, *_ = method.loss(params, state, {}, out, {}, jax.random.key(0), jnp.asarray(progress))
+    assert float(value) == 5 + added
+    assert method.first_phase == 0.5
+
+
+def test_in_a_sum_the_student_learns_if_one_method_wants_it_to():
+    early = jnp.asarray(-0.1)
+    waits, learns = Phased(), Phased(student_waits=False)
+    for parts, frozen in (((waits, waits), True), ((waits, learns), False)):
+        method = Sum(parts=tuple(zip("ab", parts, strict=True)))
+        student, params = method.freeze(early)
+        assert bool(student) == frozen
+        assert bool(params["a"]["then"])
+
+
+def test_the_label_term_reads_the_logits_that_the_method_names():
+    @dataclasses.dataclass(frozen=True)
+    class Second(Method):
+        def label_logits(self, student_out):
+            return 3 * student_out["logits"]
+
+    plain, second = steps(Method(), 1).metrics[0], steps(Second(), 1).metrics[0]
+    assert plain["label_loss"] != second["label_loss"]
+    logits = jnp.asarray([[1.0, -1.0]])
+    combined = Sum(parts=(("plain", Method()), ("second", Second())))
+    out = {"logits": logits}
+    np.testing.assert_array_equal(combined.label_logits(out), 3 * logits)
+    loss = optax.softmax_cross_entropy_with_integer_labels
+    assert loss(combined.label_logits(out), jnp.array([0]))[0] < loss(logits, jnp.array([0]))[0]

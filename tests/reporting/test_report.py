@@ -1,0 +1,55 @@
+"""Tables from run folders."""
+
+import json
+import os
+
+import pytest
+
+from xkd_jax.errors import UserError
+from xkd_jax.reporting.report import find_runs, format_table, write
+
+SCORES = {"top1": 0.5, "top5": 0.75, "parameters": 1234, "flops": 2_500_000}
+
+
+def make_run(folder, method, started, **extra):
+    folder.mkdir(parents=True)
+    (folder / "config.json").write_text("{}")
+    os.utime(folder / "config.json", (started, started))
+    summary = {"method": method, "student": SCORES} | extra
+    (folder / "summary.json").write_text(json.dumps(summary))
+    lines = [{"step": 1, "label_loss": 2.0}, {"step": 1, "eval_top1": 0.5}]
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+
+
+def test_table_has_the_teacher_first_and_runs_in_order_of_starting(tmp_path):
+    make_run(tmp_path / "a", "cakd", started=2, teacher=SCORES | {"top1": 0.9})
+    make_run(tmp_path / "b", "none", started=1)
+    (tmp_path / "unfinished").mkdir()
+    assert list(find_runs(tmp_path)) == ["b", "a"]
+    text = write(tmp_path)
+    rows = [line for line in text.splitlines() if line.startswith("|")]
+    cells = [[cell.strip() for cell in row.split("|")[1:-1]] for row in rows]
+    assert cells[0] == ["", "top-1 %", "top-5 %", "parameters", "MFLOPs"]
+    assert cells[2] == ["teacher", "90.00", "75.00", "1,234", "2.5"]
+    assert "cross-entropy alone" in rows[3]
+    assert "cakd" in rows[4]
+    assert (tmp_path / "report.md").read_text() == "\n".join(rows) + "\n"
+    assert (tmp_path / "curves.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_noisy_column_appears_when_everything_has_it():
+    noisy = {"method": "none", "student": SCORES | {"noisy_top1": 0.25}}
+    assert "25.00" in format_table({"run": noisy})
+    assert "noisy" not in format_table({"run": noisy, "b": {"method": "cakd", "student": SCORES}})
+
+
+def test_no_finished_run(tmp_path):
+    with pytest.raises(UserError, match="holds no finished run"):
+        find_runs(tmp_path)
+
+
+def test_two_classes_show_the_equal_error_rate():
+    summary = {"method": "none", "student": SCORES | {"eer": 0.125}}
+    header, _, row = (line.split("|") for line in format_table({"run": summary}).splitlines())
+    assert [cell.strip() for cell in header[2:4]] == ["top-1 %", "EER %"]
+    assert [cell.strip() for cell in row[2:4]] == ["50.00", "12.50"]

@@ -1,0 +1,24 @@
+"""Which students are kept."""
+
+from types import SimpleNamespace
+
+import numpy as np
+
+from xkd_jax.reporting import summary
+from xkd_jax.weights import save_weights
+
+
+def test_the_best_student_is_kept_and_of_equals_the_first(tmp_path, monkeypatch):
+    kept = []
+    monkeypatch.setattr(summary, "save_student", lambda *arguments: kept.append(arguments[-1]))
+    best = summary.Best(SimpleNamespace(mesh=None), tmp_path)
+    for step, top1 in enumerate((0.3, 0.5, 0.5, 0.4, 0.6), start=1):
+        best.update(step, {}, {"top1": top1})
+    assert [scores["step"] for scores in kept] == [1, 2, 5]
+    assert kept[-1] == {"step": 5, "eval_top1": 0.6}
+    # A run that goes on knows what it had.
+    save_weights(tmp_path / summary.BEST, {"params": {"a": np.zeros(1)}}, kept.pop())
+    best = summary.Best(SimpleNamespace(mesh=None), tmp_path)
+    best.update(5, {}, {"top1": 0.6})
+    best.update(6, {}, {"top1": 0.7})
+    assert [scores["step"] for scores in kept] == [1, 2, 6]

@@ -1,0 +1,135 @@
+"""Every recipe's `:smoke`, on images made up here, in processes of their own."""
+
+import io
+import json
+import os
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from tests.data.test_prepare import write_tar
+from xkd_jax.data import prepare
+
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(sys.platform != "linux", reason="array_record has wheels for Linux only"),
+]
+CONFIGS = Path(__file__).parents[1] / "configs"
+
+
+def jpeg(rng: np.random.Generator) -> bytes:
+    file = io.BytesIO()
+    size = (int(rng.integers(70, 100)), int(rng.integers(70, 100)), 3)
+    Image.fromarray(rng.integers(0, 256, size, np.uint8)).save(file, "JPEG")
+    return file.getvalue()
+
+
+@pytest.fixture(scope="module")
+def tfds(tmp_path_factory):
+    """CIFAR-10, CIFAR-100 and ImageNet, as far as the recipes go, of noise."""
+    folder, rng = tmp_path_factory.mktemp("tfds"), np.random.default_rng(0)
+
+    def records(count: int, *classes: int) -> bytes:
+        labels = [rng.integers(0, n, (count, 1), np.uint8) for n in classes]
+        return np.hstack([*labels, rng.integers(0, 256, (count, 3072), np.uint8)]).tobytes()
+
+    ten = {f"cifar-10-batches-bin/data_batch_{i}.bin": records(140, 10) for i in range(1, 6)}
+    ten["cifar-10-batches-bin/test_batch.bin"] = records(520, 10)
+    ten["cifar-10-batches-bin/batches.meta.txt"] = "\n".join(f"c{i}" for i in range(10)).encode()
+    hundred = {f"cifar-100-binary/{s}.bin": records(n, 20, 100) for s, n in
+               (("train", 700), ("test", 520))}  # fmt: skip
+    for kind, n in (("fine", 100), ("coarse", 20)):
+        names = "\n".join(f"{kind}{i}" for i in range(n))
+        hundred[f"cifar-100-binary/{kind}_label_names.txt"] = names.encode()
+    for name, files in (("cifar10", ten), ("cifar100", hundred)):
+        prepare.prepare(name, str(folder), [str(write_tar(folder / f"{name}.tar.gz", files))])
+    inner = {}
+    for synset in ("n01440764", "n15075141"):
+        images = {f"{synset}_{i}.JPEG": jpeg(rng) for i in range(36)}
+        inner[f"{synset}.tar"] = write_tar(folder / synset, images, "w").read_bytes()
+    archives = [write_tar(folder / "ILSVRC2012_img_train.tar", inner, "w")]
+    images = {f"ILSVRC2012_val_{i:08d}.JPEG": jpeg(rng) for i in range(1, 41)}
+    archives.append(write_tar(folder / "ILSVRC2012_img_val.tar", images, "w"))
+    prepare.prepare("imagenet2012", str(folder), [str(path) for path in archives])
+    return folder
+
+
+@pytest.fixture(scope="module")
+def photos(tmp_path_factory):
+    """SPLIT/SUBJECT/CLASS/*.jpg and SPLIT/CLASS/*.jpg."""
+    folder, rng = tmp_path_factory.mktemp("photos"), np.random.default_rng(0)
+    for split, count in (("train", 24), ("val", 8), ("test", 8)):
+        for i in range(count):
+            for place in (f"own/{split}", f"spoof/{split}/subject{i % 3}"):
+                path = folder / place / ("live", "spoof")[i % 2] / f"{i}.jpg"
+                path.parent.mkdir(parents=True, exist_ok=True)
+                path.write_bytes(jpeg(rng))
+    return folder
+
+
+RECIPES = {
+    "cifar100.py:smoke": "--config.data.dir={tfds}",
+    "cifar100_32.py:smoke": "--config.data.dir={tfds}",
+    "cifar100_published.py:smoke": "--config.data.dir={tfds}",
+    "cifar10_32.py:smoke": "--config.data.dir={tfds}",
+    "finetune_teacher.py:smoke": "--config.data.dir={tfds}",
+    "folder.py:smoke": "--config.data.name=folder:{photos}/own",
+    "imagenet.py:smoke": "--config.data.dir={tfds}",
+    "imagenet_release.py:smoke": "--config.data.dir={tfds}",
+    "spoof.py:smoke": "--config.data.name=leaf:{photos}/spoof",
+    "teacher_cifar100_32.py:smoke": "--config.data.dir={tfds}",
+    "teacher_cifar100_32.py:swin_smoke": "--config.data.dir={tfds}",
+}
+ELSEWHERE = {"quickstart.py", "quickstart_teacher.py"}  # test_main.py runs the one with the other
+
+
+def test_every_recipe_is_run():
+    assert {path.name for path in CONFIGS.glob("*.py")} - ELSEWHERE == {
+        recipe.partition(":")[0] for recipe in RECIPES
+    }
+
+
+def test_from_photos_to_a_student_by_the_page(photos, tmp_path):
+    """docs/data.md's commands that download nothing, as they stand there but for the epochs."""
+    page = (CONFIGS.parent / "docs" / "data.md").read_text()
+    commands = re.findall(r"^python -m xkd_jax\.main (.*:scratch(?:.*\\\n)*.*)$", page, re.M)
+    assert len(commands) == 2
+    (tmp_path / "configs").symlink_to(CONFIGS)
+    (tmp_path / "photos").symlink_to(photos / "own")
+    for command in commands:
+        done = subprocess.run(
+            [sys.executable, "-m", "xkd_jax.main", *shlex.split(command.replace("\\\n", " ")),
+             "--config.epochs=2"],
+            cwd=tmp_path,
+            env=os.environ | {"PYTHONPATH": str(CONFIGS.parent)},
+            capture_output=True,
+            text=True,
+            check=False,
+        )  # fmt: skip
+        assert done.returncode == 0, done.stderr
+    assert (tmp_path / "runs" / "folder_scratch" / "student.safetensors").exists()
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_smoke(recipe, tfds, photos, tmp_path):
+    data = RECIPES[recipe].format(tfds=tfds, photos=photos)
+    command = [sys.executable, "-m", "xkd_jax.main", f"--config=configs/{recipe}", data]
+    done = subprocess.run(
+        [*command, f"--workdir={tmp_path}"],
+        cwd=CONFIGS.parent,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    summaries = [json.loads(path.read_text()) for path in tmp_path.rglob("summary.json")]
+    assert summaries
+    for summary in summaries:
+        assert np.isfinite(summary["student"]["loss"])
+        assert ("eer" in summary["student"]) == recipe.startswith(("folder", "spoof"))

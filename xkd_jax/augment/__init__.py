@@ -1,0 +1,1 @@
+"""Augmentation on the device: operations, policies, mixing, the multi-view generator."""

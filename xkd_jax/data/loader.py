@@ -1,0 +1,182 @@
+"""How training batches reach the device: from the device's own memory, or from the host's workers.
+
+Both ways see the same examples in the same order, a pure function of the seed and the step: that is
+all that resuming needs, in the middle of an epoch too.
+"""
+
+import dataclasses
+import itertools
+from collections.abc import Iterator
+
+import jax
+import numpy as np
+from jax.sharding import Mesh
+
+from xkd_jax.data.decode import decode_crop
+from xkd_jax.data.encoded import EncodedImages
+from xkd_jax.data.order import batch_indices
+from xkd_jax.data.source import Examples, Split
+from xkd_jax.distributed import sharding
+from xkd_jax.experiment import Task
+
+Batch = dict[str, jax.Array]
+
+
+def create_order(task: Task) -> "Order":
+    """Which examples each step of the task sees."""
+    config = task.config
+    return Order(len(task.train), config.batch_size, config.seed, config.data.repeats)
+
+
+def create_feed(task: Task) -> "Resident | Host":
+    """The way that the task's training split asks for."""
+    config, order = task.config, create_order(task)
+    if isinstance(task.train.images, EncodedImages):
+        return Host(task.train, task.mesh, order, tuple(config.crop_scale), config.data.workers)
+    return Resident(task.train, task.mesh, order)
+
+
+def batch_shapes(task: Task) -> dict[str, jax.ShapeDtypeStruct]:
+    """What the task's feed yields as `batches`, as shapes with their shardings."""
+    count = task.config.batch_size
+    shapes = {"index": jax.ShapeDtypeStruct((count,), np.int32)}
+    if isinstance(task.train.images, EncodedImages):
+        shapes["image"] = jax.ShapeDtypeStruct((count, *task.train.images.shape[1:]), np.uint8)
+        shapes["label"] = shapes["index"]
+    return sharding.shaped(shapes, sharding.over_batch(task.mesh))
+
+
+def resident_shapes(task: Task) -> dict[str, jax.ShapeDtypeStruct]:
+    """What the task's feed has as `arrays`, as shapes with their shardings."""
+    if isinstance(task.train.images, EncodedImages):
+        return {}
+    count, *shape = task.train.images.shape
+    count += -count % task.mesh.shape["data"]
+    shapes = {
+        "image": jax.ShapeDtypeStruct((count, *shape), np.uint8),
+        "label": jax.ShapeDtypeStruct((count,), np.int32),
+    }
+    return sharding.shaped(shapes, sharding.over_batch(task.mesh))
+
+
+@dataclasses.dataclass(frozen=True)
+class Order:
+    """Which examples a step sees: the arguments of `batch_indices` but for the step."""
+
+    num_examples: int
+    batch_size: int
+    seed: int
+    repeats: int = 1
+
+    def indices(self, step: int) -> np.ndarray:
+        """int32 [batch_size]."""
+        return batch_indices(self.num_examples, self.batch_size, self.seed, step, self.repeats)
+
+
+class Resident:
+    """The whole split lies on the devices as uint8; a batch is the indices of its examples.
+
+    Attributes:
+      arrays: `image` [n, H, W, 3] and `label` [n], split over the mesh's `data` axis; n is rounded
+        up to a multiple of it by examples that no index points to.
+    """
+
+    def __init__(self, split: Split, mesh: Mesh, order: Order):
+        """Copies the split to the devices."""
+        self._order = order
+        self._sharding = sharding.over_batch(mesh)
+        padding = -len(split) % mesh.shape["data"]
+        rows = np.minimum(np.arange(len(split) + padding), len(split) - 1)
+        arrays = {"image": split.images, "label": split.labels}
+        if padding:
+            arrays = {name: array[rows] for name, array in arrays.items()}
+        self.arrays = sharding.put(arrays, self._sharding)
+
+    def batches(self, start: int) -> Iterator[Batch]:
+        """The batches of the steps from `start` on: `index` [N]."""
+        for step in itertools.count(start):
+            yield {"index": sharding.put(self._order.indices(step), self._sharding)}
+
+
+class Host:
+    """Worker processes decode and crop; uint8 batches are copied while the step before runs.
+
+    Attributes:
+      arrays: nothing.
+    """
+
+    def __init__(
+        self,
+        split: Split,
+        mesh: Mesh,
+        order: Order,
+        crop_scale: tuple[float, float] = (0.08, 1.0),
+        workers: int = 0,
+    ):
+        """Nothing is read yet.
+
+        Args:
+          split: with `EncodedImages`.
+          mesh: where batches go.
+          order: of the examples.
+          crop_scale: the share of an image's area that a crop takes, at least and at most.
+          workers: processes that decode; 0 decodes in threads of this one.
+        """
+        assert isinstance(split.images, EncodedImages)
+        self.arrays: dict[str, jax.Array] = {}
+        self._sharding, self._workers = sharding.over_batch(mesh), workers
+        # This process's part of every batch.
+        self._local = order.batch_size // jax.process_count()
+        first = jax.process_index() * self._local
+        size = split.images.shape[1]
+        self._load = _Load(split.images.examples, size, crop_scale, order, self._local, first)
+
+    def batches(self, start: int) -> Iterator[Batch]:
+        """The batches of the steps from `start` on: `image` [N, H, W, 3], `label`, `index` [N]."""
+        import grain
+        from absl import flags
+
+        if not flags.FLAGS.is_parsed():  # grain's workers ask for its flags, in a notebook too
+            flags.FLAGS.mark_as_parsed()
+        positions = grain.MapDataset.range(start * self._local, np.iinfo(np.int64).max)
+        dataset = positions.map(self._load).batch(self._local).to_iter_dataset()
+        if self._workers:
+            options = grain.MultiprocessingOptions(self._workers, per_worker_buffer_size=2)
+            dataset = dataset.mp_prefetch(options)
+        ahead: Batch | None = None
+        for local in dataset:
+            batch = {
+                name: jax.make_array_from_process_local_data(self._sharding, array)
+                for name, array in local.items()
+            }
+            if ahead is not None:
+                yield ahead
+            ahead = batch
+
+
+@dataclasses.dataclass(frozen=True)
+class _Load:
+    """From a place in this process's sequence of examples to the example, cropped at random."""
+
+    examples: Examples
+    size: int
+    crop_scale: tuple[float, float]
+    order: Order
+    local: int
+    first: int
+
+    def __call__(self, position: int) -> dict[str, np.ndarray]:
+        step, place = divmod(position, self.local)
+        place += self.first
+        index = int(self.order.indices(step)[place])
+        # A stream for every example that the run ever sees, whichever worker has its turn; the
+        # high bit keeps clear of the streams that the order comes from.
+        number = step * self.order.batch_size + place
+        key = np.array([self.order.seed, 2**63 + number], np.uint64)
+        rng = np.random.Generator(np.random.Philox(key=key))
+        image, label, name = self.examples[index]
+        return {
+            "image": decode_crop(image, rng, self.size, self.crop_scale, name=name),
+            "label": np.asarray(label, np.int32),
+            "index": np.asarray(index, np.int32),
+        }

@@ -1,0 +1,202 @@
+"""What a run tells while it goes on: the terminal, metrics.jsonl and TensorBoard."""
+
+import json
+import math
+import os
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jax
+import tqdm
+from tensorboardX import SummaryWriter
+
+from xkd_jax.distributed import processes
+
+
+class RunLog:
+    """Writes metrics to `metrics.jsonl` and TensorBoard; of several processes, the first does.
+
+    Args:
+      folder: the run's.
+      step: where training goes on; lines of later steps, left by a run that was killed after its
+        last checkpoint, are dropped, because they will be written again.
+    """
+
+    def __init__(self, folder: Path, step: int):
+        writes = processes.is_first()
+        path, part = folder / "metrics.jsonl", folder / "metrics.jsonl.part"
+        if writes:
+            kept = [line for line in read_metrics(folder) if line["step"] <= step]
+            part.write_text("".join(json.dumps(line) + "\n" for line in kept))
+            part.replace(path)
+        self._file = (path if writes else Path(os.devnull)).open("a")
+        board = str(folder / "tensorboard")
+        # With a limit on what waits, a full disk would end TensorBoard's writer and stop training.
+        self._board = SummaryWriter(board, purge_step=step + 1, max_queue=0, write_to_disk=writes)
+
+    def write(self, step: int, metrics: dict[str, float]) -> None:
+        """One line, and one point in every TensorBoard curve."""
+        self._file.write(json.dumps({"step": step, **metrics}) + "\n")
+        self._file.flush()
+        for name, value in metrics.items():
+            self._board.add_scalar(name, value, step)
+
+    def close(self) -> None:
+        """Writes what is buffered."""
+        self._file.close()
+        self._board.close()
+
+
+def read_metrics(folder: Path) -> list[dict[str, Any]]:
+    """The lines of a run's metrics.jsonl; a last line cut short by a kill is left out."""
+    path = folder / "metrics.jsonl"
+    lines = path.read_text().splitlines() if path.exists() else []
+    if lines and not lines[-1].endswith("}"):
+        lines.pop()
+    return [json.loads(line) for line in lines]
+
+
+class Averages:
+    """Means of the training metrics since the last report."""
+
+    def __init__(self):
+        self._values: dict[str, list[float]] = {}
+
+    def add(self, metrics: dict[str, Any]) -> None:
+        """Adds one step's metrics, scalars."""
+        for name, value in metrics.items():
+            # The adversary's are NaN on the steps that leave it as it is.
+            if not math.isnan(value):
+                self._values.setdefault(name, []).append(float(value))
+
+    def take(self) -> dict[str, float]:
+        """The means, and a new start."""
+        means = {name: sum(values) / len(values) for name, values in self._values.items()}
+        self._values = {}
+        return means
+
+
+class Progress:
+    """A bar in a terminal, a line now and then in a pipe or file.
+
+    Args:
+      name: of the run.
+      start: the step to go on from.
+      total: the last step.
+      batch_size: images a step.
+    """
+
+    def __init__(self, name: str, start: int, total: int, batch_size: int):
+        self._name, self._total, self._batch_size = name, total, batch_size
+        # Speed is counted from the end of the first step, which compiles.
+        self._first = start + 1
+        self._begun = 0.0
+        self._bar = tqdm.tqdm(
+            total=total,
+            initial=start,
+            desc=name,
+            unit="step",
+            disable=not (sys.stderr.isatty() and processes.is_first()),
+            dynamic_ncols=True,
+        )
+
+    def update(self, step: int) -> None:
+        """Step `step` is over."""
+        if step == self._first:
+            self._begun = time.monotonic()
+        self._bar.update(step - self._bar.n)
+
+    def pause(self, seconds: float) -> None:
+        """Takes time that wasn't spent on training out of the speed."""
+        self._begun += seconds
+
+    def images_per_second(self, step: int) -> float:
+        """The speed of training since the first step; 0 if there was none since."""
+        seconds = time.monotonic() - self._begun
+        return (step - self._first) * self._batch_size / seconds if step > self._first else 0.0
+
+    def show(self, step: int, values: dict[str, float]) -> None:
+        """Shows step, speed, time left and `values`."""
+        shown = {name: f"{value:.3f}" for name, value in values.items()}
+        speed = self.images_per_second(step)
+        if not self._bar.disable:
+            self._bar.set_postfix({"images/s": f"{speed:.0f}", **shown})
+            return
+        left = f"{(self._total - step) * self._batch_size / speed:.0f}" if speed else "?"
+        text = "  ".join(f"{name} {value}" for name, value in shown.items())
+        say(f"{self._name}: step {step}/{self._total}  {speed:.0f} images/s  {left} s left  {text}")
+
+    def close(self) -> None:
+        """Leaves the bar on its own line."""
+        self._bar.close()
+
+
+class Reporter:
+    """Everything that a run tells, in the order in which it becomes known.
+
+    Args:
+      folder: the run's; its name is shown.
+      start: the step to go on from.
+      total: the last step.
+      batch_size: images a step.
+      every: steps from one line to the next.
+      check: looks at each step's metrics, on the host, before they are reported.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        start: int,
+        total: int,
+        batch_size: int,
+        every: int,
+        check: Callable[[int, dict[str, Any]], None],
+    ):
+        self._check = check
+        self._log = RunLog(folder, start)
+        self._progress = Progress(folder.name, start, total, batch_size)
+        self._averages = Averages()
+        self._total, self._every = total, every
+        self._pending: tuple[int, Any] | None = None
+        self._evaluated: dict[str, float] = {}
+
+    def take(self, step: int, metrics: Any) -> None:
+        """Keeps a step's metrics, still on the device, until the next `flush`."""
+        self._pending = step, metrics
+
+    def flush(self) -> None:
+        """Waits for the metrics that were taken, if any, and reports them when it is time."""
+        if self._pending is None:
+            return
+        step, metrics = self._pending
+        self._pending = None
+        metrics = jax.device_get(metrics)
+        self._check(step, metrics)
+        self._averages.add({name: value for name, value in metrics.items() if value.ndim == 0})
+        self._progress.update(step)
+        if step % self._every == 0 or step == self._total:
+            means = self._averages.take()
+            speed = self._progress.images_per_second(step)
+            self._log.write(step, means | {"images_per_second": speed})
+            shown = {name: means[name] for name in ("loss", "accuracy")}
+            self._progress.show(step, shown | self._evaluated)
+
+    def evaluated(self, step: int, scores: dict[str, float], seconds: float) -> None:
+        """Writes an evaluation's scores; the next lines show its top-1."""
+        self._progress.pause(seconds)
+        self._log.write(step, {f"eval_{name}": value for name, value in scores.items()})
+        self._evaluated = {"eval top-1": scores["top1"]}
+
+    def close(self) -> None:
+        """Writes what is buffered."""
+        self._progress.close()
+        self._log.close()
+
+
+def say(text: str) -> None:
+    """A line for the user, on standard error, that doesn't tear a progress bar."""
+    if processes.is_first():
+        tqdm.tqdm.write(text, file=sys.stderr)

@@ -1,0 +1,112 @@
+"""Tables and curves from finished run folders."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from xkd_jax.errors import UserError
+from xkd_jax.reporting.logger import read_metrics
+from xkd_jax.reporting.summary import SUMMARY
+
+CONFIG_FILE = "config.json"
+CURVES = "curves.png"
+TABLE = "report.md"
+# Columns, where all rows have them.
+_SCORES = {"top1": "top-1 %", "top5": "top-5 %", "noisy_top1": "noisy top-1 %", "eer": "EER %"}
+
+
+def find_runs(folder: Path) -> dict[str, Path]:
+    """The finished runs in `folder`, by name: itself, or its subfolders in order of starting.
+
+    Raises:
+      UserError: there is none.
+    """
+    if (folder / SUMMARY).exists():
+        return {folder.name: folder}
+    finished = [path.parent for path in folder.glob(f"*/{SUMMARY}")]
+    if not finished:
+        raise UserError(f"{folder} holds no finished run; give the folder of one or of several.")
+    # A run's config is written once, when it starts for the first time.
+    finished.sort(key=lambda run: (run / CONFIG_FILE).stat().st_mtime_ns)
+    return {run.name: run for run in finished}
+
+
+def write(folder: Path) -> str:
+    """Writes report.md and curves.png into `folder`, from the finished runs in it.
+
+    Returns:
+      The table, and where the files are.
+
+    Raises:
+      UserError: there is no finished run.
+    """
+    runs = find_runs(folder)
+    summaries = {name: json.loads((path / SUMMARY).read_text()) for name, path in runs.items()}
+    table = format_table(summaries)
+    (folder / TABLE).write_text(table + "\n")
+    plot_curves({name: read_metrics(path) for name, path in runs.items()}, folder / CURVES)
+    students = ", ".join(str(path / "student.safetensors") for path in runs.values())
+    return f"\n{table}\n\ncurves: {folder / CURVES}\nstudents: {students}"
+
+
+def format_table(summaries: dict[str, dict[str, Any]]) -> str:
+    """A Markdown table: the teacher, then a row for each run.
+
+    Args:
+      summaries: what each run's summary.json holds, by the run's name.
+    """
+    rows = []
+    teachers = [summary["teacher"] for summary in summaries.values() if "teacher" in summary]
+    if teachers:
+        rows.append(("teacher", teachers[0]))
+    rows += [(f"student, {_label(s['method'])}", s["student"]) for s in summaries.values()]
+    scores = {k: v for k, v in _SCORES.items() if all(k in row for _, row in rows)}
+    if "eer" in scores:
+        del scores["top5"]  # of two classes
+    lines = [["", *scores.values(), "parameters", "MFLOPs"]]
+    for name, row in rows:
+        cells = [f"{100 * row[score]:.2f}" for score in scores]
+        lines.append([name, *cells, f"{row['parameters']:,}", f"{row['flops'] / 1e6:,.1f}"])
+    return _markdown(lines)
+
+
+def _label(method: str) -> str:
+    return "cross-entropy alone" if method == "none" else method
+
+
+def _markdown(lines: list[list[str]]) -> str:
+    widths = [max(len(cell) for cell in column) for column in zip(*lines, strict=True)]
+
+    def row(cells: list[str]) -> str:
+        first = cells[0].ljust(widths[0])
+        rest = (cell.rjust(width) for cell, width in zip(cells[1:], widths[1:], strict=True))
+        return f"| {' | '.join([first, *rest])} |"
+
+    rule = ["-" * widths[0], *("-" * (width - 1) + ":" for width in widths[1:])]
+    return "\n".join([row(lines[0]), row(rule), *map(row, lines[1:])])
+
+
+def plot_curves(metrics: dict[str, list[dict[str, Any]]], path: Path) -> None:
+    """Draws training loss and evaluation accuracy over the steps.
+
+    Args:
+      metrics: the lines of each run's metrics.jsonl, by the run's name.
+      path: of the picture.
+    """
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(10, 4), layout="constrained")
+    loss_axes, top1_axes = figure.subplots(1, 2)
+    for name, lines in metrics.items():
+        for axes, key, scale in (
+            (loss_axes, "label_loss", 1),
+            (top1_axes, "eval_top1", 100),
+        ):
+            points = [(line["step"], scale * line[key]) for line in lines if key in line]
+            axes.plot(*zip(*points, strict=True), label=_label(name), linewidth=1.5)
+    loss_axes.set(xlabel="step", ylabel="cross-entropy (training)", yscale="log")
+    top1_axes.set(xlabel="step", ylabel="top-1 % (evaluation split)")
+    for axes in (loss_axes, top1_axes):
+        axes.grid(alpha=0.3)
+        axes.legend()
+    figure.savefig(path, dpi=120)
