@@ -21,13 +21,13 @@ from xkd_jax.checkpoint import Checkpoints
 from xkd_jax.config import default_config
 from xkd_jax.data.loader import create_feed
 from xkd_jax.distributed import sharding
-from xkd_jax.experiment import Task, create_task
+from xkd_jax.experiment import Experiment, create_experiment
 from xkd_jax.state import init_state
 
 WARMUP = 3
 
 
-def create(options: argparse.Namespace) -> Task:
+def create(options: argparse.Namespace) -> Experiment:
     """The run that is timed."""
     config = default_config()
     config.method.name, config.batch_size, config.image_size = "cakd", options.batch, options.size
@@ -36,16 +36,18 @@ def create(options: argparse.Namespace) -> Task:
     config.teacher.args = {"img_size": options.size}
     config.data.eval = config.data.test = "validation"
     config.optimizer.clip_norm = 2.0
-    return create_task(config)
+    return create_experiment(config)
 
 
-def measure(task: Task, options: argparse.Namespace, folder: Path) -> dict[str, list[float]]:
+def measure(
+    experiment: Experiment, options: argparse.Namespace, folder: Path
+) -> dict[str, list[float]]:
     """Seconds of steps, of the steps that follow a save, and of what `save` takes to return."""
-    state, feed = init_state(task), create_feed(task)
-    assert task.teacher
-    teacher = sharding.put(task.teacher.variables, sharding.replicated(task.mesh))
-    step_fn = train.compile_step(task, state, teacher, feed.arrays)
-    checkpoints = Checkpoints(folder, 2, task.teacher.fingerprint)
+    state, feed = init_state(experiment), create_feed(experiment)
+    assert experiment.teacher
+    teacher = sharding.put(experiment.teacher.variables, sharding.replicated(experiment.mesh))
+    step_fn = train.compile_step(experiment, state, teacher, feed.arrays)
+    checkpoints = Checkpoints(folder, 2, experiment.teacher.fingerprint)
     seconds: dict[str, list[float]] = {"step": [], "step after a save": [], "save": []}
     kind, last = "step", WARMUP + options.steps * (options.saves + 1)
     for step, batch in zip(range(1, last), feed.batches(0), strict=False):

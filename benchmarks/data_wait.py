@@ -15,7 +15,7 @@ import jax
 from xkd_jax import train
 from xkd_jax.config import default_config
 from xkd_jax.data.loader import create_feed
-from xkd_jax.experiment import create_task
+from xkd_jax.experiment import create_experiment
 
 WARMUP = 3
 
@@ -28,10 +28,10 @@ def measure(feed_name: str, options: argparse.Namespace) -> tuple[float, float]:
     config.image_size, config.batch_size, config.epochs = options.size, options.batch, 1000
     config.student.args = {"stem": "cifar"} if options.size <= 32 else {}
     config.data.workers = options.workers
-    task = create_task(config)
-    feed = create_feed(task)
-    step_fn = jax.jit(lambda *args: train.train_step(task, *args), donate_argnums=0)
-    state, batches = train.init_state(task), feed.batches(0)
+    experiment = create_experiment(config)
+    feed = create_feed(experiment)
+    step_fn = jax.jit(lambda *args: train.train_step(experiment, *args), donate_argnums=0)
+    state, batches = train.init_state(experiment), feed.batches(0)
     waited, begun, metrics = 0.0, 0.0, {}
     for step in range(options.steps + WARMUP):
         if step == WARMUP:

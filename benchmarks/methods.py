@@ -21,7 +21,7 @@ from xkd_jax.config import default_config
 from xkd_jax.data import Split
 from xkd_jax.data.loader import create_feed
 from xkd_jax.errors import UserError
-from xkd_jax.experiment import Task, create_task
+from xkd_jax.experiment import Experiment, create_experiment
 from xkd_jax.methods import METHODS
 from xkd_jax.methods.base import Method
 
@@ -44,8 +44,8 @@ class TeacherOnly(Method):
     needs_teacher = True
 
 
-def make_task(method: Method, name: str, pair: str, batch: int) -> Task:
-    """A task on 1024 random images of CIFAR's size and classes."""
+def make_experiment(method: Method, name: str, pair: str, batch: int) -> Experiment:
+    """A experiment on 1024 random images of CIFAR's size and classes."""
     config = default_config()
     config.batch_size, config.epochs = batch, 1
     config.method.name = name
@@ -55,18 +55,18 @@ def make_task(method: Method, name: str, pair: str, batch: int) -> Task:
     config.teacher.args, config.student.args = teacher_args, student_args
     config.data.update(name="fashion_mnist_mini", train="train[:1024]", eval="validation[:64]")
     config.image_size = 32
-    task = create_task(config)
+    experiment = create_experiment(config)
     images = np.random.default_rng(0).integers(0, 256, (1024, 32, 32, 3), np.uint8)
-    split: Split = dataclasses.replace(task.train, images=images)
-    return dataclasses.replace(task, train=split, method=method)
+    split: Split = dataclasses.replace(experiment.train, images=images)
+    return dataclasses.replace(experiment, train=split, method=method)
 
 
-def compile_step(task: Task) -> tuple[Callable[[], None], float]:
+def compile_step(experiment: Experiment) -> tuple[Callable[[], None], float]:
     """A function that runs one step to its end, and the MiB of the step's temporary arrays."""
-    state, feed = train.init_state(task), create_feed(task)
-    assert task.teacher
-    arguments = state, task.teacher.variables, feed.arrays, next(iter(feed.batches(0)))
-    compiled = jax.jit(functools.partial(train.train_step, task)).lower(*arguments).compile()
+    state, feed = train.init_state(experiment), create_feed(experiment)
+    assert experiment.teacher
+    arguments = state, experiment.teacher.variables, feed.arrays, next(iter(feed.batches(0)))
+    compiled = jax.jit(functools.partial(train.train_step, experiment)).lower(*arguments).compile()
     return lambda: jax.block_until_ready(compiled(*arguments)), temporaries(compiled) / 2**20
 
 
@@ -92,15 +92,15 @@ def main() -> None:
     print(f"{jax.default_backend()}, jax {jax.__version__}, batch {options.batch}", flush=True)
     for pair in options.pairs:
         (teacher, _), (student, _) = PAIRS[pair]
-        limit, memory = compile_step(make_task(TeacherOnly(), "logits", pair, options.batch))
+        limit, memory = compile_step(make_experiment(TeacherOnly(), "logits", pair, options.batch))
         print(f"\n| {teacher} -> {student} | ms | of the limit | MiB | of the limit |")
         print(f"| --- | ---: | ---: | ---: | ---: |\n| limit | | 1 | {memory:.0f} | 1 |")
         for name in options.methods:
             try:
-                task = make_task(METHODS[name], name, pair, options.batch)
+                experiment = make_experiment(METHODS[name], name, pair, options.batch)
             except UserError:
                 continue  # the pair makes no sense
-            step, mib = compile_step(task)
+            step, mib = compile_step(experiment)
             ms, of_limit = best_times((step, limit), options.calls)
             row = f"{ms:.0f} | {ms / of_limit:.2f} | {mib:.0f} | {mib / memory:.2f}"
             print(f"| {name} | {row} |", flush=True)

@@ -11,7 +11,7 @@ import argparse
 from xkd_jax import backend
 from xkd_jax.analysis import hlo, tpu_forecast
 from xkd_jax.analysis.memory import GIB
-from xkd_jax.analysis.tpu_forecast import predict_train_step, task_of_shapes
+from xkd_jax.analysis.tpu_forecast import experiment_of_shapes, predict_train_step
 from xkd_jax.config import Config, default_config
 
 PAIRS = {  # the paper's: teacher, student, side of its images
@@ -48,8 +48,8 @@ def row(pair: str, topology: str, strong: bool, teacher: str) -> str:
     with backend.assume("tpu"):
         config = create_config(*PAIRS[pair], batch_size)
         config.mesh.teacher = teacher
-        task = task_of_shapes(config, mesh)
-        prediction = predict_train_step(task, chip)
+        experiment = experiment_of_shapes(config, mesh)
+        prediction = predict_train_step(experiment, chip)
     reduced, gathered = (
         hlo.total_bytes([c for c in prediction.collectives if c.kind in kinds]) / 2**20
         for kinds in (("all-reduce", "reduce-scatter"), ("all-gather",))

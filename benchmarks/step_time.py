@@ -18,20 +18,20 @@ import jax
 from xkd_jax import train
 from xkd_jax.data.loader import create_feed
 from xkd_jax.distributed import sharding
-from xkd_jax.experiment import Task, create_task
+from xkd_jax.experiment import Experiment, create_experiment
 from xkd_jax.methods.base import apply
 
 METHODS = ("none", "logits", "cakd", "cakd+logits")
 
 
-def create_step(task: Task) -> Callable[[], Any]:
+def create_step(experiment: Experiment) -> Callable[[], Any]:
     """A function that makes one training step and returns its metrics."""
-    everywhere = sharding.replicated(task.mesh)
-    teacher = sharding.put(task.teacher.variables, everywhere) if task.teacher else {}
-    feed = create_feed(task)
+    everywhere = sharding.replicated(experiment.mesh)
+    teacher = sharding.put(experiment.teacher.variables, everywhere) if experiment.teacher else {}
+    feed = create_feed(experiment)
     batch = next(feed.batches(0))
-    step_fn = jax.jit(functools.partial(train.train_step, task), donate_argnums=0)
-    holder = [train.init_state(task)]
+    step_fn = jax.jit(functools.partial(train.train_step, experiment), donate_argnums=0)
+    holder = [train.init_state(experiment)]
 
     def step():
         holder[0], metrics = step_fn(holder[0], teacher, feed.arrays, batch)
@@ -40,12 +40,12 @@ def create_step(task: Task) -> Callable[[], Any]:
     return step
 
 
-def create_teacher_forward(task: Task) -> Callable[[], Any]:
+def create_teacher_forward(experiment: Experiment) -> Callable[[], Any]:
     """A function that runs the teacher on one batch and returns its logits."""
-    assert task.teacher
-    network = task.teacher
-    variables = sharding.put(network.variables, sharding.replicated(task.mesh))
-    shape = (task.config.batch_size, network.image_size, network.image_size, 3)
+    assert experiment.teacher
+    network = experiment.teacher
+    variables = sharding.put(network.variables, sharding.replicated(experiment.mesh))
+    shape = (experiment.config.batch_size, network.image_size, network.image_size, 3)
     images = jax.random.normal(jax.random.key(0), shape)
     forward = jax.jit(lambda v, x: apply(network.module, v, x, train=False)[0])
     return lambda: forward(variables, images)
@@ -62,9 +62,9 @@ def main() -> None:
     functions = {}
     for method in METHODS:
         config.method.name = method
-        task = create_task(config)
-        functions[method] = create_step(task)
-    functions["teacher forward"] = create_teacher_forward(task)
+        experiment = create_experiment(config)
+        functions[method] = create_step(experiment)
+    functions["teacher forward"] = create_teacher_forward(experiment)
     for function in functions.values():
         jax.block_until_ready(function())
     seconds = {name: [] for name in functions}

@@ -28,7 +28,7 @@ from torch import nn  # pyright: ignore[reportMissingImports]
 from torch.nn import functional as F  # pyright: ignore[reportMissingImports]
 
 from xkd_jax.augment.multiview import MultiView
-from xkd_jax.experiment import Task, create_task
+from xkd_jax.experiment import Experiment, create_experiment
 from xkd_jax.methods.align import choose_stage
 from xkd_jax.methods.cakd import CAKD, TILE
 from xkd_jax.methods.logits import Logits
@@ -226,35 +226,40 @@ def copy_weights(module: nn.Module, variables: Any) -> int:
 
 
 class Peer:
-    """The PyTorch side of a task of the quickstart."""
+    """The PyTorch side of an experiment of the quickstart."""
 
-    def __init__(self, task: Task):
-        self.task, self.method, self.steps = task, task.method, 0
-        self.images = torch.from_numpy(task.train.images)
-        self.labels = torch.from_numpy(task.train.labels).long()
-        self.indices = torch.randperm(len(task.train))[: task.config.batch_size]
-        state = init_state(task)
-        self.student = create_student(task.student.module)
+    def __init__(self, experiment: Experiment):
+        self.experiment, self.method, self.steps = experiment, experiment.method, 0
+        self.images = torch.from_numpy(experiment.train.images)
+        self.labels = torch.from_numpy(experiment.train.labels).long()
+        self.indices = torch.randperm(len(experiment.train))[: experiment.config.batch_size]
+        state = init_state(experiment)
+        self.student = create_student(experiment.student.module)
         variables = {"params": state.params, "batch_stats": state.batch_stats}
         self.sizes = {"student": copy_weights(self.student, variables)}
         self.trained = [list(self.student.parameters())]  # each part is clipped by itself
         self.teacher = None
-        if task.teacher:
-            self.teacher = Teacher(task.teacher.module)
-            self.sizes["teacher"] = copy_weights(self.teacher.vit, task.teacher.variables)
+        if experiment.teacher:
+            self.teacher = Teacher(experiment.teacher.module)
+            self.sizes["teacher"] = copy_weights(self.teacher.vit, experiment.teacher.variables)
         if isinstance(self.method, CAKD):
             self._create_projectors(self.method, state)
-        sgd, trained = task.config.optimizer, itertools.chain(*self.trained)
+        sgd, trained = experiment.config.optimizer, itertools.chain(*self.trained)
         options: Any = {"momentum": sgd.momentum, "weight_decay": sgd.weight_decay, "fused": True}
         self.optimizer = torch.optim.SGD(trained, sgd.learning_rate, **options)
-        self.schedule = torch.optim.lr_scheduler.CosineAnnealingLR(self.optimizer, task.total_steps)
+        self.schedule = torch.optim.lr_scheduler.CosineAnnealingLR(
+            self.optimizer, experiment.total_steps
+        )
 
     def _create_projectors(self, method: CAKD, state: Any) -> None:
         variant = (method.generator, method.adversary_clock, method.teacher_block)
-        if variant != ("saturating", "step", -1) or self.task.views.geometry != "shared":
+        if variant != ("saturating", "step", -1) or self.experiment.views.geometry != "shared":
             raise ValueError("the peer has only the defaults of generator, clock, tap and geometry")
-        assert self.task.teacher
-        teacher, student = self.task.teacher.output_shapes(), self.task.student.output_shapes()
+        assert self.experiment.teacher
+        teacher, student = (
+            self.experiment.teacher.output_shapes(),
+            self.experiment.student.output_shapes(),
+        )
         stage = choose_stage(student, teacher["grid"], method.student_stage)
         channels, width = student[stage].shape[-1], teacher["tokens"].shape[-1]
         self.tap = int(stage.removeprefix("stage"))
@@ -267,17 +272,21 @@ class Peer:
             "discriminator": copy_weights(self.discriminator, state.adversary),
         }
         self.trained.append([*self.pca.parameters(), *self.gl.parameters()])
-        rate = self.task.config.adversary_optimizer.learning_rate
+        rate = self.experiment.config.adversary_optimizer.learning_rate
         self.adam = torch.optim.Adam(self.discriminator.parameters(), rate, fused=True)
 
     def views(self) -> tuple[torch.Tensor, torch.Tensor]:
         """This step's images as the teacher and the student see them, [N, 3, H, W]."""
-        augment, teacher, student = self.task.config.augment, self.task.teacher, self.task.student
+        augment, teacher, student = (
+            self.experiment.config.augment,
+            self.experiment.teacher,
+            self.experiment.student,
+        )
         images = crop_flip(self.images[self.indices], augment.crop_padding, augment.flip)
         images = images.permute(0, 3, 1, 2).float().div_(255)
         views = (images, images)
         if self.method.multi_view:
-            views = multi_view(images, self.task.views)
+            views = multi_view(images, self.experiment.views)
         student_view = normalize(views[1], student.mean, student.std)
         return normalize(views[0], teacher.mean, teacher.std) if teacher else images, student_view
 
@@ -301,7 +310,7 @@ class Peer:
             loss = loss + added
         self.optimizer.zero_grad()
         loss.backward()
-        limit = self.task.config.optimizer.clip_norm
+        limit = self.experiment.config.optimizer.clip_norm
         norms = [nn.utils.clip_grad_norm_(part, limit, foreach=True) for part in self.trained]
         self.optimizer.step()
         self.schedule.step()
@@ -377,9 +386,9 @@ def main() -> None:
     functions, sizes = {}, {}
     for method in METHODS:
         config.method.name = method
-        task = create_task(config)
-        functions[method, "JAX"] = create_step(task)
-        peer = Peer(task)
+        experiment = create_experiment(config)
+        functions[method, "JAX"] = create_step(experiment)
+        peer = Peer(experiment)
         functions[method, "PyTorch"] = peer.step
         sizes |= peer.sizes
     milliseconds = measure(functions, arguments.steps)

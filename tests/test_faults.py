@@ -31,8 +31,8 @@ from xkd_jax import main, train
 
 plain = train.student_loss
 
-def poisoned(task, state, params, *rest):
-    loss, aux = plain(task, state, params, *rest)
+def poisoned(experiment, state, params, *rest):
+    loss, aux = plain(experiment, state, params, *rest)
     loss += jnp.where(state.step == 10, jnp.nan, 0) * params["fc"]["kernel"].sum()
     aux["metrics"]["loss"] = loss
     return loss, aux

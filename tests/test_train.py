@@ -16,7 +16,7 @@ from xkd_jax.augment.policies import Augment
 from xkd_jax.config import default_config
 from xkd_jax.data.loader import create_feed
 from xkd_jax.data.order import batch_indices
-from xkd_jax.experiment import Network, create_task
+from xkd_jax.experiment import Network, create_experiment
 from xkd_jax.methods.base import Method
 from xkd_jax.train import (
     TrainState,
@@ -30,13 +30,13 @@ from xkd_jax.train import (
 
 METHOD_TERMS = ("attention", "value_relation", "tokens", "generator")
 
-Run = collections.namedtuple("Run", "task step_fn states metrics")
+Run = collections.namedtuple("Run", "experiment step_fn states metrics")
 
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 
 
-def tiny_task(method, seed=0):
+def tiny_experiment(method, seed=0):
     config = default_config()
     config.seed = seed
     config.batch_size = 16
@@ -52,23 +52,25 @@ def tiny_task(method, seed=0):
     }  # fmt: skip
     config.augment.update(crop_padding=0, flip=False)
     config.optimizer.learning_rate = 0.05
-    return create_task(config)
+    return create_experiment(config)
 
 
-def run(task, step_fn, state, steps):
+def run(experiment, step_fn, state, steps):
     """The states before, between and after the steps, and the metrics of each."""
-    variables = task.teacher.variables if task.teacher else {}
-    states, metrics, feed = [state], [], create_feed(task)
+    variables = experiment.teacher.variables if experiment.teacher else {}
+    states, metrics, feed = [state], [], create_feed(experiment)
     for _, batch in zip(range(steps), feed.batches(0), strict=False):
         state, of_step = step_fn(state, variables, feed.arrays, batch)
         states.append(state)
         metrics.append(jax.device_get(of_step))
-    return Run(task, step_fn, states, metrics)
+    return Run(experiment, step_fn, states, metrics)
 
 
 def start(method):
-    task = tiny_task(method)
-    return run(task, jax.jit(functools.partial(train_step, task)), init_state(task), 30)
+    experiment = tiny_experiment(method)
+    return run(
+        experiment, jax.jit(functools.partial(train_step, experiment)), init_state(experiment), 30
+    )
 
 
 @pytest.fixture(scope="module")
@@ -140,7 +142,7 @@ def test_the_teacher_is_not_in_the_state(cakd):
         "method_state", "adversary", "adversary_opt_state", "ema",
     }  # fmt: skip
     teacher = {
-        leaf.tobytes() for leaf in jax.tree.leaves(cakd.task.teacher.variables) if leaf.any()
+        leaf.tobytes() for leaf in jax.tree.leaves(cakd.experiment.teacher.variables) if leaf.any()
     }
     state = {leaf.tobytes() for leaf in leaves(cakd.states[0]).values()}
     shapes = {leaf.shape for leaf in leaves(cakd.states[-1]).values()}
@@ -159,7 +161,7 @@ def test_the_loss_is_the_sum_of_its_weighted_terms(cakd):
 
 def test_teacher_accuracy_is_reported_only_with_a_teacher(none, cakd):
     assert 0 <= cakd.metrics[0]["teacher_accuracy"] <= 1
-    assert none.task.teacher is None
+    assert none.experiment.teacher is None
     assert none.metrics[0].keys() == {
         "loss", "label_loss", "accuracy", "gradient_norm", "learning_rate", "finite",
     }  # fmt: skip
@@ -174,16 +176,16 @@ def test_the_loss_falls(request, method):
 
 
 def test_the_same_seed_gives_the_same_bits(cakd):
-    task = tiny_task("cakd")
-    assert not changed(task.teacher.variables, cakd.task.teacher.variables)
-    again = run(task, cakd.step_fn, init_state(task), 11)
+    experiment = tiny_experiment("cakd")
+    assert not changed(experiment.teacher.variables, cakd.experiment.teacher.variables)
+    again = run(experiment, cakd.step_fn, init_state(experiment), 11)
     assert not changed(again.states[0], cakd.states[0])
     assert not changed(again.states[11], cakd.states[11])
 
 
 def test_another_seed_gives_another_run(none):
-    task = tiny_task("none", seed=1)
-    other = run(task, none.step_fn, init_state(task), 1)
+    experiment = tiny_experiment("none", seed=1)
+    other = run(experiment, none.step_fn, init_state(experiment), 1)
     kernels = {path for path in leaves(none.states[0].params) if "kernel" in path}
     assert changed(other.states[0].params, none.states[0].params) == kernels
     assert changed(other.states[0].key, none.states[0].key)
@@ -193,7 +195,7 @@ def test_another_seed_gives_another_run(none):
 def test_the_steps_draws_follow_the_states_key(cakd):
     state = cakd.states[0]
     key = jax.device_put(jax.random.key(123), state.key.sharding)  # or it would compile again
-    redrawn = run(cakd.task, cakd.step_fn, dataclasses.replace(state, key=key), 1).metrics[0]
+    redrawn = run(cakd.experiment, cakd.step_fn, dataclasses.replace(state, key=key), 1).metrics[0]
     for name in ("label_loss", "attention", "tokens"):
         assert redrawn[name] != cakd.metrics[0][name]
 
@@ -201,7 +203,7 @@ def test_the_steps_draws_follow_the_states_key(cakd):
 def test_student_variables_are_the_plain_network(none, cakd):
     for trained in (none, cakd):
         variables = student_variables(trained.states[-1])
-        shapes = jax.eval_shape(trained.task.student.init, jax.random.key(0))
+        shapes = jax.eval_shape(trained.experiment.student.init, jax.random.key(0))
         assert jax.tree.structure(variables) == jax.tree.structure(shapes)
 
 
@@ -255,18 +257,20 @@ class Adversarial(Probe):
 
 def probe(method):
     student = Network(Linear(), 28, (0.5, 0.4, 0.3), (0.2, 0.3, 0.4))
-    task = dataclasses.replace(tiny_task("none"), method=method, student=student)
-    return run(task, jax.jit(functools.partial(train_step, task)), init_state(task), 9)
+    experiment = dataclasses.replace(tiny_experiment("none"), method=method, student=student)
+    return run(
+        experiment, jax.jit(functools.partial(train_step, experiment)), init_state(experiment), 9
+    )
 
 
 def test_a_second_classifier_learns_too_with_weight_0_4():
     student = Network(TwoHeads(), 28, (0.5,) * 3, (0.5,) * 3)
-    task = dataclasses.replace(tiny_task("none"), method=Probe(), student=student)
-    state, images = init_state(task), jnp.ones((2, 28, 28, 3))
+    experiment = dataclasses.replace(tiny_experiment("none"), method=Probe(), student=student)
+    state, images = init_state(experiment), jnp.ones((2, 28, 28, 3))
     targets = optax.smooth_labels(jax.nn.one_hot(jnp.array([3, 7]), 10), 0.1)
     batch = {"index": jnp.arange(2), "label": jnp.array([3, 7]), "target": targets}
     keys = jax.random.key(0), jax.random.key(1)
-    _, aux = student_loss(task, state, state.params, {}, {}, images, batch, *keys)
+    _, aux = student_loss(experiment, state, state.params, {}, {}, images, batch, *keys)
     logits = aux["student_out"]["logits"]
     first, second = (label_loss(x, targets) for x in (logits, 2 * logits))
     np.testing.assert_allclose(aux["metrics"]["label_loss"], first + 0.4 * second, rtol=1e-6)
@@ -289,11 +293,11 @@ def test_every_step_has_a_key_of_its_own(probed):
 
 
 def test_methods_see_the_batch_and_the_epochs_so_far(probed):
-    assert probed.task.steps_per_epoch == 4
+    assert probed.experiment.steps_per_epoch == 4
     for step, metrics in enumerate(probed.metrics):
         indices = batch_indices(64, 16, 0, step)
         np.testing.assert_array_equal(metrics["index"], indices)
-        np.testing.assert_array_equal(metrics["label"], probed.task.train.labels[indices])
+        np.testing.assert_array_equal(metrics["label"], probed.experiment.train.labels[indices])
         assert metrics["progress"] == step / 4
     assert probed.states[9].method_state == {"calls": 9}
 
@@ -314,11 +318,11 @@ def test_training_is_sgd_on_normalised_images(probed):
     layer, buffer = np.float64(layer), 0
     for step, metrics in enumerate(probed.metrics):
         indices = batch_indices(64, 16, 0, step)
-        pixels = np.float64(probed.task.train.images[indices]) / 255
+        pixels = np.float64(probed.experiment.train.images[indices]) / 255
         x = ((pixels - [0.5, 0.4, 0.3]) / [0.2, 0.3, 0.4]).mean((1, 2))
         x = np.hstack([x, np.ones((16, 1))])
         p = np.exp(x @ layer) / np.exp(x @ layer).sum(1, keepdims=True)
-        labels = probed.task.train.labels[indices]
+        labels = probed.experiment.train.labels[indices]
         targets = 0.9 * np.eye(10)[labels] + 0.01
         gradient = 0.5 * x.T @ (p - targets) / 16
         expected = {
@@ -339,22 +343,24 @@ def test_training_is_sgd_on_normalised_images(probed):
 
 def test_each_network_sees_the_same_crop_normalised_its_own_way(probed):
     teacher = Network(Linear(), 28, (0.1, 0.2, 0.3), (0.5, 0.6, 0.7))
-    task = dataclasses.replace(
-        probed.task, teacher=teacher, config=probed.task.config.copy_and_resolve_references()
+    experiment = dataclasses.replace(
+        probed.experiment,
+        teacher=teacher,
+        config=probed.experiment.config.copy_and_resolve_references(),
     )
-    task.config.augment.update(crop_padding=3, flip=True)
-    images = probed.task.train.images[:8]
-    *seen, _ = create_views(task, jax.random.key(0), images, jnp.zeros(8, int))
+    experiment.config.augment.update(crop_padding=3, flip=True)
+    images = probed.experiment.train.images[:8]
+    *seen, _ = create_views(experiment, jax.random.key(0), images, jnp.zeros(8, int))
     pixels = [
         np.asarray(view) * network.std + network.mean
-        for view, network in zip(seen, (teacher, task.student), strict=True)
+        for view, network in zip(seen, (teacher, experiment.student), strict=True)
     ]
     np.testing.assert_allclose(*pixels, atol=1e-6)
     assert not np.allclose(pixels[0], images / 255, atol=0.01)
     larger = dataclasses.replace(teacher, image_size=42)
-    task = dataclasses.replace(task, teacher=larger)
+    experiment = dataclasses.replace(experiment, teacher=larger)
     shapes = jax.eval_shape(
-        lambda key: create_views(task, key, images, jnp.zeros(8, int))[:2], jax.random.key(0)
+        lambda key: create_views(experiment, key, images, jnp.zeros(8, int))[:2], jax.random.key(0)
     )
     assert [view.shape for view in shapes] == [(8, 42, 42, 3), (8, 28, 28, 3)]
 
@@ -371,36 +377,40 @@ def test_label_loss_is_cross_entropy():
 
 
 def test_targets_are_smoothed_labels_and_mixed(probed):
-    task = dataclasses.replace(probed.task, config=probed.task.config.copy_and_resolve_references())
-    images, labels = task.train.images[:8], jnp.arange(8)
-    task.config.label_smoothing = 0.2
-    *_, targets = create_views(task, jax.random.key(0), images, labels)
+    experiment = dataclasses.replace(
+        probed.experiment, config=probed.experiment.config.copy_and_resolve_references()
+    )
+    images, labels = experiment.train.images[:8], jnp.arange(8)
+    experiment.config.label_smoothing = 0.2
+    *_, targets = create_views(experiment, jax.random.key(0), images, labels)
     np.testing.assert_allclose(targets, 0.8 * np.eye(10)[:8] + 0.02, rtol=1e-6)
-    mixed = dataclasses.replace(task, augment=Augment(mixup=0.4))
+    mixed = dataclasses.replace(experiment, augment=Augment(mixup=0.4))
     teacher_view, view, new = create_views(mixed, jax.random.key(0), images, labels)
     np.testing.assert_array_equal(teacher_view, view)
     share = (new[0, 0] - new[0, 1]) / 0.8
     assert 0 < share < 1
     np.testing.assert_allclose(new, share * targets + (1 - share) * targets[::-1], atol=1e-6)
-    _, plain, _ = create_views(task, jax.random.key(0), images, labels)
+    _, plain, _ = create_views(experiment, jax.random.key(0), images, labels)
     np.testing.assert_allclose(view, share * plain + (1 - share) * plain[::-1], atol=1e-5)
 
 
 def test_strong_augmentation_changes_both_networks_views_alike(probed):
-    task, images = probed.task, probed.task.train.images[:8]
-    strong = dataclasses.replace(task, augment=Augment(auto="trivialaugment"))
+    experiment, images = probed.experiment, probed.experiment.train.images[:8]
+    strong = dataclasses.replace(experiment, augment=Augment(auto="trivialaugment"))
     teacher_view, view, _ = create_views(strong, jax.random.key(0), images, jnp.zeros(8, int))
-    _, plain, _ = create_views(task, jax.random.key(0), images, jnp.zeros(8, int))
+    _, plain, _ = create_views(experiment, jax.random.key(0), images, jnp.zeros(8, int))
     np.testing.assert_array_equal(teacher_view, view)
     assert not np.allclose(view, plain, atol=0.01)
 
 
 def test_the_average_is_evaluated_and_saved_where_there_is_one():
-    task = tiny_task("none")
-    config = task.config.copy_and_resolve_references()
+    experiment = tiny_experiment("none")
+    config = experiment.config.copy_and_resolve_references()
     config.ema.decay = 0.75
-    task = dataclasses.replace(task, config=config)
-    states = run(task, jax.jit(functools.partial(train_step, task)), init_state(task), 3).states
+    experiment = dataclasses.replace(experiment, config=config)
+    states = run(
+        experiment, jax.jit(functools.partial(train_step, experiment)), init_state(experiment), 3
+    ).states
     # The first step leaves no trace of the random start.
     average = states[1].params
     for state in states[2:]:
@@ -413,14 +423,21 @@ def test_the_average_is_evaluated_and_saved_where_there_is_one():
 
 
 def test_a_batch_in_parts_makes_the_same_step():
-    task = tiny_task("none")
-    config = task.config.copy_and_resolve_references()
+    experiment = tiny_experiment("none")
+    config = experiment.config.copy_and_resolve_references()
     config.accumulate = 4
     student = Network(Linear(), 28, (0.5, 0.4, 0.3), (0.2, 0.3, 0.4))  # no batch normalisation
-    whole = dataclasses.replace(task, student=student)
+    whole = dataclasses.replace(experiment, student=student)
     ends = []
-    for task in (whole, dataclasses.replace(whole, config=config)):
-        ends.append(run(task, jax.jit(functools.partial(train_step, task)), init_state(task), 3))
+    for experiment in (whole, dataclasses.replace(whole, config=config)):
+        ends.append(
+            run(
+                experiment,
+                jax.jit(functools.partial(train_step, experiment)),
+                init_state(experiment),
+                3,
+            )
+        )
     for a, b in zip(*(jax.tree.leaves(end.states[3].params) for end in ends), strict=True):
         np.testing.assert_allclose(a, b, atol=1e-6)
     for name in ("loss", "accuracy", "gradient_norm", "learning_rate"):

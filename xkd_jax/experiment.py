@@ -73,7 +73,7 @@ class Network:
 
 
 @dataclasses.dataclass(frozen=True)
-class Task:
+class Experiment:
     """Everything that stays the same from the first step to the last.
 
     Attributes:
@@ -107,7 +107,7 @@ class Task:
     total_steps: int
 
 
-def create_task(config: Config) -> Task:
+def create_experiment(config: Config) -> Experiment:
     """Loads what `config` names and checks that it fits together.
 
     Raises:
@@ -152,8 +152,8 @@ def assemble(
     splits: tuple[data.Split, data.Split],
     student: Network,
     teacher: Network | None,
-) -> Task:
-    """The task of these parts; `splits` are those to learn from and to evaluate on.
+) -> Experiment:
+    """The experiment of these parts; `splits` are those to learn from and to evaluate on.
 
     Raises:
       UserError: the method can't take this pair, or the optimizer's options are wrong.
@@ -173,7 +173,7 @@ def assemble(
         first_steps,
     )
     adversary_rate = optax.constant_schedule(config.adversary_optimizer.learning_rate)
-    return Task(
+    return Experiment(
         mesh=mesh,
         train=train,
         evaluation=evaluation,
@@ -248,7 +248,7 @@ def create_student(config: Config, train: data.Split) -> Network:
 
 @functools.cache
 def _say_once(text: str) -> None:
-    say(text)  # a run makes its task twice
+    say(text)  # a run makes its experiment twice
 
 
 def _weights_file(weights: str) -> str | Path:

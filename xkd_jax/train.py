@@ -22,7 +22,7 @@ from xkd_jax.data.loader import batch_shapes, create_feed
 from xkd_jax.distributed import sharding
 from xkd_jax.distributed.processes import StopSignal
 from xkd_jax.evaluate import create_eval_step, evaluate
-from xkd_jax.experiment import Network, Task
+from xkd_jax.experiment import Experiment, Network
 from xkd_jax.methods.base import apply
 from xkd_jax.optim import accumulate
 from xkd_jax.reporting import nan_guard
@@ -39,7 +39,7 @@ def label_loss(logits: jax.Array, targets: jax.Array) -> jax.Array:
 
 
 def create_views(
-    task: Task, key: jax.Array, images: jax.Array, labels: jax.Array
+    experiment: Experiment, key: jax.Array, images: jax.Array, labels: jax.Array
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """What the networks see of uint8 images [N, H, W, 3] with labels [N].
 
@@ -49,27 +49,27 @@ def create_views(
     crop_key, view_key = jax.random.split(key)
     augment_key, mix_key = jax.random.split(jax.random.fold_in(key, 1))
     pixels = images.astype(jnp.float32) / 255
-    crop = task.config.augment
+    crop = experiment.config.augment
     pixels = ops.random_crop_flip(crop_key, pixels, crop.crop_padding, crop.flip)
-    pixels = augment(augment_key, pixels, task.augment)
-    targets = jax.nn.one_hot(labels, task.train.num_classes)
-    targets = optax.smooth_labels(targets, task.config.label_smoothing)
-    alphas = task.augment.mixup, task.augment.cutmix
+    pixels = augment(augment_key, pixels, experiment.augment)
+    targets = jax.nn.one_hot(labels, experiment.train.num_classes)
+    targets = optax.smooth_labels(targets, experiment.config.label_smoothing)
+    alphas = experiment.augment.mixup, experiment.augment.cutmix
     pixels, targets = mix(mix_key, pixels, targets, *alphas)
     teacher_view, student_view = pixels, pixels
-    if task.method.multi_view:
-        teacher_view, student_view = multiview.multi_view(view_key, pixels, task.views)
+    if experiment.method.multi_view:
+        teacher_view, student_view = multiview.multi_view(view_key, pixels, experiment.views)
 
     def prepare(network: Network, view: jax.Array) -> jax.Array:
         view = ops.resize(view, network.image_size)
         return ops.normalize(view, network.mean, network.std)
 
-    teacher_view = prepare(task.teacher or task.student, teacher_view)
-    return teacher_view, prepare(task.student, student_view), targets
+    teacher_view = prepare(experiment.teacher or experiment.student, teacher_view)
+    return teacher_view, prepare(experiment.student, student_view), targets
 
 
 def train_step(
-    task: Task,
+    experiment: Experiment,
     state: TrainState,
     teacher_variables: Any,
     resident: dict[str, jax.Array],
@@ -78,7 +78,7 @@ def train_step(
     """One update of the student and the method's modules and, when it is its turn, the adversary.
 
     Args:
-      task: what stays the same; static.
+      experiment: what stays the same; static.
       state: donated.
       teacher_variables: frozen.
       resident: the training split as `image`, uint8 [n, H, W, 3], and `label` [n]; or nothing.
@@ -88,30 +88,32 @@ def train_step(
     Returns:
       The new state and the step's metrics: scalars, and `nan_guard.FLAGS` of the gradients.
     """
-    batch = batch | sharding.take(task.mesh, resident, batch["index"])
-    layout = sharding.of_teacher(task.mesh, teacher_variables, task.config.mesh.teacher)
+    batch = batch | sharding.take(experiment.mesh, resident, batch["index"])
+    layout = sharding.of_teacher(experiment.mesh, teacher_variables, experiment.config.mesh.teacher)
     teacher_variables = sharding.gather_lazily(teacher_variables, layout)
-    whole = dataclasses.replace(state, params=sharding.gather(task.mesh, state.params))
-    parts = task.config.accumulate
+    whole = dataclasses.replace(state, params=sharding.gather(experiment.mesh, state.params))
+    parts = experiment.config.accumulate
     step_key = jax.random.fold_in(state.key, state.step)
 
     def part(carry: tuple, batch: dict[str, jax.Array], number: jax.Array) -> tuple:
         key = jax.random.fold_in(step_key, number) if parts > 1 else step_key
         now = dataclasses.replace(whole, batch_stats=carry[0], method_state=carry[1])
-        return gradients(task, now, teacher_variables, batch, key)
+        return gradients(experiment, now, teacher_variables, batch, key)
 
     carry = state.batch_stats, state.method_state
     (batch_stats, method_state), (grads, metrics) = accumulate(part, carry, batch, parts)
-    student_stays, method_stays = task.method.freeze(epochs_so_far(task, state))
-    params, opt_state = _update(task, "student", grads["student"], state.opt_state, state.params)
+    student_stays, method_stays = experiment.method.freeze(epochs_so_far(experiment, state))
+    params, opt_state = _update(
+        experiment, "student", grads["student"], state.opt_state, state.params
+    )
     old = state.params, state.opt_state, state.batch_stats
     params, opt_state, batch_stats = _keep(student_stays, old, (params, opt_state, batch_stats))
     method_params, method_opt_state = _update(
-        task, "method", grads["method"], state.method_opt_state, state.method_params
+        experiment, "method", grads["method"], state.method_opt_state, state.method_params
     )
     method_params = _keep(method_stays, state.method_params, method_params)
-    adversary, adversary_opt_state = _update_adversary(task, state, grads["adversary"])
-    metrics |= {"learning_rate": task.learning_rate_fn(state.step)}
+    adversary, adversary_opt_state = _update_adversary(experiment, state, grads["adversary"])
+    metrics |= {"learning_rate": experiment.learning_rate_fn(state.step)}
     norm = optax.tree.norm(grads["student"])
     metrics |= {"gradient_norm": norm, nan_guard.FLAGS: nan_guard.flags(grads)}
     state = dataclasses.replace(
@@ -125,13 +127,13 @@ def train_step(
         method_state=method_state,
         adversary=adversary,
         adversary_opt_state=adversary_opt_state,
-        ema=_average(task, state, {"params": params, "batch_stats": batch_stats}),
+        ema=_average(experiment, state, {"params": params, "batch_stats": batch_stats}),
     )
     return state, metrics
 
 
 def gradients(
-    task: Task,
+    experiment: Experiment,
     state: TrainState,
     teacher_variables: Any,
     batch: dict[str, jax.Array],
@@ -145,27 +147,29 @@ def gradients(
     """
     view_key, dropout_key, method_key = jax.random.split(key, 3)
     teacher_view, student_view, targets = create_views(
-        task, view_key, batch["image"], batch["label"]
+        experiment, view_key, batch["image"], batch["label"]
     )
     batch = batch | {"target": targets}
     teacher_out, metrics = {}, {}
-    if task.teacher:
-        teacher_out = apply(task.teacher.module, teacher_variables, teacher_view, train=False)[1]
+    if experiment.teacher:
+        teacher_out = apply(
+            experiment.teacher.module, teacher_variables, teacher_view, train=False
+        )[1]
         metrics["teacher_accuracy"] = _accuracy(teacher_out["logits"], batch["label"])
 
     def loss_fn(params, method_params):
         return student_loss(
-            task, state, params, method_params, teacher_out, student_view, batch,
+            experiment, state, params, method_params, teacher_out, student_view, batch,
             dropout_key, method_key,
         )  # fmt: skip
 
     gradient = jax.grad(loss_fn, (0, 1), has_aux=True)
     (grads, method_grads), aux = gradient(state.params, state.method_params)
     adversary_grads, adversary_metrics = _adversary_gradient(
-        task, state, teacher_out, aux["student_out"], method_key
+        experiment, state, teacher_out, aux["student_out"], method_key
     )
-    if task.config.mesh.student == "fsdp":  # summed where its share of the weights is
-        split = sharding.split_large(task.mesh, grads)
+    if experiment.config.mesh.student == "fsdp":  # summed where its share of the weights is
+        split = sharding.split_large(experiment.mesh, grads)
         grads = jax.lax.with_sharding_constraint(grads, split)
     all_grads = {"student": grads, "method": method_grads, "adversary": adversary_grads}
     metrics |= aux["metrics"] | adversary_metrics
@@ -173,7 +177,7 @@ def gradients(
 
 
 def student_loss(
-    task: Task,
+    experiment: Experiment,
     state: TrainState,
     params: Any,
     method_params: Any,
@@ -185,23 +189,23 @@ def student_loss(
 ) -> tuple[jax.Array, dict[str, Any]]:
     """The label term plus the method's, a scalar; and all else that the forward pass yields."""
     (logits, out), updates = apply(
-        task.student.module,
+        experiment.student.module,
         {"params": params, "batch_stats": state.batch_stats},
         view,
         train=True,
         mutable=["batch_stats"],
         rngs={"dropout": dropout_key},
     )
-    label = label_loss(task.method.label_logits(out), batch["target"])
+    label = label_loss(experiment.method.label_logits(out), batch["target"])
     if "aux_logits" in out:
         label = label + AUXILIARY_WEIGHT * label_loss(out["aux_logits"], batch["target"])
-    progress = epochs_so_far(task, state)
-    extra, method_state, metrics = task.method.loss(
+    progress = epochs_so_far(experiment, state)
+    extra, method_state, metrics = experiment.method.loss(
         method_params, state.method_state, teacher_out, out, batch, method_key, progress,
         state.adversary,
     )  # fmt: skip
-    weight = task.method.label_weight
-    if task.method.first_phase:
+    weight = experiment.method.label_weight
+    if experiment.method.first_phase:
         weight = jnp.where(progress < 0, 0.0, weight)
     loss = weight * label + extra
     accuracy = _accuracy(logits, batch["label"])
@@ -214,17 +218,19 @@ def student_loss(
     }
 
 
-def epochs_so_far(task: Task, state: TrainState) -> jax.Array:
+def epochs_so_far(experiment: Experiment, state: TrainState) -> jax.Array:
     """Since the training proper began, fractional; negative in the method's first phase."""
-    return state.step / task.steps_per_epoch - task.method.first_phase
+    return state.step / experiment.steps_per_epoch - experiment.method.first_phase
 
 
 def _accuracy(logits: jax.Array, labels: jax.Array) -> jax.Array:
     return jnp.mean(jnp.argmax(logits, -1) == labels)
 
 
-def _update(task: Task, part: str, grads: Any, opt_state: Any, params: Any) -> tuple[Any, Any]:
-    updates, opt_state = task.optimizers[part].update(grads, opt_state, params)
+def _update(
+    experiment: Experiment, part: str, grads: Any, opt_state: Any, params: Any
+) -> tuple[Any, Any]:
+    updates, opt_state = experiment.optimizers[part].update(grads, opt_state, params)
     return optax.apply_updates(params, updates), opt_state
 
 
@@ -239,27 +245,27 @@ def _keep(stays: Any, old: Any, new: Any) -> Any:
     return jax.tree.map(choose, stays, old, new)
 
 
-def _average(task: Task, state: TrainState, trained: Any) -> Any:
-    options = task.config.ema
+def _average(experiment: Experiment, state: TrainState, trained: Any) -> Any:
+    options = experiment.config.ema
     if not options.decay:
         return state.ema
     return ema.update(state.ema, trained, options.decay, state.step, options.warmup)
 
 
-def _adversarys_turn(task: Task, state: TrainState) -> jax.Array:
+def _adversarys_turn(experiment: Experiment, state: TrainState) -> jax.Array:
     clock = state.step
-    if task.method.adversary_clock == "epoch":
-        clock = state.step // task.steps_per_epoch
-    return clock % task.method.adversary_period == 0
+    if experiment.method.adversary_clock == "epoch":
+        clock = state.step // experiment.steps_per_epoch
+    return clock % experiment.method.adversary_period == 0
 
 
-def _adversary_gradient(task, state, teacher_out, student_out, key):
+def _adversary_gradient(experiment, state, teacher_out, student_out, key):
     """The adversary's gradient, on what the student's step saw; of most steps, zeros."""
-    if not task.method.adversary_period:
+    if not experiment.method.adversary_period:
         return {}, {}
 
     def loss_fn(adversary):
-        return task.method.adversary_loss(
+        return experiment.method.adversary_loss(
             adversary, state.method_params, teacher_out, student_out, key
         )
 
@@ -271,32 +277,32 @@ def _adversary_gradient(task, state, teacher_out, student_out, key):
         metrics = jax.eval_shape(loss_fn, adversary)[1]
         return jax.tree.map(jnp.zeros_like, adversary), dict.fromkeys(metrics, jnp.nan)
 
-    if task.method.adversary_period == 1:  # a conditional hides the work from XLA's optimizer
+    if experiment.method.adversary_period == 1:  # a conditional hides the work from XLA's optimizer
         return compute(state.adversary)
-    return jax.lax.cond(_adversarys_turn(task, state), compute, skip, state.adversary)
+    return jax.lax.cond(_adversarys_turn(experiment, state), compute, skip, state.adversary)
 
 
-def _update_adversary(task: Task, state: TrainState, grads: Any) -> tuple[Any, Any]:
+def _update_adversary(experiment: Experiment, state: TrainState, grads: Any) -> tuple[Any, Any]:
     """The adversary's own step; most steps leave it as it is."""
     old = state.adversary, state.adversary_opt_state
-    if not task.method.adversary_period:
+    if not experiment.method.adversary_period:
         return old
 
     def update(adversary, opt_state):
-        return _update(task, "adversary", grads, opt_state, adversary)
+        return _update(experiment, "adversary", grads, opt_state, adversary)
 
-    if task.method.adversary_period == 1:
+    if experiment.method.adversary_period == 1:
         return update(*old)
-    return jax.lax.cond(_adversarys_turn(task, state), update, lambda *old: old, *old)
+    return jax.lax.cond(_adversarys_turn(experiment, state), update, lambda *old: old, *old)
 
 
 def compile_step(
-    task: Task, state: Any, teacher_variables: Any, resident: Any
+    experiment: Experiment, state: Any, teacher_variables: Any, resident: Any
 ) -> jax.stages.Compiled:
-    """`train_step`, compiled ahead of time for a batch as the task's feed yields it.
+    """`train_step`, compiled ahead of time for a batch as the experiment's feed yields it.
 
     Args:
-      task: as for `train_step`.
+      experiment: as for `train_step`.
       state: an array or a shape with its sharding for each leaf, as everything that follows.
       teacher_variables: as for `train_step`.
       resident: as for `train_step`.
@@ -304,11 +310,11 @@ def compile_step(
     Raises:
       UserError: the compiler says that it doesn't fit.
     """
-    out_shardings = sharding.shardings(state), sharding.replicated(task.mesh)
+    out_shardings = sharding.shardings(state), sharding.replicated(experiment.mesh)
     step_fn = jax.jit(
-        functools.partial(train_step, task), donate_argnums=0, out_shardings=out_shardings
+        functools.partial(train_step, experiment), donate_argnums=0, out_shardings=out_shardings
     )
-    lowered = step_fn.lower(state, teacher_variables, resident, batch_shapes(task))
+    lowered = step_fn.lower(state, teacher_variables, resident, batch_shapes(experiment))
     try:
         return lowered.compile()
     except jax.errors.JaxRuntimeError as error:
@@ -318,11 +324,11 @@ def compile_step(
         raise memory.too_large(f"a step doesn't fit on the devices ({reason})") from error
 
 
-def run(task: Task, folder: Path) -> tuple[TrainState, signal.Signals | None]:
+def run(experiment: Experiment, folder: Path) -> tuple[TrainState, signal.Signals | None]:
     """Trains from the newest checkpoint in `folder`, or from the start, to the end or a signal.
 
     Args:
-      task: what to train.
+      experiment: what to train.
       folder: the run's; metrics and checkpoints go there.
 
     Returns:
@@ -333,27 +339,29 @@ def run(task: Task, folder: Path) -> tuple[TrainState, signal.Signals | None]:
         teacher.
       OSError: something else can't be written.
     """
-    config = task.config
-    fingerprint = task.teacher.fingerprint if task.teacher else ""
+    config = experiment.config
+    fingerprint = experiment.teacher.fingerprint if experiment.teacher else ""
     saved_in = place(folder, config.checkpoint_dir)
     with contextlib.ExitStack() as stack:
         checkpoints = Checkpoints(saved_in, config.keep_checkpoints, fingerprint)
         stack.callback(checkpoints.close)
-        state = init_state(task)
+        state = init_state(experiment)
         state = checkpoints.restore(state) or state
         start = int(state.step)
-        check = nan_guard.create_guard(task, state, folder).check
+        check = nan_guard.create_guard(experiment, state, folder).check
         reporter = Reporter(
-            folder, start, task.total_steps, config.batch_size, config.log_every, check
+            folder, start, experiment.total_steps, config.batch_size, config.log_every, check
         )
         stack.callback(reporter.close)
         stop = stack.enter_context(StopSignal())
-        state = _loop(task, state, start, reporter, checkpoints, Best(task, folder), stop)
+        state = _loop(
+            experiment, state, start, reporter, checkpoints, Best(experiment, folder), stop
+        )
     return state, stop.received
 
 
 def _loop(
-    task: Task,
+    experiment: Experiment,
     state: TrainState,
     start: int,
     reporter: Reporter,
@@ -361,29 +369,31 @@ def _loop(
     best: Best,
     stop: StopSignal,
 ) -> TrainState:
-    config, feed, teacher = task.config, create_feed(task), {}
-    if start == task.total_steps:
+    config, feed, teacher = experiment.config, create_feed(experiment), {}
+    if start == experiment.total_steps:
         return state
-    if task.teacher:
-        variables = task.teacher.variables
-        shardings = sharding.of_teacher(task.mesh, variables, config.mesh.teacher)
+    if experiment.teacher:
+        variables = experiment.teacher.variables
+        shardings = sharding.of_teacher(experiment.mesh, variables, config.mesh.teacher)
         teacher = sharding.put(variables, shardings)
-    eval_step = create_eval_step(task.student, task.evaluation.crop_pct)
-    step_fn = compile_step(task, state, teacher, feed.arrays)
+    eval_step = create_eval_step(experiment.student, experiment.evaluation.crop_pct)
+    step_fn = compile_step(experiment, state, teacher, feed.arrays)
     sizes = memory.parts(state, teacher, feed.arrays)
     sizes["temporaries"] = memory.temporaries(step_fn)
     say(memory.describe(sizes, memory.device_limit()))
-    steps = range(start + 1, task.total_steps + 1)
+    steps = range(start + 1, experiment.total_steps + 1)
     for step, batch in zip(steps, feed.batches(start), strict=False):
         state, metrics = step_fn(state, teacher, feed.arrays, batch)
         # The metrics of the step before: the device is already busy with this one.
         reporter.flush()
         reporter.take(step, metrics)
-        last = step == task.total_steps
-        if last or step % (config.eval_every * task.steps_per_epoch) == 0:
+        last = step == experiment.total_steps
+        if last or step % (config.eval_every * experiment.steps_per_epoch) == 0:
             reporter.flush()
             begun = time.monotonic()
-            scores = evaluate(eval_step, student_variables(state), task.evaluation, task.mesh)
+            scores = evaluate(
+                eval_step, student_variables(state), experiment.evaluation, experiment.mesh
+            )
             best.update(step, student_variables(state), scores)
             reporter.evaluated(step, scores, time.monotonic() - begun)
         stopping = stop.asked(step)

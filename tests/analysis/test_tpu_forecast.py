@@ -17,15 +17,15 @@ from xkd_jax.analysis import hlo, tpu_forecast
 from xkd_jax.analysis.tpu_forecast import (
     CHIPS,
     Prediction,
+    experiment_of_shapes,
     predict_train_step,
     table,
-    task_of_shapes,
 )
 from xkd_jax.config import default_config
 from xkd_jax.data.loader import batch_shapes, create_feed, resident_shapes
 from xkd_jax.distributed import sharding
 from xkd_jax.errors import UserError
-from xkd_jax.experiment import create_task
+from xkd_jax.experiment import create_experiment
 from xkd_jax.state import init_state, state_shapes
 
 needs_compiler = pytest.mark.skipif(
@@ -53,32 +53,34 @@ def mesh():
 
 
 def test_shapes_are_those_of_the_run(mesh):
-    task, real = task_of_shapes(get_config(), mesh), create_task(get_config())
+    experiment, real = experiment_of_shapes(get_config(), mesh), create_experiment(get_config())
     state, feed = init_state(real), create_feed(real)
-    assert shapes(state_shapes(task)) == shapes(state)
-    assert shapes(resident_shapes(task)) == shapes(feed.arrays)
-    assert shapes(batch_shapes(task)) == shapes(next(feed.batches(0)))
-    assert task.total_steps == real.total_steps
+    assert shapes(state_shapes(experiment)) == shapes(state)
+    assert shapes(resident_shapes(experiment)) == shapes(feed.arrays)
+    assert shapes(batch_shapes(experiment)) == shapes(next(feed.batches(0)))
+    assert experiment.total_steps == real.total_steps
 
 
 def test_imagenet_needs_neither_data_nor_weights(mesh):
-    task = task_of_shapes(recipe("vit_large_patch16_384.augreg", "resnet50", 224, 64), mesh)
-    assert task.teacher
-    teacher: Any = task.teacher.module
-    assert (task.teacher.image_size, teacher.depth) == (384, 24)
-    assert task.train.num_classes == 1000
-    assert task.steps_per_epoch == 1_281_167 // 64
-    assert resident_shapes(task) == {}
-    assert batch_shapes(task)["image"].shape == (64, 224, 224, 3)
+    experiment = experiment_of_shapes(
+        recipe("vit_large_patch16_384.augreg", "resnet50", 224, 64), mesh
+    )
+    assert experiment.teacher
+    teacher: Any = experiment.teacher.module
+    assert (experiment.teacher.image_size, teacher.depth) == (384, 24)
+    assert experiment.train.num_classes == 1000
+    assert experiment.steps_per_epoch == 1_281_167 // 64
+    assert resident_shapes(experiment) == {}
+    assert batch_shapes(experiment)["image"].shape == (64, 224, 224, 3)
 
 
 def test_cifar_lies_on_the_devices(mesh):
     config = recipe("vit_tiny_patch16_224", "resnet18", 224, 64, data="tfds:cifar100")
     config.data.update(eval="test", test="test", train="train[:10%]")
-    task = task_of_shapes(config, mesh)
-    assert task.train.num_classes == 100
-    assert resident_shapes(task)["image"].shape == (5000, 32, 32, 3)
-    assert set(batch_shapes(task)) == {"index"}
+    experiment = experiment_of_shapes(config, mesh)
+    assert experiment.train.num_classes == 100
+    assert resident_shapes(experiment)["image"].shape == (5000, 32, 32, 3)
+    assert set(batch_shapes(experiment)) == {"index"}
 
 
 @pytest.mark.parametrize(
@@ -95,7 +97,7 @@ def test_what_nobody_knows_is_asked_for(mesh, field, value, message):
     config = recipe("vit_tiny_patch16_224", "resnet18", 224, 64)
     config.update_from_flattened_dict({field: value})
     with pytest.raises(UserError, match=message):
-        task_of_shapes(config, mesh)
+        experiment_of_shapes(config, mesh)
 
 
 def test_without_the_compiler_it_says_what_to_install(monkeypatch):
@@ -152,15 +154,15 @@ def test_command_line(tmp_path):
     assert not (tmp_path / "run").exists()
 
 
-def sizes(task):
+def sizes(experiment):
     """Numbers in what is trained and in BatchNorm's statistics, and the bytes of split weights."""
 
     def count(tree):
         return sum(leaf.size for leaf in jax.tree.leaves(tree))
 
-    state = state_shapes(task)
-    teacher = jax.eval_shape(task.teacher.init, jax.random.key(0))
-    sharded = sharding.of_teacher(task.mesh, teacher, task.config.mesh.teacher)
+    state = state_shapes(experiment)
+    teacher = jax.eval_shape(experiment.teacher.init, jax.random.key(0))
+    sharded = sharding.of_teacher(experiment.mesh, teacher, experiment.config.mesh.teacher)
     split = [
         leaf.size * leaf.dtype.itemsize
         for leaf, sharding in zip(jax.tree.leaves(teacher), jax.tree.leaves(sharded), strict=True)
@@ -192,9 +194,9 @@ def test_the_papers_pairs_fit_and_send_little(pair, topology):
     with backend.assume("tpu"):
         config = recipe(*PAIRS[pair], IMAGES * mesh.size)
         config.mesh.teacher = "fsdp" if pair == "large384" else "auto"
-        task = task_of_shapes(config, mesh)
-        prediction = predict_train_step(task, chip)
-        trained, statistics, split = sizes(task)
+        experiment = experiment_of_shapes(config, mesh)
+        prediction = predict_train_step(experiment, chip)
+        trained, statistics, split = sizes(experiment)
     assert prediction.memory < chip.memory
     assert 0.05 < prediction.mfu(mesh.size, chip) < 0.9
     assert (split > 0) == (pair == "large384")

@@ -14,7 +14,7 @@ from xkd_jax import train as loop
 from xkd_jax.cli import train
 from xkd_jax.config import default_config, used, validate
 from xkd_jax.errors import UserError
-from xkd_jax.experiment import create_task
+from xkd_jax.experiment import create_experiment
 from xkd_jax.models import create_model
 from xkd_jax.weights import save_weights
 
@@ -42,7 +42,7 @@ def teacher_file(path, **changes):
 def _no_training(monkeypatch):
     """Whatever gets as far as the loop was not refused in time."""
 
-    def run(task, folder):
+    def run(experiment, folder):
         raise AssertionError("training started")
 
     monkeypatch.setattr(loop, "run", run)
@@ -180,9 +180,9 @@ def test_teacher_files(tmp_path):
 def test_teacher_brings_its_own_mean_and_std(tmp_path):
     config = tiny.get_config()
     config.teacher.weights = teacher_file(tmp_path / "teacher.safetensors")
-    task = create_task(config)
-    assert task.teacher.mean == (0.5, 0.5, 0.5)
-    assert task.student.mean == task.train.mean != task.teacher.mean
+    experiment = create_experiment(config)
+    assert experiment.teacher.mean == (0.5, 0.5, 0.5)
+    assert experiment.student.mean == experiment.train.mean != experiment.teacher.mean
 
 
 def test_comparison_checks_every_run_before_the_first(tmp_path):

@@ -234,7 +234,7 @@ def test_a_teacher_of_timms_in_a_config(hub):
     hub.publish("vit_tiny_patch16_224.augreg_in21k_ft_in1k", state, **args)
     config = get_config("logits")
     config.teacher.update(model="", args={}, weights="timm:vit_tiny_patch16_224")
-    made = experiment.create_task(config)
+    made = experiment.create_experiment(config)
     assert made.teacher.image_size == 28
     assert made.teacher.mean == (0.4, 0.4, 0.4)
     assert made.teacher.module.depth == 1
@@ -243,14 +243,14 @@ def test_a_teacher_of_timms_in_a_config(hub):
     assert len(hub.downloads) == downloads
     config.teacher.weights = "timm:vit_tiny_patch16_225"
     with pytest.raises(UserError, match="did you mean vit_tiny_patch16_224"):
-        experiment.create_task(config)
+        experiment.create_experiment(config)
 
 
 def test_a_student_that_starts_from_timms(hub, capsys):
     config = get_config("none")
     config.student.args = TINY_RESNET
     config.student.weights = "timm:resnet18"
-    student = experiment.create_task(config).student
+    student = experiment.create_experiment(config).student
     assert "student.weights timm:resnet18: set fc.bias and fc.weight to zero, for 10 classes" in (
         capsys.readouterr().err
     )
@@ -260,7 +260,7 @@ def test_a_student_that_starts_from_timms(hub, capsys):
     )
     config.student.args = {**TINY_RESNET, "stem": "cifar"}
     with pytest.raises(UserError, match=r"conv1.weight is \[8, 3, 7, 7\] where \[8, 3, 3, 3\]"):
-        experiment.create_task(config)
+        experiment.create_experiment(config)
 
 
 @pytest.fixture

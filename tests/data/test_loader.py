@@ -14,7 +14,7 @@ from xkd_jax.data.loader import Host, Order, Resident, create_feed
 from xkd_jax.data.order import batch_indices
 from xkd_jax.distributed import sharding
 from xkd_jax.errors import UserError
-from xkd_jax.experiment import create_task
+from xkd_jax.experiment import create_experiment
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 
@@ -179,12 +179,12 @@ def test_a_run_resumed_in_mid_epoch_ends_bit_identical(photos, tmp_path, feed):
         name=f"folder:{photos}", train="train", eval="train", test="train", feed=feed
     )
     config.image_size, config.batch_size, config.epochs = 28, 8, 2
-    task = create_task(config)
-    assert (task.steps_per_epoch, task.total_steps) == (3, 6)
-    assert isinstance(create_feed(task), Host if feed == "host" else Resident)
-    unbroken, _ = train.run(task, tmp_path / "unbroken")
-    train.run(dataclasses.replace(task, total_steps=4), tmp_path / "resumed")
-    resumed, _ = train.run(task, tmp_path / "resumed")
+    experiment = create_experiment(config)
+    assert (experiment.steps_per_epoch, experiment.total_steps) == (3, 6)
+    assert isinstance(create_feed(experiment), Host if feed == "host" else Resident)
+    unbroken, _ = train.run(experiment, tmp_path / "unbroken")
+    train.run(dataclasses.replace(experiment, total_steps=4), tmp_path / "resumed")
+    resumed, _ = train.run(experiment, tmp_path / "resumed")
     unbroken, resumed = (
         dataclasses.replace(state, key=jax.random.key_data(state.key))
         for state in (unbroken, resumed)

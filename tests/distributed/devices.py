@@ -12,21 +12,21 @@ import jax
 import numpy as np
 from jax.sharding import AxisType, Mesh
 
-from tests.methods.pairs import PAIRS, pair_task
+from tests.methods.pairs import PAIRS, pair_experiment
 from xkd_jax import train
 from xkd_jax.data.loader import create_feed
 
 STEPS = 10
 
 
-def final_state(task):
+def final_state(experiment):
     """After `STEPS` steps, the last ones of the first phase included."""
-    first = round(task.method.first_phase * task.steps_per_epoch)
-    state, feed = train.init_state(task), create_feed(task)
+    first = round(experiment.method.first_phase * experiment.steps_per_epoch)
+    state, feed = train.init_state(experiment), create_feed(experiment)
     state = dataclasses.replace(state, step=state.step + max(first - STEPS // 2, 0))
-    step_fn = jax.jit(functools.partial(train.train_step, task))
+    step_fn = jax.jit(functools.partial(train.train_step, experiment))
     for _, batch in zip(range(STEPS), feed.batches(0), strict=False):
-        state, _ = step_fn(state, task.teacher.variables, feed.arrays, batch)
+        state, _ = step_fn(state, experiment.teacher.variables, feed.arrays, batch)
     return state
 
 
@@ -42,11 +42,11 @@ def difference(*states):
 def compare(method):
     """One device against eight."""
     pair = PAIRS["ViT to ViT" if method in ("deit", "minilm") else "ViT to ResNet"]
-    task = pair_task(method, pair)
+    experiment = pair_experiment(method, pair)
     axes = {"axis_names": ("data", "model"), "axis_types": (AxisType.Auto,) * 2}
     one = Mesh(np.array(jax.devices()[:1]).reshape(1, 1), **axes)
-    assert task.mesh.size == 8
-    states = [final_state(t) for t in (task, dataclasses.replace(task, mesh=one))]
+    assert experiment.mesh.size == 8
+    states = [final_state(t) for t in (experiment, dataclasses.replace(experiment, mesh=one))]
     bank = [x for x in jax.tree.leaves(states[0].method_state) if "data" in str(x.sharding.spec)]
     return {"difference": difference(*states), "sharded": len(bank)}
 

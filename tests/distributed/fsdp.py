@@ -9,7 +9,7 @@ import json
 import jax
 
 from tests.distributed.devices import difference
-from tests.methods.pairs import PAIRS, VIT, pair_task
+from tests.methods.pairs import PAIRS, VIT, pair_experiment
 from xkd_jax import backend, train
 from xkd_jax.analysis import hlo, memory
 from xkd_jax.data.loader import create_feed
@@ -42,11 +42,15 @@ def facts_of(compiled, teacher):
 def train_steps(teacher_rule, student_rule):
     """The last state, and what there is to tell about it and the compiled step."""
     changes = {"mesh": {"teacher": teacher_rule, "student": student_rule}, "ema": {"decay": 0.9}}
-    task = pair_task("cakd", PAIRS["ViT to ResNet"], **changes)
-    state, feed, variables = train.init_state(task), create_feed(task), task.teacher.variables
-    rule = task.config.mesh.teacher
-    teacher = sharding.put(variables, sharding.of_teacher(task.mesh, variables, rule))
-    step_fn = train.compile_step(task, state, teacher, feed.arrays)
+    experiment = pair_experiment("cakd", PAIRS["ViT to ResNet"], **changes)
+    state, feed, variables = (
+        train.init_state(experiment),
+        create_feed(experiment),
+        experiment.teacher.variables,
+    )
+    rule = experiment.config.mesh.teacher
+    teacher = sharding.put(variables, sharding.of_teacher(experiment.mesh, variables, rule))
+    step_fn = train.compile_step(experiment, state, teacher, feed.arrays)
     facts = {"sizes": memory.parts(state, teacher, feed.arrays)}
     for _, batch in zip(range(STEPS), feed.batches(0), strict=False):
         state, _ = step_fn(state, teacher, feed.arrays, batch)

@@ -19,7 +19,7 @@ from tests.distributed.devices import difference
 from xkd_jax.checkpoint import Checkpoints
 from xkd_jax.distributed import processes
 from xkd_jax.errors import UserError
-from xkd_jax.experiment import create_task
+from xkd_jax.experiment import create_experiment
 from xkd_jax.reporting.logger import Reporter, read_metrics, say
 from xkd_jax.state import state_shapes
 
@@ -163,9 +163,9 @@ def last_state(folder, changes):
     """The last checkpoint, read by one process on its own device."""
     config = tiny.get_config(METHOD)
     config.update_from_flattened_dict(changes)
-    task = create_task(config)
-    checkpoints = Checkpoints(folder / "checkpoints", 2, task.teacher.fingerprint)
-    state = checkpoints.restore(state_shapes(task))
+    experiment = create_experiment(config)
+    checkpoints = Checkpoints(folder / "checkpoints", 2, experiment.teacher.fingerprint)
+    state = checkpoints.restore(state_shapes(experiment))
     checkpoints.close()
     return state
 
@@ -250,7 +250,7 @@ def test_when_one_process_dies_the_other_ends_with_a_message(one_each, tmp_path,
     assert time.monotonic() - begun < 60
     assert codes[victim] == -signal.SIGKILL
     assert codes[1 - victim] != 0
-    assert re.search("another task died|killed|Connection|Socket closed", said[1 - victim])
+    assert re.search("another experiment died|killed|Connection|Socket closed", said[1 - victim])
 
 
 @pytest.mark.slow

@@ -1,7 +1,7 @@
-"""Tiny networks of every kind that can teach and learn, and tasks made of a pair of them."""
+"""Tiny networks of every kind that can teach and learn, and experiments made of a pair of them."""
 
 from xkd_jax.config import default_config
-from xkd_jax.experiment import create_task
+from xkd_jax.experiment import create_experiment
 
 VIT = {"img_size": 28, "patch_size": 4, "embed_dim": 16, "depth": 2, "num_heads": 2}
 NETWORKS = {
@@ -24,7 +24,7 @@ PAIRS = {
 }
 
 
-def pair_task(name, pair, **changes):
+def pair_experiment(name, pair, **changes):
     """64 images, four steps an epoch, on the networks that `pair` of NETWORKS names."""
     config = default_config()
     config.batch_size = 16
@@ -39,4 +39,4 @@ def pair_task(name, pair, **changes):
     config.data.update(name="fashion_mnist_mini", train="train[:64]", eval="validation[:64]")
     config.optimizer.learning_rate = 0.01
     config.optimizer.clip_norm = 1.0
-    return create_task(config)
+    return create_experiment(config)

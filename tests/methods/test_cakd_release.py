@@ -11,7 +11,7 @@ import pytest
 from xkd_jax.config import default_config
 from xkd_jax.data.loader import create_feed
 from xkd_jax.errors import UserError
-from xkd_jax.experiment import create_task
+from xkd_jax.experiment import create_experiment
 from xkd_jax.methods.cakd_release import CAKDRelease, LinearProjector, PatchGAN
 from xkd_jax.train import init_state, train_step
 
@@ -233,14 +233,14 @@ def test_it_trains():
     }  # fmt: skip
     config.augment.update(crop_padding=0, flip=False)
     config.optimizer.learning_rate = 0.02
-    task = create_task(config)
-    assert task.method == CAKDRelease()
-    assert task.teacher is not None
-    step_fn = jax.jit(functools.partial(train_step, task))
-    state, losses, feed = init_state(task), [], create_feed(task)
+    experiment = create_experiment(config)
+    assert experiment.method == CAKDRelease()
+    assert experiment.teacher is not None
+    step_fn = jax.jit(functools.partial(train_step, experiment))
+    state, losses, feed = init_state(experiment), [], create_feed(experiment)
     for _, batch in zip(range(12), feed.batches(0), strict=False):
         before = state
-        state, metrics = step_fn(state, task.teacher.variables, feed.arrays, batch)
+        state, metrics = step_fn(state, experiment.teacher.variables, feed.arrays, batch)
         losses.append(metrics["loss"])
         assert np.isfinite(metrics["discriminator"])  # the adversary moves at every step
         for old, new in zip(

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from tests.methods.pairs import PAIRS, pair_task
+from tests.methods.pairs import PAIRS, pair_experiment
 from tests.test_train import changed
 from xkd_jax import train
 from xkd_jax.data.loader import create_feed
@@ -24,16 +24,16 @@ REFUSED = {
 }
 
 
-def step_through(task, count=2, first=None):
+def step_through(experiment, count=2, first=None):
     """From step `first`; by default the last of the method's first phase, or the first of all."""
     if first is None:
-        first = max(round(task.method.first_phase * task.steps_per_epoch) - 1, 0)
-    state = dataclasses.replace(train.init_state(task), step=jnp.asarray(first))
-    feed = create_feed(task)
-    step_fn = jax.jit(lambda *args: train.train_step(task, *args))
+        first = max(round(experiment.method.first_phase * experiment.steps_per_epoch) - 1, 0)
+    state = dataclasses.replace(train.init_state(experiment), step=jnp.asarray(first))
+    feed = create_feed(experiment)
+    step_fn = jax.jit(lambda *args: train.train_step(experiment, *args))
     states, metrics = [state], []
     for _, batch in zip(range(count), feed.batches(0), strict=False):
-        state, of_step = step_fn(state, task.teacher.variables, feed.arrays, batch)
+        state, of_step = step_fn(state, experiment.teacher.variables, feed.arrays, batch)
         states.append(state)
         metrics.append(jax.device_get(of_step))
     return states, metrics
@@ -44,12 +44,12 @@ def step_through(task, count=2, first=None):
 def test_every_method_trains_every_pair_or_says_what_would(method, pair):
     if pair in REFUSED.get(method, ()):
         with pytest.raises(UserError, match=r"; for this pair take .*logits"):
-            pair_task(method, PAIRS[pair])
+            pair_experiment(method, PAIRS[pair])
         return
-    task = pair_task(method, PAIRS[pair], **OPTIONS.get(method, {}))
+    experiment = pair_experiment(method, PAIRS[pair], **OPTIONS.get(method, {}))
     dozens = pair == ("ViT to ViT" if method in ("deit", "minilm") else "ViT to ResNet")
     steps, first = (36, 0 if method == "ab" else None) if dozens else (2, None)
-    states, metrics = step_through(task, steps, first)
+    states, metrics = step_through(experiment, steps, first)
     assert all(np.isfinite(of_step["loss"]) for of_step in metrics)
     assert changed(states[-2].params, states[-1].params)
     if dozens:  # on real images, what the method minimises falls
@@ -72,12 +72,12 @@ def terms_of(metrics):
 def test_a_run_resumed_with_the_methods_state_ends_bit_identical(method, tmp_path):
     """What has state, or phases: stopped in the middle of each."""
     options = {"epochs": 1} | {"method": {name: {"first_epochs": 1} for name in ("ab", "ft")}}
-    task = pair_task(method, PAIRS["ResNet to ResNet"], **options)
-    unbroken, _ = train.run(task, tmp_path / "unbroken")
-    for steps in {2, task.total_steps - 2}:
-        train.run(dataclasses.replace(task, total_steps=steps), tmp_path / "resumed")
-    resumed, _ = train.run(task, tmp_path / "resumed")
-    assert int(resumed.step) == task.total_steps
+    experiment = pair_experiment(method, PAIRS["ResNet to ResNet"], **options)
+    unbroken, _ = train.run(experiment, tmp_path / "unbroken")
+    for steps in {2, experiment.total_steps - 2}:
+        train.run(dataclasses.replace(experiment, total_steps=steps), tmp_path / "resumed")
+    resumed, _ = train.run(experiment, tmp_path / "resumed")
+    assert int(resumed.step) == experiment.total_steps
     assert not changed(unbroken, resumed)
     if method in ("crd", "ofd", "london"):
         assert jax.tree.leaves(resumed.method_state)

@@ -8,7 +8,7 @@ import numpy as np
 import optax
 import pytest
 
-from tests.test_train import changed, run, tiny_task
+from tests.test_train import changed, run, tiny_experiment
 from xkd_jax.methods import Sum
 from xkd_jax.methods.base import Method
 from xkd_jax.optim import create_learning_rate_fn
@@ -44,9 +44,13 @@ class Phased(Method):
 
 
 def steps(method, n=4):
-    task = tiny_task("none")
-    task = dataclasses.replace(task, method=method, total_steps=task.total_steps + 2)
-    return run(task, jax.jit(lambda *args: train_step(task, *args)), init_state(task), n)
+    experiment = tiny_experiment("none")
+    experiment = dataclasses.replace(
+        experiment, method=method, total_steps=experiment.total_steps + 2
+    )
+    return run(
+        experiment, jax.jit(lambda *args: train_step(experiment, *args)), init_state(experiment), n
+    )
 
 
 @pytest.fixture(scope="module")

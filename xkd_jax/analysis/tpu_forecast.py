@@ -29,7 +29,7 @@ from xkd_jax.errors import UserError
 from xkd_jax.evaluate import IMAGES_PER_DEVICE, create_eval_step
 from xkd_jax.experiment import (
     TIMM,
-    Task,
+    Experiment,
     assemble,
     check_batch,
     create_student,
@@ -148,11 +148,11 @@ def topology(name: str, mesh: Any) -> tuple[Mesh, Chip]:
     return sharding.create_mesh(mesh.data, mesh.model, devices), CHIPS[kind]
 
 
-def task_of_shapes(config: Config, mesh: Mesh) -> Task:
-    """What `create_task` makes, without an image or a weight of it read.
+def experiment_of_shapes(config: Config, mesh: Mesh) -> Experiment:
+    """What `create_experiment` makes, without an image or a weight of it read.
 
     Raises:
-      UserError: as `create_task`, or nobody knows how many classes there are.
+      UserError: as `create_experiment`, or nobody knows how many classes there are.
     """
     config = copy.deepcopy(config)
     config.student.weights = ""  # the same shapes
@@ -205,44 +205,47 @@ def _teacher_metadata(config: Config) -> dict[str, Any]:
     return load_teacher_file(config)[1]
 
 
-def predict_train_step(task: Task, chip: Chip) -> Prediction:
-    """Compiles the training step for the task's mesh.
+def predict_train_step(experiment: Experiment, chip: Chip) -> Prediction:
+    """Compiles the training step for the experiment's mesh.
 
     Raises:
       UserError: it doesn't fit.
     """
     teacher: Any = {}
-    if task.teacher:
-        shapes = jax.eval_shape(task.teacher.init, jax.random.key(0))
-        rule = task.config.mesh.teacher
-        teacher = sharding.shaped(shapes, sharding.of_teacher(task.mesh, shapes, rule))
-    args = state_shapes(task), teacher, resident_shapes(task)
-    compiled = train.compile_step(task, *args)
-    products = count_flops(partial(train.train_step, task), *args, batch_shapes(task))
-    return _predict(compiled, products, task.mesh, chip)
+    if experiment.teacher:
+        shapes = jax.eval_shape(experiment.teacher.init, jax.random.key(0))
+        rule = experiment.config.mesh.teacher
+        teacher = sharding.shaped(shapes, sharding.of_teacher(experiment.mesh, shapes, rule))
+    args = state_shapes(experiment), teacher, resident_shapes(experiment)
+    compiled = train.compile_step(experiment, *args)
+    products = count_flops(partial(train.train_step, experiment), *args, batch_shapes(experiment))
+    return _predict(compiled, products, experiment.mesh, chip)
 
 
-def predict_eval_step(task: Task, chip: Chip) -> Prediction:
-    """Compiles the evaluation step for the task's mesh."""
-    everywhere, over_batch = sharding.replicated(task.mesh), sharding.over_batch(task.mesh)
-    count = eval_batch(task)
+def predict_eval_step(experiment: Experiment, chip: Chip) -> Prediction:
+    """Compiles the evaluation step for the experiment's mesh."""
+    everywhere, over_batch = (
+        sharding.replicated(experiment.mesh),
+        sharding.over_batch(experiment.mesh),
+    )
+    count = eval_batch(experiment)
     batch = {
-        "images": jax.ShapeDtypeStruct((count, *task.evaluation.images.shape[1:]), np.uint8),
+        "images": jax.ShapeDtypeStruct((count, *experiment.evaluation.images.shape[1:]), np.uint8),
         "labels": jax.ShapeDtypeStruct((count,), np.int32),
         "valid": jax.ShapeDtypeStruct((count,), bool),
     }
     args = (
-        sharding.shaped(student_variables(state_shapes(task)), everywhere),
+        sharding.shaped(student_variables(state_shapes(experiment)), everywhere),
         *sharding.shaped(batch, over_batch).values(),
         sharding.shaped(jax.eval_shape(lambda: jax.random.key(0)), everywhere),
     )
-    step = create_eval_step(task.student, task.evaluation.crop_pct)
-    return _predict(step.lower(*args).compile(), count_flops(step, *args), task.mesh, chip)
+    step = create_eval_step(experiment.student, experiment.evaluation.crop_pct)
+    return _predict(step.lower(*args).compile(), count_flops(step, *args), experiment.mesh, chip)
 
 
-def eval_batch(task: Task) -> int:
+def eval_batch(experiment: Experiment) -> int:
     """Images of an evaluation step."""
-    return IMAGES_PER_DEVICE * task.mesh.shape["data"]
+    return IMAGES_PER_DEVICE * experiment.mesh.shape["data"]
 
 
 def _predict(compiled: jax.stages.Compiled, products: int, mesh: Mesh, chip: Chip) -> Prediction:
@@ -279,10 +282,10 @@ def run(config: Config, name: str) -> int:
     mesh, chip = topology(name, config.mesh)
     with backend.assume("tpu"):
         for method in config.compare or (config.method.name,):
-            task = task_of_shapes(for_method(config, method), mesh)
+            experiment = experiment_of_shapes(for_method(config, method), mesh)
             steps = {
-                "training": (predict_train_step(task, chip), config.batch_size),
-                "evaluation": (predict_eval_step(task, chip), eval_batch(task)),
+                "training": (predict_train_step(experiment, chip), config.batch_size),
+                "evaluation": (predict_eval_step(experiment, chip), eval_batch(experiment)),
             }
             print(f"{method} on {name}, {mesh.size} chips; compiled, not run\n")
             print(table(steps, mesh.size, chip))

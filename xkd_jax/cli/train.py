@@ -21,7 +21,7 @@ from xkd_jax.config import (
 )
 from xkd_jax.distributed import processes, sharding
 from xkd_jax.errors import UserError
-from xkd_jax.experiment import create_task
+from xkd_jax.experiment import create_experiment
 from xkd_jax.reporting import report, summary
 from xkd_jax.reporting.logger import say
 from xkd_jax.reporting.report import CONFIG_FILE
@@ -96,7 +96,7 @@ def run(config: Config, workdir: Path) -> int:
     # All of them are checked before the first one starts.
     left = {folder: alone for folder, alone in runs.items() if not _is_complete(alone, folder)}
     for alone in left.values():
-        create_task(alone)
+        create_experiment(alone)
     for folder, alone in left.items():
         try:
             stopped = _train(alone, folder)
@@ -124,12 +124,12 @@ def _train(config: Config, folder: Path) -> signal.Signals | None:
     """
     if processes.is_first() and not (folder / CONFIG_FILE).exists():
         write_file(folder / CONFIG_FILE, (json.dumps(used(config), indent=2) + "\n").encode())
-    task = create_task(config)
-    state, stopped = train.run(task, folder)
-    if stopped and int(state.step) < task.total_steps:
+    experiment = create_experiment(config)
+    state, stopped = train.run(experiment, folder)
+    if stopped and int(state.step) < experiment.total_steps:
         return stopped
-    variables = sharding.to_host(train.student_variables(state), task.mesh)
-    summary.finish(task, variables, folder)
+    variables = sharding.to_host(train.student_variables(state), experiment.mesh)
+    summary.finish(experiment, variables, folder)
     return stopped
 
 

@@ -17,46 +17,50 @@ from xkd_jax.data.encoded import EncodedImages
 from xkd_jax.data.order import batch_indices
 from xkd_jax.data.source import Examples, Split
 from xkd_jax.distributed import sharding
-from xkd_jax.experiment import Task
+from xkd_jax.experiment import Experiment
 
 Batch = dict[str, jax.Array]
 
 
-def create_order(task: Task) -> "Order":
-    """Which examples each step of the task sees."""
-    config = task.config
-    return Order(len(task.train), config.batch_size, config.seed, config.data.repeats)
+def create_order(experiment: Experiment) -> "Order":
+    """Which examples each step of the experiment sees."""
+    config = experiment.config
+    return Order(len(experiment.train), config.batch_size, config.seed, config.data.repeats)
 
 
-def create_feed(task: Task) -> "Resident | Host":
-    """The way that the task's training split asks for."""
-    config, order = task.config, create_order(task)
-    if isinstance(task.train.images, EncodedImages):
-        return Host(task.train, task.mesh, order, tuple(config.crop_scale), config.data.workers)
-    return Resident(task.train, task.mesh, order)
+def create_feed(experiment: Experiment) -> "Resident | Host":
+    """The way that the experiment's training split asks for."""
+    config, order = experiment.config, create_order(experiment)
+    if isinstance(experiment.train.images, EncodedImages):
+        return Host(
+            experiment.train, experiment.mesh, order, tuple(config.crop_scale), config.data.workers
+        )
+    return Resident(experiment.train, experiment.mesh, order)
 
 
-def batch_shapes(task: Task) -> dict[str, jax.ShapeDtypeStruct]:
-    """What the task's feed yields as `batches`, as shapes with their shardings."""
-    count = task.config.batch_size
+def batch_shapes(experiment: Experiment) -> dict[str, jax.ShapeDtypeStruct]:
+    """What the experiment's feed yields as `batches`, as shapes with their shardings."""
+    count = experiment.config.batch_size
     shapes = {"index": jax.ShapeDtypeStruct((count,), np.int32)}
-    if isinstance(task.train.images, EncodedImages):
-        shapes["image"] = jax.ShapeDtypeStruct((count, *task.train.images.shape[1:]), np.uint8)
+    if isinstance(experiment.train.images, EncodedImages):
+        shapes["image"] = jax.ShapeDtypeStruct(
+            (count, *experiment.train.images.shape[1:]), np.uint8
+        )
         shapes["label"] = shapes["index"]
-    return sharding.shaped(shapes, sharding.over_batch(task.mesh))
+    return sharding.shaped(shapes, sharding.over_batch(experiment.mesh))
 
 
-def resident_shapes(task: Task) -> dict[str, jax.ShapeDtypeStruct]:
-    """What the task's feed has as `arrays`, as shapes with their shardings."""
-    if isinstance(task.train.images, EncodedImages):
+def resident_shapes(experiment: Experiment) -> dict[str, jax.ShapeDtypeStruct]:
+    """What the experiment's feed has as `arrays`, as shapes with their shardings."""
+    if isinstance(experiment.train.images, EncodedImages):
         return {}
-    count, *shape = task.train.images.shape
-    count += -count % task.mesh.shape["data"]
+    count, *shape = experiment.train.images.shape
+    count += -count % experiment.mesh.shape["data"]
     shapes = {
         "image": jax.ShapeDtypeStruct((count, *shape), np.uint8),
         "label": jax.ShapeDtypeStruct((count,), np.int32),
     }
-    return sharding.shaped(shapes, sharding.over_batch(task.mesh))
+    return sharding.shaped(shapes, sharding.over_batch(experiment.mesh))
 
 
 @dataclasses.dataclass(frozen=True)

@@ -1,6 +1,6 @@
 """MiniLM: the student's last self-attention relates tokens to each other as the teacher's does.
 
-Wang, Wei, Dong, Bao, Yang, Zhou: MiniLM: Deep Self-Attention Distillation for Task-Agnostic
+Wang, Wei, Dong, Bao, Yang, Zhou: MiniLM: Deep Self-Attention Distillation for Experiment-Agnostic
 Compression of Pre-Trained Transformers, arXiv:2002.10957, section 3, is "v1"; Wang, Bao, Huang,
 Dong, Wei: MiniLMv2, arXiv:2012.15828, section 3, is "v2".
 """

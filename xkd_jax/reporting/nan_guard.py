@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from xkd_jax.data.loader import Order, create_order
 from xkd_jax.distributed import processes
 from xkd_jax.errors import UserError
-from xkd_jax.experiment import Task
+from xkd_jax.experiment import Experiment
 from xkd_jax.state import TrainState
 from xkd_jax.weights import write_file
 
@@ -75,14 +75,14 @@ class Guard:
         )
 
 
-def create_guard(task: Task, state: TrainState, folder: Path) -> Guard:
+def create_guard(experiment: Experiment, state: TrainState, folder: Path) -> Guard:
     """The guard of a run, whose gradients have the names of what `state` trains."""
     trained = {
         "student": state.params,
         "method": state.method_params,
         "adversary": state.adversary,
     }
-    return Guard(folder, names(trained), create_order(task))
+    return Guard(folder, names(trained), create_order(experiment))
 
 
 def check_state(step: int, state: Any) -> None:
