@@ -45,7 +45,7 @@ class TeacherOnly(Method):
 
 
 def make_experiment(method: Method, name: str, pair: str, batch: int) -> Experiment:
-    """A experiment on 1024 random images of CIFAR's size and classes."""
+    """An experiment on 1024 random images of CIFAR's size and classes."""
     config = default_config()
     config.batch_size, config.epochs = batch, 1
     config.method.name = name
