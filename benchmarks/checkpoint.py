@@ -16,13 +16,10 @@ from typing import Any
 
 import jax
 
-from xkd_jax import train
 from xkd_jax.checkpoint import Checkpoints
 from xkd_jax.config import default_config
-from xkd_jax.data.loader import create_feed
-from xkd_jax.distributed import sharding
 from xkd_jax.experiment import Experiment, create_experiment
-from xkd_jax.state import init_state
+from xkd_jax.train import Stepper, init_state
 
 WARMUP = 3
 
@@ -43,16 +40,15 @@ def measure(
     experiment: Experiment, options: argparse.Namespace, folder: Path
 ) -> dict[str, list[float]]:
     """Seconds of steps, of the steps that follow a save, and of what `save` takes to return."""
-    state, feed = init_state(experiment), create_feed(experiment)
-    assert experiment.teacher
-    teacher = sharding.put(experiment.teacher.variables, sharding.replicated(experiment.mesh))
-    step_fn = train.compile_step(experiment, state, teacher, feed.arrays)
-    checkpoints = Checkpoints(folder, 2, experiment.teacher.fingerprint)
+    state = init_state(experiment)
+    step_fn = Stepper(experiment, state)
+    assert experiment.distiller.teacher
+    checkpoints = Checkpoints(folder, 2, experiment.distiller.teacher.fingerprint)
     seconds: dict[str, list[float]] = {"step": [], "step after a save": [], "save": []}
     kind, last = "step", WARMUP + options.steps * (options.saves + 1)
-    for step, batch in zip(range(1, last), feed.batches(0), strict=False):
+    for step, batch in zip(range(1, last), step_fn.loader.batches(0), strict=False):
         begun = time.perf_counter()
-        state, metrics = step_fn(state, teacher, feed.arrays, batch)
+        state, metrics = step_fn(state, batch)
         jax.block_until_ready((state, metrics))
         if step > WARMUP:
             seconds[kind].append(time.perf_counter() - begun)

@@ -12,10 +12,9 @@ import time
 
 import jax
 
-from xkd_jax import train
 from xkd_jax.config import default_config
-from xkd_jax.data.loader import create_feed
 from xkd_jax.experiment import create_experiment
+from xkd_jax.train import Stepper, init_state
 
 WARMUP = 3
 
@@ -29,9 +28,9 @@ def measure(feed_name: str, options: argparse.Namespace) -> tuple[float, float]:
     config.student.args = {"stem": "cifar"} if options.size <= 32 else {}
     config.data.workers = options.workers
     experiment = create_experiment(config)
-    feed = create_feed(experiment)
-    step_fn = jax.jit(lambda *args: train.train_step(experiment, *args), donate_argnums=0)
-    state, batches = train.init_state(experiment), feed.batches(0)
+    state = init_state(experiment)
+    step_fn = Stepper(experiment, state)
+    batches = step_fn.loader.batches(0)
     waited, begun, metrics = 0.0, 0.0, {}
     for step in range(options.steps + WARMUP):
         if step == WARMUP:
@@ -41,8 +40,7 @@ def measure(feed_name: str, options: argparse.Namespace) -> tuple[float, float]:
         batch = next(batches)
         waited += time.monotonic() - asked
         previous = metrics
-        state, metrics = step_fn(state, {},
-                                 feed.arrays, batch)  # fmt: skip
+        state, metrics = step_fn(state, batch)
         jax.block_until_ready(previous)  # the loop reads metrics one step late
     jax.block_until_ready(metrics)
     total = time.monotonic() - begun

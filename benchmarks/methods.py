@@ -8,22 +8,20 @@ of several calls in turn with the limit's, memory is what XLA plans beside the s
 
 import argparse
 import dataclasses
-import functools
 import time
 from collections.abc import Callable, Sequence
 
 import jax
 import numpy as np
 
-from xkd_jax import train
 from xkd_jax.analysis.memory import temporaries
 from xkd_jax.config import default_config
 from xkd_jax.data import Split
-from xkd_jax.data.loader import create_feed
 from xkd_jax.errors import UserError
 from xkd_jax.experiment import Experiment, create_experiment
 from xkd_jax.methods import METHODS
 from xkd_jax.methods.base import Method
+from xkd_jax.train import Stepper, init_state
 
 # Teacher and student of each pair, with the fields of their modules.
 PAIRS = {
@@ -58,16 +56,17 @@ def make_experiment(method: Method, name: str, pair: str, batch: int) -> Experim
     experiment = create_experiment(config)
     images = np.random.default_rng(0).integers(0, 256, (1024, 32, 32, 3), np.uint8)
     split: Split = dataclasses.replace(experiment.train, images=images)
-    return dataclasses.replace(experiment, train=split, method=method)
+    distiller = dataclasses.replace(experiment.distiller, method=method)
+    return dataclasses.replace(experiment, train=split, distiller=distiller)
 
 
 def compile_step(experiment: Experiment) -> tuple[Callable[[], None], float]:
     """A function that runs one step to its end, and the MiB of the step's temporary arrays."""
-    state, feed = train.init_state(experiment), create_feed(experiment)
-    assert experiment.teacher
-    arguments = state, experiment.teacher.variables, feed.arrays, next(iter(feed.batches(0)))
-    compiled = jax.jit(functools.partial(train.train_step, experiment)).lower(*arguments).compile()
-    return lambda: jax.block_until_ready(compiled(*arguments)), temporaries(compiled) / 2**20
+    state = init_state(experiment)
+    step_fn = Stepper(experiment, state, donate=False)
+    batch = next(iter(step_fn.loader.batches(0)))
+    mib = temporaries(step_fn.compiled) / 2**20
+    return lambda: jax.block_until_ready(step_fn(state, batch)), mib
 
 
 def best_times(steps: Sequence[Callable[[], None]], calls: int) -> list[float]:

@@ -43,7 +43,7 @@ def create_config(teacher: str, student: str, size: int, batch_size: int) -> Con
 
 def row(pair: str, topology: str, strong: bool, teacher: str) -> str:
     """One line of the table; `teacher` is `config.mesh.teacher`."""
-    mesh, chip = tpu_forecast.topology(topology, default_config().mesh)
+    mesh, chip = tpu_forecast.topology(topology)
     batch_size = BATCH if strong else IMAGES * mesh.size
     with backend.assume("tpu"):
         config = create_config(*PAIRS[pair], batch_size)

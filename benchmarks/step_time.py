@@ -6,7 +6,6 @@ Everything is compiled first, then timed in turn, so that a machine that slows d
 """
 
 import argparse
-import functools
 import runpy
 import statistics
 import time
@@ -15,26 +14,21 @@ from typing import Any
 
 import jax
 
-from xkd_jax import train
-from xkd_jax.data.loader import create_feed
-from xkd_jax.distributed import sharding
 from xkd_jax.experiment import Experiment, create_experiment
 from xkd_jax.methods.base import apply
+from xkd_jax.train import Stepper, init_state
 
 METHODS = ("none", "logits", "cakd", "cakd+logits")
 
 
 def create_step(experiment: Experiment) -> Callable[[], Any]:
     """A function that makes one training step and returns its metrics."""
-    everywhere = sharding.replicated(experiment.mesh)
-    teacher = sharding.put(experiment.teacher.variables, everywhere) if experiment.teacher else {}
-    feed = create_feed(experiment)
-    batch = next(feed.batches(0))
-    step_fn = jax.jit(functools.partial(train.train_step, experiment), donate_argnums=0)
-    holder = [train.init_state(experiment)]
+    holder = [init_state(experiment)]
+    step_fn = Stepper(experiment, holder[0])
+    batch = next(iter(step_fn.loader.batches(0)))
 
     def step():
-        holder[0], metrics = step_fn(holder[0], teacher, feed.arrays, batch)
+        holder[0], metrics = step_fn(holder[0], batch)
         return metrics
 
     return step
@@ -42,12 +36,11 @@ def create_step(experiment: Experiment) -> Callable[[], Any]:
 
 def create_teacher_forward(experiment: Experiment) -> Callable[[], Any]:
     """A function that runs the teacher on one batch and returns its logits."""
-    assert experiment.teacher
-    network = experiment.teacher
-    variables = sharding.put(network.variables, sharding.replicated(experiment.mesh))
-    shape = (experiment.config.batch_size, network.image_size, network.image_size, 3)
+    model, variables = experiment.distiller.teacher, experiment.distiller.teacher_variables
+    assert model
+    shape = (experiment.config.batch_size, model.image_size, model.image_size, 3)
     images = jax.random.normal(jax.random.key(0), shape)
-    forward = jax.jit(lambda v, x: apply(network.module, v, x, train=False)[0])
+    forward = jax.jit(lambda v, x: apply(model.module, v, x, train=False)[0])
     return lambda: forward(variables, images)
 
 

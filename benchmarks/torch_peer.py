@@ -32,6 +32,7 @@ from xkd_jax.experiment import Experiment, create_experiment
 from xkd_jax.methods.align import choose_stage
 from xkd_jax.methods.cakd import CAKD, TILE
 from xkd_jax.methods.logits import Logits
+from xkd_jax.state import student_variables
 from xkd_jax.train import init_state
 
 CONFIG = "configs/quickstart.py"
@@ -229,19 +230,19 @@ class Peer:
     """The PyTorch side of an experiment of the quickstart."""
 
     def __init__(self, experiment: Experiment):
-        self.experiment, self.method, self.steps = experiment, experiment.method, 0
+        self.experiment, self.method, self.steps = experiment, experiment.distiller.method, 0
         self.images = torch.from_numpy(experiment.train.images)
         self.labels = torch.from_numpy(experiment.train.labels).long()
         self.indices = torch.randperm(len(experiment.train))[: experiment.config.batch_size]
         state = init_state(experiment)
-        self.student = create_student(experiment.student.module)
-        variables = {"params": state.params, "batch_stats": state.batch_stats}
-        self.sizes = {"student": copy_weights(self.student, variables)}
+        self.student = create_student(experiment.distiller.student.module)
+        self.sizes = {"student": copy_weights(self.student, student_variables(state))}
         self.trained = [list(self.student.parameters())]  # each part is clipped by itself
         self.teacher = None
-        if experiment.teacher:
-            self.teacher = Teacher(experiment.teacher.module)
-            self.sizes["teacher"] = copy_weights(self.teacher.vit, experiment.teacher.variables)
+        teacher = experiment.distiller.teacher
+        if teacher:
+            self.teacher = Teacher(teacher.module)
+            self.sizes["teacher"] = copy_weights(self.teacher.vit, teacher.variables)
         if isinstance(self.method, CAKD):
             self._create_projectors(self.method, state)
         sgd, trained = experiment.config.optimizer, itertools.chain(*self.trained)
@@ -253,13 +254,12 @@ class Peer:
 
     def _create_projectors(self, method: CAKD, state: Any) -> None:
         variant = (method.generator, method.adversary_clock, method.teacher_block)
-        if variant != ("saturating", "step", -1) or self.experiment.views.geometry != "shared":
+        distiller = self.experiment.distiller
+        geometry = distiller.augment.views.geometry
+        if variant != ("saturating", "step", -1) or geometry != "shared":
             raise ValueError("the peer has only the defaults of generator, clock, tap and geometry")
-        assert self.experiment.teacher
-        teacher, student = (
-            self.experiment.teacher.output_shapes(),
-            self.experiment.student.output_shapes(),
-        )
+        assert distiller.teacher
+        teacher, student = distiller.teacher.output_shapes, distiller.student.output_shapes
         stage = choose_stage(student, teacher["grid"], method.student_stage)
         channels, width = student[stage].shape[-1], teacher["tokens"].shape[-1]
         self.tap = int(stage.removeprefix("stage"))
@@ -267,9 +267,9 @@ class Peer:
         self.gl = GLProjector(channels, width, teacher["grid"], method.token_dropout)
         self.discriminator = Discriminator(width)
         self.sizes |= {
-            "PCA projector": copy_weights(self.pca, state.method_params["pca"]),
-            "GL projector": copy_weights(self.gl, state.method_params["gl"]),
-            "discriminator": copy_weights(self.discriminator, state.adversary),
+            "PCA projector": copy_weights(self.pca, state.params["method"]["pca"]),
+            "GL projector": copy_weights(self.gl, state.params["method"]["gl"]),
+            "discriminator": copy_weights(self.discriminator, state.params["adversary"]),
         }
         self.trained.append([*self.pca.parameters(), *self.gl.parameters()])
         rate = self.experiment.config.adversary_optimizer.learning_rate
@@ -277,16 +277,13 @@ class Peer:
 
     def views(self) -> tuple[torch.Tensor, torch.Tensor]:
         """This step's images as the teacher and the student see them, [N, 3, H, W]."""
-        augment, teacher, student = (
-            self.experiment.config.augment,
-            self.experiment.teacher,
-            self.experiment.student,
-        )
+        distiller = self.experiment.distiller
+        augment, teacher, student = distiller.augment, distiller.teacher, distiller.student
         images = crop_flip(self.images[self.indices], augment.crop_padding, augment.flip)
         images = images.permute(0, 3, 1, 2).float().div_(255)
         views = (images, images)
         if self.method.multi_view:
-            views = multi_view(images, self.experiment.views)
+            views = multi_view(images, augment.views)
         student_view = normalize(views[1], student.mean, student.std)
         return normalize(views[0], teacher.mean, teacher.std) if teacher else images, student_view
 

@@ -15,7 +15,7 @@ from xkd_jax.errors import UserError
 
 @pytest.fixture
 def state():
-    everywhere = sharding.replicated(sharding.create_mesh(-1, 1))
+    everywhere = sharding.replicated(sharding.create_mesh())
     tree = {"key": jax.random.key(3), "half": jnp.arange(4, dtype=jnp.bfloat16) / 3}
     return jax.device_put(tree, everywhere)
 

@@ -9,7 +9,7 @@ from PIL import Image
 from xkd_jax.data import Split
 from xkd_jax.distributed import sharding
 from xkd_jax.evaluate import IMAGES_PER_DEVICE, create_eval_step, evaluate
-from xkd_jax.experiment import Network
+from xkd_jax.model import Model
 
 
 class FirstRow(nn.Module):
@@ -22,7 +22,7 @@ class FirstRow(nn.Module):
 
 @pytest.fixture(scope="module")
 def network():
-    return Network(FirstRow(), 10, (0.0,) * 3, (1.0,) * 3)
+    return Model(FirstRow(), 10, (0.0,) * 3, (1.0,) * 3)
 
 
 @pytest.fixture(scope="module")
@@ -38,7 +38,7 @@ def split():
 
 def test_every_image_counts_once(network, split):
     assert len(split) % IMAGES_PER_DEVICE
-    scores = evaluate(create_eval_step(network), {}, split, sharding.create_mesh(-1, 1))
+    scores = evaluate(create_eval_step(network), {}, split, sharding.create_mesh())
     logits = split.images[:, 0, :, 0].astype(np.float64) / 255
     rank = (logits > logits[np.arange(300), split.labels][:, None]).sum(axis=1)
     assert scores["top1"] == pytest.approx(np.mean(rank < 1), abs=1e-9)
@@ -49,7 +49,7 @@ def test_every_image_counts_once(network, split):
 
 def test_noise_is_the_same_each_time_and_changes_the_images(network, split):
     noisy = create_eval_step(network, noisy=True)
-    mesh = sharding.create_mesh(-1, 1)
+    mesh = sharding.create_mesh()
     first = evaluate(noisy, {}, split, mesh)
     assert first == evaluate(noisy, {}, split, mesh)
     assert first["loss"] != evaluate(create_eval_step(network), {}, split, mesh)["loss"]
@@ -81,8 +81,8 @@ def test_the_centre_is_cut_out_of_resident_images(crop_pct, resized):
     ]
     logits = np.stack(seen)[:, ::3, ::2, 1].reshape(12, -1)[:, :10] / 255
     likelihood = logits[np.arange(12), labels] - np.log(np.exp(logits).sum(axis=1))
-    step = create_eval_step(Network(LookedAt(), 8, (0.0,) * 3, (1.0,) * 3), split.crop_pct)
-    scores = evaluate(step, {}, split, sharding.create_mesh(-1, 1))
+    step = create_eval_step(Model(LookedAt(), 8, (0.0,) * 3, (1.0,) * 3), split.crop_pct)
+    scores = evaluate(step, {}, split, sharding.create_mesh())
     assert scores["loss"] == pytest.approx(-likelihood.mean(), abs=1e-3)
 
 
@@ -90,7 +90,7 @@ def test_images_that_are_not_square_are_squeezed_unless_cropped(network):
     images = np.zeros((1, 10, 30, 3), np.uint8)
     images[:, :, 10:20] = 255  # the centre is white, and the whole is a third white
     split = Split(images, np.zeros(1, np.int32), tuple("abcdefghij"))
-    mesh = sharding.create_mesh(-1, 1)
+    mesh = sharding.create_mesh()
     whole = evaluate(create_eval_step(network), {}, split, mesh)["loss"]
     centre = evaluate(create_eval_step(network, 1.0), {}, split, mesh)["loss"]
     assert centre == pytest.approx(np.log(10), abs=1e-5)
@@ -103,9 +103,9 @@ def test_fewer_than_five_classes(split):
         def __call__(self, images, train=False):
             return jnp.zeros((len(images), 3)), {}
 
-    network = Network(ThreeLogits(), 10, (0.0,) * 3, (1.0,) * 3)
+    network = Model(ThreeLogits(), 10, (0.0,) * 3, (1.0,) * 3)
     three = Split(split.images[:5], split.labels[:5] % 3, tuple("abc"))
-    scores = evaluate(create_eval_step(network), {}, three, sharding.create_mesh(-1, 1))
+    scores = evaluate(create_eval_step(network), {}, three, sharding.create_mesh())
     assert scores["top5"] == 1.0
 
 
@@ -117,9 +117,9 @@ def test_two_classes_have_an_equal_error_rate(split):
 
     images, labels = np.zeros((6, 10, 10, 3), np.uint8), np.array([0, 0, 0, 1, 1, 1], np.int32)
     images[:, 0, 0, 0] = [10, 20, 90, 80, 100, 110]  # one of each three on the wrong side
-    network = Network(FirstPixel(), 10, (0.0,) * 3, (1.0,) * 3)
+    network = Model(FirstPixel(), 10, (0.0,) * 3, (1.0,) * 3)
     two = Split(images, labels, ("live", "spoof"))
-    mesh = sharding.create_mesh(-1, 1)
+    mesh = sharding.create_mesh()
     assert evaluate(create_eval_step(network), {}, two, mesh)["eer"] == pytest.approx(1 / 3)
     one = Split(images[:3], labels[:3], ("live", "spoof"))
     assert "eer" not in evaluate(create_eval_step(network), {}, one, mesh)

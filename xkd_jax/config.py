@@ -81,12 +81,10 @@ def default_config() -> Config:
 
     config.mesh = ConfigDict(
         {
-            "data": -1,  # devices along each axis; -1: the rest
-            "model": 1,
-            # "replicated"; "fsdp": each device keeps a share of large weights, and gathers them in
-            # every step; "auto": "fsdp" above 2 GiB.
+            # "replicated"; "fsdp": each device stores a share of the large weights and gathers
+            # them in every step; "auto": "fsdp" above 2 GiB.
             "teacher": "auto",
-            "student": "replicated",  # or "fsdp": weights, optimizer states and average
+            "student": "replicated",  # or "fsdp": weights, optimizer state and average
         }
     )
     config.log_every = 50  # steps

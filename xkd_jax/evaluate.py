@@ -15,8 +15,8 @@ from xkd_jax import data
 from xkd_jax.analysis.eer import equal_error_rate
 from xkd_jax.augment import corruptions, ops
 from xkd_jax.distributed import sharding
-from xkd_jax.experiment import Network
 from xkd_jax.methods.base import apply
+from xkd_jax.model import Model
 
 # The seed of the noisy evaluation: the same corruptions for every model that is compared.
 NOISE_SEED = 2022
@@ -24,12 +24,12 @@ IMAGES_PER_DEVICE = 128
 
 
 def create_eval_step(
-    network: Network, crop_pct: float = 0.0, noisy: bool = False
+    model: Model, crop_pct: float = 0.0, noisy: bool = False
 ) -> Callable[..., dict[str, jax.Array]]:
     """A jitted function that counts what one batch gets right.
 
     Args:
-      network: the student or the teacher.
+      model: the student or the teacher.
       crop_pct: of the split, `data.Split.crop_pct`.
       noisy: whether images are corrupted (`corruptions.noisy`), as in the paper's Fig. 3(a).
 
@@ -40,15 +40,12 @@ def create_eval_step(
 
     @jax.jit
     def eval_step(variables, images, labels, valid, key):
-        pixels = images.astype(jnp.float32) / 255
+        pixels = ops.to_float(images)
         if noisy:
             pixels = corruptions.noisy(key, pixels)
         if crop_pct:
-            pixels = ops.resize_crop(pixels, network.image_size, crop_pct)
-        else:
-            pixels = ops.resize(pixels, network.image_size)
-        pixels = ops.normalize(pixels, network.mean, network.std)
-        logits, _ = apply(network.module, variables, pixels, train=False)
+            pixels = ops.resize_crop(pixels, model.image_size, crop_pct)
+        logits, _ = apply(model.module, variables, model.preprocess(pixels), train=False)
         best = jax.lax.top_k(logits, min(5, logits.shape[-1]))[1]
         hits = (best == labels[:, None]) & valid[:, None]
         log_likelihood = jnp.take_along_axis(jax.nn.log_softmax(logits), labels[:, None], axis=1)

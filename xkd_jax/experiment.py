@@ -1,6 +1,6 @@
-"""What a run trains, made from its config: data, networks, method, optimizers.
+"""An experiment: everything that a config builds, data, networks and optimizers.
 
-Every wrong input shows here, before anything is compiled.
+Every wrong input shows up here, before anything is compiled.
 """
 
 import dataclasses
@@ -12,99 +12,65 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import optax
-from flax import linen as nn
 from jax.sharding import Mesh
 
-from xkd_jax import backend, data
+from xkd_jax import backend, data, models, weights
 from xkd_jax.augment.multiview import MultiView
-from xkd_jax.augment.policies import Augment
+from xkd_jax.augment.pipeline import Pipeline
 from xkd_jax.config import Config, augmentation
 from xkd_jax.convert.conversion import convert, fetch
 from xkd_jax.convert.files import read_checkpoint
 from xkd_jax.data.encoded import open_split
+from xkd_jax.data.loader import DeviceLoader, HostLoader, Order, create_loader
+from xkd_jax.distiller import Distiller
 from xkd_jax.distributed import sharding
 from xkd_jax.errors import UserError
-from xkd_jax.methods import check_pair, create_method
-from xkd_jax.methods.base import Method, Outputs
-from xkd_jax.models import create_model
+from xkd_jax.methods import create_method
+from xkd_jax.methods.base import Method
+from xkd_jax.model import Model, create_model
 from xkd_jax.optim import create_learning_rate_fn, create_optimizer, layer_ids
 from xkd_jax.reporting.logger import say
-from xkd_jax.weights import check_weights, fingerprint, load_weights
 
-TIMM = "timm:"  # before a name: timm's weights from the hub, converted once
-RANDOM = "random"  # teacher.weights of a teacher that knows nothing: a control
-
-
-@dataclasses.dataclass(frozen=True)
-class Network:
-    """A network, how its images are prepared, and the variables that it starts from.
-
-    Attributes:
-      module: the Flax module.
-      image_size: the side that it sees, pixels.
-      mean: per channel, of images in [0, 1].
-      std: likewise.
-      variables: host arrays, or None for those that `module.init` makes.
-      fingerprint: of `variables`.
-    """
-
-    module: nn.Module
-    image_size: int
-    mean: tuple[float, ...]
-    std: tuple[float, ...]
-    variables: Any = None
-    fingerprint: str = ""
-
-    def init(self, key: jax.Array) -> Any:
-        """Random variables."""
-        return self.module.init(key, jnp.zeros((1, self.image_size, self.image_size, 3)))
-
-    def output_shapes(self) -> Outputs:
-        """`out` for one image, shapes in place of arrays; `grid` is itself."""
-        static = {}
-
-        def forward(key):
-            images = jnp.zeros((1, self.image_size, self.image_size, 3))
-            (_, out), _ = self.module.init_with_output(key, images)
-            static.update({k: v for k, v in out.items() if not isinstance(v, jax.Array)})
-            return {k: v for k, v in out.items() if k not in static}
-
-        return jax.eval_shape(forward, jax.random.key(0)) | static
+TIMM = "timm:"  # prefix of a name: timm's weights from the hub, converted once
+RANDOM = "random"  # teacher.weights of a teacher without knowledge: a control
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, eq=False)
 class Experiment:
     """Everything that stays the same from the first step to the last.
 
     Attributes:
-      mesh: the devices.
+      distiller: the networks, the method, the optimizers and the training step.
       train: the split to learn from.
       evaluation: the split of the learning curves.
-      student: what is trained.
-      teacher: what it learns from, if the method needs it.
-      method: how.
-      optimizers: of "student", "method" and "adversary".
-      learning_rate_fn: of the student.
+      learning_rate_fn: the student's learning rate as a function of the step.
+      total_steps: number of steps of the run, the method's first phase included.
       config: the rest.
-      augment: the strong augmentation.
-      views: the multi-view generator's strengths.
-      steps_per_epoch: whole batches.
-      total_steps: of the run, the method's first phase included.
     """
 
-    mesh: Mesh
+    distiller: Distiller
     train: data.Split
     evaluation: data.Split
-    student: Network
-    teacher: Network | None
-    method: Method
-    optimizers: dict[str, optax.GradientTransformation]
     learning_rate_fn: Callable[[Any], Any]
-    config: Config
-    augment: Augment
-    views: MultiView
-    steps_per_epoch: int
     total_steps: int
+    config: Config
+
+    @property
+    def mesh(self) -> Mesh:
+        """The devices."""
+        return self.distiller.mesh
+
+    @property
+    def order(self) -> Order:
+        """Which examples each step sees."""
+        config = self.config
+        return Order(len(self.train), config.batch_size, config.seed, config.data.repeats)
+
+    def create_loader(self) -> DeviceLoader | HostLoader:
+        """The training batches."""
+        config = self.config
+        crop_scale = tuple(config.crop_scale)
+        return create_loader(self.train, self.mesh, self.order, crop_scale, config.data.workers)
 
 
 def create_experiment(config: Config) -> Experiment:
@@ -114,7 +80,7 @@ def create_experiment(config: Config) -> Experiment:
       UserError: something is missing, damaged or doesn't fit.
     """
     method = create_method(config.method.name, config.method)
-    mesh = sharding.create_mesh(config.mesh.data, config.mesh.model)
+    mesh = sharding.create_mesh()
     check_batch(config, mesh)
     teacher_file = load_teacher_file(config) if method.needs_teacher else None
     train = load_split(config, config.data.train)
@@ -136,11 +102,11 @@ def check_batch(config: Config, mesh: Mesh) -> None:
     Raises:
       UserError: over the devices, or into the parts of `config.accumulate`.
     """
-    share = mesh.shape["data"] * config.accumulate
+    share = mesh.size * config.accumulate
     if config.batch_size % share:
         parts = f" in accumulate={config.accumulate} parts" if config.accumulate > 1 else ""
         raise UserError(
-            f"batch_size={config.batch_size} doesn't divide over the {mesh.shape['data']} devices "
+            f"batch_size={config.batch_size} doesn't divide over the {mesh.size} devices "
             f"of the mesh{parts}; take a multiple of {share}."
         )
 
@@ -150,8 +116,8 @@ def assemble(
     method: Method,
     mesh: Mesh,
     splits: tuple[data.Split, data.Split],
-    student: Network,
-    teacher: Network | None,
+    student: Model,
+    teacher: Model | None,
 ) -> Experiment:
     """The experiment of these parts; `splits` are those to learn from and to evaluate on.
 
@@ -159,11 +125,9 @@ def assemble(
       UserError: the method can't take this pair, or the optimizer's options are wrong.
     """
     train, evaluation = splits
-    if teacher:
-        check_pair(method, teacher.output_shapes(), student.output_shapes())
     steps_per_epoch = len(train) // config.batch_size
     if config.layer_decay < 1:
-        layer_ids(jax.eval_shape(student.init, jax.random.key(0))["params"])
+        layer_ids(student.shapes["params"])
     first_steps = round(method.first_phase * steps_per_epoch)
     rate = create_learning_rate_fn(
         config.schedule,
@@ -173,25 +137,31 @@ def assemble(
         first_steps,
     )
     adversary_rate = optax.constant_schedule(config.adversary_optimizer.learning_rate)
-    return Experiment(
-        mesh=mesh,
-        train=train,
-        evaluation=evaluation,
-        student=student,
-        teacher=teacher,
-        method=method,
-        optimizers={
-            "student": create_optimizer(config.optimizer, rate, config.layer_decay),
-            "method": create_optimizer(config.optimizer, rate),
-            "adversary": create_optimizer(config.adversary_optimizer, adversary_rate),
-        },
-        learning_rate_fn=rate,
-        config=config,
-        augment=augmentation(config),
-        views=MultiView(**config.views),
+    distiller = Distiller(
+        teacher,
+        student,
+        method,
+        create_optimizer(config.optimizer, rate, config.layer_decay),
+        create_optimizer(config.optimizer, rate),
+        create_optimizer(config.adversary_optimizer, adversary_rate),
+        augment=Pipeline(
+            config.augment.crop_padding,
+            config.augment.flip,
+            augmentation(config),
+            MultiView(**config.views),
+            config.label_smoothing,
+        ),
         steps_per_epoch=steps_per_epoch,
-        total_steps=first_steps + steps_per_epoch * config.epochs,
+        labels=train.labels,
+        accumulate=config.accumulate,
+        ema_decay=config.ema.decay,
+        ema_warmup=config.ema.warmup,
+        mesh=mesh,
+        teacher_rule=config.mesh.teacher,
+        student_rule=config.mesh.student,
     )
+    total_steps = first_steps + steps_per_epoch * config.epochs
+    return Experiment(distiller, train, evaluation, rate, total_steps, config)
 
 
 def compute_dtype(name: str) -> Any:
@@ -202,7 +172,7 @@ def compute_dtype(name: str) -> Any:
 
 
 def load_split(config: Config, split: str) -> data.Split:
-    """One split of the config's data set; runs of one comparison share it."""
+    """One split of the config's data set; the runs of a comparison share it."""
     options = config.data
     return _cached_open(
         options.name, split, options.dir, config.image_size, options.feed, options.on_error,
@@ -213,37 +183,46 @@ def load_split(config: Config, split: str) -> data.Split:
 _cached_open = functools.lru_cache(maxsize=4)(open_split)
 
 
-def create_student(config: Config, train: data.Split) -> Network:
-    """The student for `train`'s classes, images and statistics."""
-    module = create_model(
+def create_student(config: Config, train: data.Split) -> Model:
+    """The student for the classes, images and statistics of `train`.
+
+    Raises:
+      UserError: there is no such network, or its weights don't fit.
+    """
+    args = config.student.args.to_dict()
+    model = create_model(
         config.student.model,
         num_classes=train.num_classes,
+        image_size=_data_size(config, train),
+        mean=train.mean,
+        std=train.std,
+        class_names=train.class_names,
         dtype=compute_dtype(config.dtype),
-        **config.student.args.to_dict(),
+        **args,
     )
     if config.remat:
-        if not hasattr(module, "remat"):
+        if not hasattr(model.module, "remat"):
             raise UserError(
-                f"{config.student.model} has no blocks that remat could compute anew; set "
+                f"{config.student.model} has no blocks that remat could recompute; set "
                 "remat=False, or more parts with accumulate."
             )
-        module = module.clone(remat=True)
-    network = Network(module, _data_size(config, train), train.mean, train.std)
-    shapes = jax.eval_shape(network.init, jax.random.key(0))
+        model = dataclasses.replace(model, module=model.module.clone(remat=True))
     if not config.student.weights:
-        return network
-    # Weights for other classes or images are a start too: the head and the like are made anew.
+        return model
+    # Weights for other classes or images are a start too: the head and the like are made new.
     converted = convert(
         read_checkpoint(_weights_file(config.student.weights)),
         config.student.model,
         num_classes=train.num_classes,
-        image_size=network.image_size,
-        args=config.student.args.to_dict(),
+        image_size=model.image_size,
+        args=args,
     )
     for change in converted.changes:
         _say_once(f"student.weights {config.student.weights}: {change}")
-    check_weights(config.student.weights, converted.variables, shapes, config.student.model)
-    return dataclasses.replace(network, variables=converted.variables)
+    weights.check_weights(
+        config.student.weights, converted.variables, model.shapes, config.student.model
+    )
+    return dataclasses.replace(model, variables=converted.variables)
 
 
 @functools.cache
@@ -251,9 +230,9 @@ def _say_once(text: str) -> None:
     say(text)  # a run makes its experiment twice
 
 
-def _weights_file(weights: str) -> str | Path:
-    """The file of `student.weights` or `teacher.weights`, made first if they are timm's."""
-    return fetch(weights.removeprefix(TIMM)) if weights.startswith(TIMM) else weights
+def _weights_file(name: str) -> str | Path:
+    """The file of `student.weights` or `teacher.weights`; timm's are downloaded and converted."""
+    return fetch(name.removeprefix(TIMM)) if name.startswith(TIMM) else weights.locate(name)
 
 
 def _data_size(config: Config, train: data.Split) -> int:
@@ -274,7 +253,7 @@ def load_teacher_file(config: Config) -> tuple[Any, dict[str, Any]]:
                 "timm:NAME, or to 'random', with teacher.model, for a control."
             )
         return None, {"model": wanted.model, "args": wanted.args.to_dict()}
-    variables, metadata = load_weights(_weights_file(wanted.weights))
+    variables, metadata = weights.load_weights(_weights_file(wanted.weights))
     if wanted.model and wanted.model != metadata["model"]:
         raise UserError(
             f"{wanted.weights} holds a {metadata['model']}, and teacher.model is {wanted.model}; "
@@ -283,23 +262,23 @@ def load_teacher_file(config: Config) -> tuple[Any, dict[str, Any]]:
     return variables, metadata
 
 
-def create_teacher(config: Config, train: data.Split, file: tuple[Any, dict[str, Any]]) -> Network:
+def create_teacher(config: Config, train: data.Split, file: tuple[Any, dict[str, Any]]) -> Model:
     """The teacher that its file describes, with the file's own image size, mean and std.
 
     Raises:
       UserError: it was trained for other classes, or its tensors don't fit.
     """
     variables, metadata = file
-    network = describe_teacher(config, train, metadata)
+    model = describe_teacher(config, train, metadata)
     if variables is None:
-        variables = jax.device_get(jax.jit(network.init)(jax.random.key(config.seed)))
+        variables = jax.device_get(jax.jit(model.init)(jax.random.key(config.seed)))
     else:
-        shapes = jax.eval_shape(network.init, jax.random.key(0))
-        check_weights(config.teacher.weights, variables, shapes, metadata["model"])
-    return dataclasses.replace(network, variables=variables, fingerprint=fingerprint(variables))
+        weights.check_weights(config.teacher.weights, variables, model.shapes, metadata["model"])
+    fingerprint = weights.fingerprint(variables)
+    return dataclasses.replace(model, variables=variables, fingerprint=fingerprint)
 
 
-def describe_teacher(config: Config, train: data.Split, metadata: dict[str, Any]) -> Network:
+def describe_teacher(config: Config, train: data.Split, metadata: dict[str, Any]) -> Model:
     """The teacher that its file's metadata describe, without its weights.
 
     Raises:
@@ -308,18 +287,21 @@ def describe_teacher(config: Config, train: data.Split, metadata: dict[str, Any]
     classes = metadata.get("num_classes", train.num_classes)
     if classes != train.num_classes:
         raise UserError(
-            f"{config.teacher.weights} tells {classes} classes apart, and {config.data.name} has "
+            f"{config.teacher.weights} has {classes} classes but {config.data.name} has "
             f"{train.num_classes}; fine-tune the teacher on this data set first."
         )
-    module = create_model(
+    module = models.create_model(
         metadata["model"],
         num_classes=classes,
         dtype=compute_dtype(config.dtype),
         **metadata["args"],
     )
-    return Network(
+    return Model(
         module,
         metadata.get("image_size", getattr(module, "img_size", _data_size(config, train))),
         tuple(metadata.get("mean", train.mean)),
         tuple(metadata.get("std", train.std)),
+        name=metadata["model"],
+        args=metadata["args"],
+        class_names=tuple(metadata.get("class_names", ())),
     )

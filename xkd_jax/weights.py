@@ -15,10 +15,11 @@ from flax import traverse_util
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save
 
-from xkd_jax.errors import UserError
+from xkd_jax.errors import UserError, unknown
 
 # How files of torch.save begin: a zip, or before PyTorch 1.6 a pickle.
 PYTORCH_MAGIC = (b"PK\x03\x04", b"\x80\x02\x8a\x0a")
+_ASSETS = Path(__file__).parent / "assets"
 METADATA_KEY = "xkd_jax"  # in the file's own metadata: JSON of ours
 
 
@@ -68,6 +69,23 @@ def load_weights(path: str | os.PathLike) -> tuple[dict[str, Any], dict[str, Any
         )
     metadata = parse_metadata(path, texts[METADATA_KEY])
     return traverse_util.unflatten_dict(tensors, sep="/"), metadata
+
+
+def locate(name: str | os.PathLike) -> Path:
+    """The path of a weights file; "packaged:NAME" is one that comes with the package.
+
+    Raises:
+      UserError: no such weights are packaged.
+    """
+    kind, _, rest = str(name).partition(":")
+    if kind != "packaged":
+        return Path(name)
+    path = _ASSETS / f"{rest}.safetensors"
+    if not path.is_file():
+        raise unknown(
+            "packaged weights", rest, [file.stem for file in _ASSETS.glob("*.safetensors")]
+        )
+    return path
 
 
 def read_safetensors(path: Path) -> tuple[dict[str, np.ndarray], dict[str, str]]:

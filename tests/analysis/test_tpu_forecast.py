@@ -21,12 +21,11 @@ from xkd_jax.analysis.tpu_forecast import (
     predict_train_step,
     table,
 )
-from xkd_jax.config import default_config
-from xkd_jax.data.loader import batch_shapes, create_feed, resident_shapes
+from xkd_jax.data.loader import batch_shapes, resident_shapes
 from xkd_jax.distributed import sharding
 from xkd_jax.errors import UserError
 from xkd_jax.experiment import create_experiment
-from xkd_jax.state import init_state, state_shapes
+from xkd_jax.train import init_state
 
 needs_compiler = pytest.mark.skipif(
     importlib.util.find_spec("libtpu") is None, reason="needs the extra `pods`"
@@ -49,15 +48,16 @@ def recipe(*pair, data="tfds:imagenet2012"):
 
 @pytest.fixture(scope="module")
 def mesh():
-    return sharding.create_mesh(-1, 1)
+    return sharding.create_mesh()
 
 
 def test_shapes_are_those_of_the_run(mesh):
     experiment, real = experiment_of_shapes(get_config(), mesh), create_experiment(get_config())
-    state, feed = init_state(real), create_feed(real)
-    assert shapes(state_shapes(experiment)) == shapes(state)
-    assert shapes(resident_shapes(experiment)) == shapes(feed.arrays)
-    assert shapes(batch_shapes(experiment)) == shapes(next(feed.batches(0)))
+    loader, distiller, train = real.create_loader(), experiment.distiller, experiment.train
+    assert shapes(distiller.state_shapes) == shapes(init_state(real))
+    assert shapes(resident_shapes(train, mesh)) == shapes(loader.arrays)
+    batch = batch_shapes(train, mesh, experiment.config.batch_size)
+    assert shapes(batch) == shapes(next(loader.batches(0)))
     assert experiment.total_steps == real.total_steps
 
 
@@ -65,13 +65,13 @@ def test_imagenet_needs_neither_data_nor_weights(mesh):
     experiment = experiment_of_shapes(
         recipe("vit_large_patch16_384.augreg", "resnet50", 224, 64), mesh
     )
-    assert experiment.teacher
-    teacher: Any = experiment.teacher.module
-    assert (experiment.teacher.image_size, teacher.depth) == (384, 24)
+    assert experiment.distiller.teacher
+    teacher: Any = experiment.distiller.teacher.module
+    assert (experiment.distiller.teacher.image_size, teacher.depth) == (384, 24)
     assert experiment.train.num_classes == 1000
-    assert experiment.steps_per_epoch == 1_281_167 // 64
-    assert resident_shapes(experiment) == {}
-    assert batch_shapes(experiment)["image"].shape == (64, 224, 224, 3)
+    assert experiment.distiller.steps_per_epoch == 1_281_167 // 64
+    assert resident_shapes(experiment.train, mesh) == {}
+    assert batch_shapes(experiment.train, mesh, 64)["image"].shape == (64, 224, 224, 3)
 
 
 def test_cifar_lies_on_the_devices(mesh):
@@ -79,8 +79,8 @@ def test_cifar_lies_on_the_devices(mesh):
     config.data.update(eval="test", test="test", train="train[:10%]")
     experiment = experiment_of_shapes(config, mesh)
     assert experiment.train.num_classes == 100
-    assert resident_shapes(experiment)["image"].shape == (5000, 32, 32, 3)
-    assert set(batch_shapes(experiment)) == {"index"}
+    assert resident_shapes(experiment.train, mesh)["image"].shape == (5000, 32, 32, 3)
+    assert set(batch_shapes(experiment.train, mesh, 64)) == {"index"}
 
 
 @pytest.mark.parametrize(
@@ -103,7 +103,7 @@ def test_what_nobody_knows_is_asked_for(mesh, field, value, message):
 def test_without_the_compiler_it_says_what_to_install(monkeypatch):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     with pytest.raises(UserError, match=r"pip install 'xkd_jax\[pods\]'"):
-        tpu_forecast.topology("v5e:4x4", default_config().mesh)
+        tpu_forecast.topology("v5e:4x4")
 
 
 def test_table():
@@ -160,16 +160,14 @@ def sizes(experiment):
     def count(tree):
         return sum(leaf.size for leaf in jax.tree.leaves(tree))
 
-    state = state_shapes(experiment)
-    teacher = jax.eval_shape(experiment.teacher.init, jax.random.key(0))
-    sharded = sharding.of_teacher(experiment.mesh, teacher, experiment.config.mesh.teacher)
+    state, teacher = experiment.distiller.state_shapes, experiment.distiller.teacher.shapes
+    sharded = experiment.distiller.shardings.teacher
     split = [
         leaf.size * leaf.dtype.itemsize
         for leaf, sharding in zip(jax.tree.leaves(teacher), jax.tree.leaves(sharded), strict=True)
         if sharding.spec
     ]
-    trained = state.params, state.method_params, state.adversary
-    return count(trained), count(state.batch_stats), sum(split)
+    return count(state.params), count(state.batch_stats), sum(split)
 
 
 @needs_compiler
@@ -190,7 +188,7 @@ def test_the_papers_pairs_fit_and_send_little(pair, topology):
 
     benchmarks/scaling.py does that.
     """
-    mesh, chip = tpu_forecast.topology(topology, default_config().mesh)
+    mesh, chip = tpu_forecast.topology(topology)
     with backend.assume("tpu"):
         config = recipe(*PAIRS[pair], IMAGES * mesh.size)
         config.mesh.teacher = "fsdp" if pair == "large384" else "auto"

@@ -1,3 +1,5 @@
+"""The two loaders: equal examples in equal order, resumable anywhere."""
+
 import dataclasses
 import itertools
 
@@ -10,7 +12,7 @@ from tests.tiny import get_config
 from xkd_jax import train
 from xkd_jax.data import open_source
 from xkd_jax.data.encoded import EncodedImages, open_split
-from xkd_jax.data.loader import Host, Order, Resident, create_feed
+from xkd_jax.data.loader import DeviceLoader, HostLoader, Order
 from xkd_jax.data.order import batch_indices
 from xkd_jax.distributed import sharding
 from xkd_jax.errors import UserError
@@ -42,7 +44,7 @@ def split(photos):
 
 @pytest.fixture(scope="module")
 def mesh():
-    return sharding.create_mesh(-1, 1)
+    return sharding.create_mesh()
 
 
 def take(feed, start, count):
@@ -108,8 +110,8 @@ def test_batches_of_several_sizes_need_one(photos):
 
 def test_both_ways_see_the_same_examples(split, mesh, photos):
     order = Order(26, 4, seed=5)
-    host = take(Host(split, mesh, order), 0, 9)
-    resident = Resident(open_photos(photos, feed="resident"), mesh, order)
+    host = take(HostLoader(split, mesh, order), 0, 9)
+    resident = DeviceLoader(open_photos(photos, feed="resident"), mesh, order)
     for step, (batch, other) in enumerate(zip(host, take(resident, 0, 9), strict=True)):
         np.testing.assert_array_equal(batch["index"], batch_indices(26, 4, 5, step))
         np.testing.assert_array_equal(batch["index"], other["index"])
@@ -121,16 +123,16 @@ def test_both_ways_see_the_same_examples(split, mesh, photos):
 
 
 def test_resuming_gives_the_very_next_batch(split, mesh):
-    feed = Host(split, mesh, Order(26, 4, seed=5))
+    feed = HostLoader(split, mesh, Order(26, 4, seed=5))
     whole, rest = take(feed, 0, 8), take(feed, 5, 3)
     for a, b in zip(whole[5:], rest, strict=True):
         assert all(np.array_equal(a[name], b[name]) for name in ("image", "label", "index"))
-    other = take(Host(split, mesh, Order(26, 4, seed=6)), 0, 1)[0]
+    other = take(HostLoader(split, mesh, Order(26, 4, seed=6)), 0, 1)[0]
     assert not np.array_equal(whole[0]["image"], other["image"])
 
 
 def test_an_example_is_cropped_anew_in_every_epoch(split, mesh):
-    batches = take(Host(split, mesh, Order(26, 13, seed=5)), 0, 4)
+    batches = take(HostLoader(split, mesh, Order(26, 13, seed=5)), 0, 4)
     crops = {}
     for batch in batches:
         for index, image in zip(batch["index"].tolist(), batch["image"], strict=True):
@@ -140,7 +142,7 @@ def test_an_example_is_cropped_anew_in_every_epoch(split, mesh):
 
 
 def test_repeated_examples_stand_side_by_side_and_are_cropped_differently(split, mesh):
-    (batch,) = take(Host(split, mesh, Order(26, 8, seed=5, repeats=4)), 0, 1)
+    (batch,) = take(HostLoader(split, mesh, Order(26, 8, seed=5, repeats=4)), 0, 1)
     assert len(set(batch["index"].tolist())) == 2
     assert not np.array_equal(batch["image"][0], batch["image"][1])
     indices = np.concatenate([batch_indices(26, 8, 5, step, 4) for step in range(3)])
@@ -149,11 +151,11 @@ def test_repeated_examples_stand_side_by_side_and_are_cropped_differently(split,
 
 def test_two_processes_read_halves_of_what_one_reads(split, mesh, monkeypatch):
     order = Order(26, 4, seed=5)
-    whole, halves = take(Host(split, mesh, order), 5, 3), []
+    whole, halves = take(HostLoader(split, mesh, order), 5, 3), []
     monkeypatch.setattr(jax, "process_count", lambda: 2)
     for process in range(2):
         monkeypatch.setattr(jax, "process_index", lambda process=process: process)
-        halves.append(take(Host(split, mesh, order), 5, 3))
+        halves.append(take(HostLoader(split, mesh, order), 5, 3))
     for batch, first, second in zip(whole, *halves, strict=True):
         assert len(first["index"]) == len(second["index"]) == 2
         assert not set(first["index"].tolist()) & set(second["index"].tolist())
@@ -165,8 +167,8 @@ def test_two_processes_read_halves_of_what_one_reads(split, mesh, monkeypatch):
 def test_worker_processes_change_nothing(split, mesh):
     order = Order(26, 4, seed=5)
     alone, helped = (
-        take(Host(split, mesh, order), 3, 4),
-        take(Host(split, mesh, order, workers=2), 3, 4),
+        take(HostLoader(split, mesh, order), 3, 4),
+        take(HostLoader(split, mesh, order, workers=2), 3, 4),
     )
     for a, b in zip(alone, helped, strict=True):
         assert all(np.array_equal(a[name], b[name]) for name in a)
@@ -180,8 +182,8 @@ def test_a_run_resumed_in_mid_epoch_ends_bit_identical(photos, tmp_path, feed):
     )
     config.image_size, config.batch_size, config.epochs = 28, 8, 2
     experiment = create_experiment(config)
-    assert (experiment.steps_per_epoch, experiment.total_steps) == (3, 6)
-    assert isinstance(create_feed(experiment), Host if feed == "host" else Resident)
+    assert (experiment.distiller.steps_per_epoch, experiment.total_steps) == (3, 6)
+    assert isinstance(experiment.create_loader(), HostLoader if feed == "host" else DeviceLoader)
     unbroken, _ = train.run(experiment, tmp_path / "unbroken")
     train.run(dataclasses.replace(experiment, total_steps=4), tmp_path / "resumed")
     resumed, _ = train.run(experiment, tmp_path / "resumed")

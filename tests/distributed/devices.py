@@ -4,30 +4,27 @@ python -m tests.distributed.devices METHOD ... (run by test_devices.py)
 """
 
 import dataclasses
-import functools
 import json
 import sys
 
 import jax
 import numpy as np
-from jax.sharding import AxisType, Mesh
 
+from tests.experiments import change, run
 from tests.methods.pairs import PAIRS, pair_experiment
 from xkd_jax import train
-from xkd_jax.data.loader import create_feed
+from xkd_jax.distributed import sharding
 
 STEPS = 10
 
 
 def final_state(experiment):
     """After `STEPS` steps, the last ones of the first phase included."""
-    first = round(experiment.method.first_phase * experiment.steps_per_epoch)
-    state, feed = train.init_state(experiment), create_feed(experiment)
+    distiller = experiment.distiller
+    first = round(distiller.method.first_phase * distiller.steps_per_epoch)
+    state = train.init_state(experiment)
     state = dataclasses.replace(state, step=state.step + max(first - STEPS // 2, 0))
-    step_fn = jax.jit(functools.partial(train.train_step, experiment))
-    for _, batch in zip(range(STEPS), feed.batches(0), strict=False):
-        state, _ = step_fn(state, experiment.teacher.variables, feed.arrays, batch)
-    return state
+    return run(experiment, STEPS, state=state).states[-1]
 
 
 def difference(*states):
@@ -43,10 +40,9 @@ def compare(method):
     """One device against eight."""
     pair = PAIRS["ViT to ViT" if method in ("deit", "minilm") else "ViT to ResNet"]
     experiment = pair_experiment(method, pair)
-    axes = {"axis_names": ("data", "model"), "axis_types": (AxisType.Auto,) * 2}
-    one = Mesh(np.array(jax.devices()[:1]).reshape(1, 1), **axes)
     assert experiment.mesh.size == 8
-    states = [final_state(t) for t in (experiment, dataclasses.replace(experiment, mesh=one))]
+    alone = change(experiment, mesh=sharding.create_mesh(jax.devices()[:1]))
+    states = [final_state(e) for e in (experiment, alone)]
     bank = [x for x in jax.tree.leaves(states[0].method_state) if "data" in str(x.sharding.spec)]
     return {"difference": difference(*states), "sharded": len(bank)}
 

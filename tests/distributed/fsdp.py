@@ -12,7 +12,6 @@ from tests.distributed.devices import difference
 from tests.methods.pairs import PAIRS, VIT, pair_experiment
 from xkd_jax import backend, train
 from xkd_jax.analysis import hlo, memory
-from xkd_jax.data.loader import create_feed
 from xkd_jax.distributed import sharding
 from xkd_jax.models import create_model
 
@@ -43,29 +42,24 @@ def train_steps(teacher_rule, student_rule):
     """The last state, and what there is to tell about it and the compiled step."""
     changes = {"mesh": {"teacher": teacher_rule, "student": student_rule}, "ema": {"decay": 0.9}}
     experiment = pair_experiment("cakd", PAIRS["ViT to ResNet"], **changes)
-    state, feed, variables = (
-        train.init_state(experiment),
-        create_feed(experiment),
-        experiment.teacher.variables,
-    )
-    rule = experiment.config.mesh.teacher
-    teacher = sharding.put(variables, sharding.of_teacher(experiment.mesh, variables, rule))
-    step_fn = train.compile_step(experiment, state, teacher, feed.arrays)
-    facts = {"sizes": memory.parts(state, teacher, feed.arrays)}
-    for _, batch in zip(range(STEPS), feed.batches(0), strict=False):
-        state, _ = step_fn(state, teacher, feed.arrays, batch)
+    state, distiller = train.init_state(experiment), experiment.distiller
+    variables, teacher = distiller.teacher.variables, distiller.teacher_variables
+    step_fn = train.Stepper(experiment, state)
+    resident = step_fn.loader.arrays
+    facts = {"sizes": memory.parts(state, teacher, resident)}
+    for _, batch in zip(range(STEPS), step_fn.loader.batches(0), strict=False):
+        state, _ = step_fn(state, batch)
     facts["split"] = {
         "teacher": split_leaves(teacher),
-        "params": split_leaves(state.params),
-        "opt_state": split_leaves(state.opt_state),
+        "params": split_leaves(state.params["student"]),
+        "opt_state": split_leaves(state.opt_state["student"]),
         "ema": split_leaves(state.ema["params"]),
-        "method_params": split_leaves(state.method_params),
+        "method_params": split_leaves(state.params["method"]),
     }
-    trained = state.params, state.method_params, state.adversary
-    facts |= facts_of(step_fn, variables)
-    facts["trained"] = sum(leaf.nbytes for leaf in jax.tree.leaves(trained))
-    facts["student"] = sum(leaf.nbytes for leaf in jax.tree.leaves(state.params))
-    facts["images"] = feed.arrays["image"].nbytes
+    facts |= facts_of(step_fn.compiled, variables)
+    facts["trained"] = sum(leaf.nbytes for leaf in jax.tree.leaves(state.params))
+    facts["student"] = sum(leaf.nbytes for leaf in jax.tree.leaves(state.params["student"]))
+    facts["images"] = resident["image"].nbytes
     return state, facts
 
 
@@ -74,11 +68,12 @@ def deep_forward(rule):
     module = create_model("vit_tiny_patch16_224", num_classes=10, **VIT | {"depth": DEPTH})
     images = jax.random.normal(jax.random.key(1), (8, 28, 28, 3))
     variables = module.init(jax.random.key(0), images)
-    mesh = sharding.create_mesh(-1, 1)
+    mesh = sharding.create_mesh()
     layout = sharding.of_teacher(mesh, variables, rule)
 
     def forward(variables, images):
-        return module.apply(sharding.gather_lazily(variables, layout), images)[0]
+        blocks = sharding.BlockGather(variables["params"], layout["params"])
+        return module.apply(sharding.gather(mesh, variables), images, gather=blocks)[0]
 
     args = sharding.put(variables, layout), jax.device_put(images, sharding.over_batch(mesh))
     with backend.assume("tpu"):

@@ -21,7 +21,6 @@ from xkd_jax.distributed import processes
 from xkd_jax.errors import UserError
 from xkd_jax.experiment import create_experiment
 from xkd_jax.reporting.logger import Reporter, read_metrics, say
-from xkd_jax.state import state_shapes
 
 ROOT = Path(__file__).parents[2]
 METHOD = "crd+rkd"  # a bank that is split over the devices, and a loss over all pairs
@@ -164,8 +163,8 @@ def last_state(folder, changes):
     config = tiny.get_config(METHOD)
     config.update_from_flattened_dict(changes)
     experiment = create_experiment(config)
-    checkpoints = Checkpoints(folder / "checkpoints", 2, experiment.teacher.fingerprint)
-    state = checkpoints.restore(state_shapes(experiment))
+    checkpoints = Checkpoints(folder / "checkpoints", 2, experiment.distiller.teacher.fingerprint)
+    state = checkpoints.restore(experiment.distiller.state_shapes)
     checkpoints.close()
     return state
 

@@ -7,7 +7,7 @@ from jax.sharding import AbstractMesh, PartitionSpec
 
 from xkd_jax.distributed import sharding
 
-MESH = AbstractMesh((8, 1), ("data", "model"))
+MESH = AbstractMesh((8,), ("data",))
 WHOLE = PartitionSpec()
 
 
@@ -46,7 +46,13 @@ def test_a_teacher_is_split_when_it_is_large(rule, rows, spec):
 
 
 def test_memory_banks_are_split_whatever_their_size():
-    state = {"bank": {"row": array(16, 4)}, "params": array(1024, 1024)}
-    placed = sharding.of_state(MESH, state)
-    assert (placed["bank"]["row"].spec, placed["params"].spec) == (PartitionSpec("data"), WHOLE)
-    assert sharding.of_state(MESH, state, ("params",))["params"].spec == PartitionSpec("data")
+    params = {"student": array(1024, 1024), "method": array(1024, 1024)}
+    state = {"method_state": {"bank": {"row": array(16, 4)}}, "params": params, "ema": params}
+    placed = sharding.of_state(MESH, state, "replicated")
+    assert placed["method_state"]["bank"]["row"].spec == PartitionSpec("data")
+    assert {s.spec for s in jax.tree.leaves(placed["params"])} == {WHOLE}
+    placed = sharding.of_state(MESH, state | {"opt_state": params}, "fsdp")
+    for part in ("params", "opt_state"):
+        assert placed[part]["student"].spec == PartitionSpec("data")
+        assert placed[part]["method"].spec == WHOLE
+    assert placed["ema"]["student"].spec == PartitionSpec("data")

@@ -1,6 +1,6 @@
 """The released code's variant: its terms against NumPy, and a few steps of training."""
 
-import functools
+import itertools
 import math
 
 import jax
@@ -8,12 +8,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from tests.experiments import run
 from xkd_jax.config import default_config
-from xkd_jax.data.loader import create_feed
 from xkd_jax.errors import UserError
 from xkd_jax.experiment import create_experiment
 from xkd_jax.methods.cakd_release import CAKDRelease, LinearProjector, PatchGAN
-from xkd_jax.train import init_state, train_step
 
 GRID, WIDTH = (3, 5), 24  # 16 student heads of 2; the teacher has 4 heads of 6
 
@@ -60,11 +59,15 @@ def all_params(method):
     return random_like(shapes)
 
 
-def run_loss(method, progress=0.0, outs=None):
+def full_loss(method, progress=0.0, outs=None):
     params, adversary = all_params(method)
     outs = outs or outputs()
     key, progress = jax.random.key(0), jnp.float32(progress)
-    loss, _, metrics = method.loss(params, {}, *outs, {}, key, progress, adversary)
+    return method.loss(params, {}, *outs, {}, key, progress, adversary)
+
+
+def run_loss(method, progress=0.0, outs=None):
+    loss, _, metrics, _ = full_loss(method, progress, outs)
     return loss, jax.device_get(metrics)
 
 
@@ -216,7 +219,8 @@ def test_the_adversary_judges_score_maps():
     real = patch_gan(adversary, mean_scores(teacher["query"], teacher["key"]))
     fake = patch_gan(adversary, mean_scores(q, k))
     expected = np.mean(np.log1p(np.exp(-real)) + np.log1p(np.exp(fake)))
-    loss, _ = CAKDRelease().adversary_loss(adversary, params, teacher, student, jax.random.key(0))
+    judged = full_loss(CAKDRelease()).judged
+    loss, _ = CAKDRelease().adversary_loss(adversary, judged)
     np.testing.assert_allclose(loss, expected, rtol=1e-5)
 
 
@@ -234,17 +238,16 @@ def test_it_trains():
     config.augment.update(crop_padding=0, flip=False)
     config.optimizer.learning_rate = 0.02
     experiment = create_experiment(config)
-    assert experiment.method == CAKDRelease()
-    assert experiment.teacher is not None
-    step_fn = jax.jit(functools.partial(train_step, experiment))
-    state, losses, feed = init_state(experiment), [], create_feed(experiment)
-    for _, batch in zip(range(12), feed.batches(0), strict=False):
-        before = state
-        state, metrics = step_fn(state, experiment.teacher.variables, feed.arrays, batch)
+    assert experiment.distiller.method == CAKDRelease()
+    assert experiment.distiller.teacher is not None
+    states, losses = (trained := run(experiment, 12)).states, []
+    for metrics, (before, after) in zip(trained.metrics, itertools.pairwise(states), strict=True):
         losses.append(metrics["loss"])
         assert np.isfinite(metrics["discriminator"])  # the adversary moves at every step
         for old, new in zip(
-            jax.tree.leaves(before.adversary), jax.tree.leaves(state.adversary), strict=True
+            jax.tree.leaves(before.params["adversary"]),
+            jax.tree.leaves(after.params["adversary"]),
+            strict=True,
         ):
             assert not np.array_equal(old, new)
     assert metrics["generator_weighted"] == 0 < metrics["generator"]

@@ -3,14 +3,12 @@
 import dataclasses
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from tests.experiments import changed, run
 from tests.methods.pairs import PAIRS, pair_experiment
-from tests.test_train import changed
 from xkd_jax import train
-from xkd_jax.data.loader import create_feed
 from xkd_jax.errors import UserError
 from xkd_jax.methods import METHODS
 
@@ -27,16 +25,12 @@ REFUSED = {
 def step_through(experiment, count=2, first=None):
     """From step `first`; by default the last of the method's first phase, or the first of all."""
     if first is None:
-        first = max(round(experiment.method.first_phase * experiment.steps_per_epoch) - 1, 0)
-    state = dataclasses.replace(train.init_state(experiment), step=jnp.asarray(first))
-    feed = create_feed(experiment)
-    step_fn = jax.jit(lambda *args: train.train_step(experiment, *args))
-    states, metrics = [state], []
-    for _, batch in zip(range(count), feed.batches(0), strict=False):
-        state, of_step = step_fn(state, experiment.teacher.variables, feed.arrays, batch)
-        states.append(state)
-        metrics.append(jax.device_get(of_step))
-    return states, metrics
+        distiller = experiment.distiller
+        first = max(round(distiller.method.first_phase * distiller.steps_per_epoch) - 1, 0)
+    state = train.init_state(experiment)
+    state = dataclasses.replace(state, step=state.step + first)
+    trained = run(experiment, count, state=state)
+    return trained.states, trained.metrics
 
 
 @pytest.mark.parametrize("pair", PAIRS)

@@ -8,11 +8,10 @@ import numpy as np
 import optax
 import pytest
 
-from tests.test_train import changed, run, tiny_experiment
+from tests.experiments import change, changed, run, tiny_experiment
 from xkd_jax.methods import Sum
-from xkd_jax.methods.base import Method
+from xkd_jax.methods.base import Method, MethodLoss
 from xkd_jax.optim import create_learning_rate_fn
-from xkd_jax.train import init_state, train_step
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 
@@ -28,10 +27,10 @@ class Phased(Method):
         """Half of an epoch of four steps."""
         return 0.5
 
-    def freeze(self, progress):
-        """See `Method.freeze`."""
-        waits = progress < 0 if self.student_waits else False
-        return waits, {"first": progress >= 0, "then": progress < 0}
+    def moves(self, progress):
+        """See `Method.moves`."""
+        student = progress >= 0 if self.student_waits else True
+        return {"student": student, "method": {"first": progress < 0, "then": progress >= 0}}
 
     def init(self, key, teacher_out, student_out, labels=()):
         """See `Method.init`."""
@@ -40,17 +39,12 @@ class Phased(Method):
     def loss(self, params, state, teacher_out, student_out, batch, key, progress, adversary=None):
         """See `Method.loss`."""
         value = jnp.sum(params["first"]["a"] ** 2) + jnp.sum(params["then"] ** 2)
-        return value + 1e-3 * jnp.mean(student_out["logits"] ** 2), state, {"progress": progress}
+        value = value + 1e-3 * jnp.mean(student_out["logits"] ** 2)
+        return MethodLoss(value, state, {"progress": progress})
 
 
 def steps(method, n=4):
-    experiment = tiny_experiment("none")
-    experiment = dataclasses.replace(
-        experiment, method=method, total_steps=experiment.total_steps + 2
-    )
-    return run(
-        experiment, jax.jit(lambda *args: train_step(experiment, *args)), init_state(experiment), n
-    )
+    return run(change(tiny_experiment("none"), method=method), n)
 
 
 @pytest.fixture(scope="module")
@@ -72,23 +66,52 @@ def test_the_label_term_waits_for_the_first_phase_to_end(waiting):
 def test_a_frozen_student_stays_bit_for_bit(waiting):
     """Weights, running statistics and momentum too."""
     before, middle, after = (waiting.states[i] for i in (0, 2, 3))
-    for part in ("params", "batch_stats", "opt_state"):
-        assert not changed(getattr(before, part), getattr(middle, part)), part
-        assert changed(getattr(middle, part), getattr(after, part)), part
+    for part in (
+        lambda state: state.params["student"],
+        lambda state: state.opt_state["student"],
+        lambda state: state.batch_stats,
+    ):
+        assert not changed(part(before), part(middle))
+        assert changed(part(middle), part(after))
 
 
 def test_each_of_the_methods_parameters_moves_in_its_phase(waiting):
     moved = [
-        changed(a.method_params, b.method_params)
+        changed(a.params["method"], b.params["method"])
         for a, b in zip(waiting.states, waiting.states[1:], strict=False)
     ]
     assert moved == [{"['first']['a']"}] * 2 + [{"['then']"}] * 2
 
 
+def test_a_frozen_parameter_of_the_method_gathers_no_momentum(waiting):
+    """Weight decay would fill it, and move the parameter once it is free."""
+    before, middle, _, last = (waiting.states[i].opt_state["method"] for i in (0, 2, 3, 4))
+    momenta = {path for path in changed(before, middle) if "trace" in path}
+    assert all("first" in path for path in momenta)
+    assert momenta
+    assert all("then" in path for path in changed(middle, last))
+
+
+def test_layers_past_what_a_first_phase_learns_from_are_frozen():
+    """The phase's loss reads `stage1` alone: weight decay must not shrink what lies behind it."""
+
+    @dataclasses.dataclass(frozen=True)
+    class Hint(Phased):
+        def loss(self, params, state, teacher_out, student_out, *rest):
+            value = jnp.mean(student_out["stage1"] ** 2)
+            return MethodLoss(jnp.where(rest[2] < 0, value, 0.0), state, {})
+
+    states = steps(Hint(student_waits=False), 3).states
+    early = changed(states[0].params["student"], states[2].params["student"])
+    assert early
+    assert all(path.startswith(("['conv1']", "['bn1']", "['layer1")) for path in early)
+    late = changed(states[2].params["student"], states[3].params["student"])
+    assert any(path.startswith("['fc']") for path in late)
+
+
 def test_a_student_that_is_not_frozen_learns_in_the_first_phase():
     states = steps(Phased(student_waits=False), 1).states
-    moved = changed(states[0].params, states[1].params)
-    assert moved
+    assert changed(states[0].params["student"], states[1].params["student"])
     assert changed(states[0].batch_stats, states[1].batch_stats)
 
 
@@ -106,7 +129,7 @@ class Plain(Method):
 
     def loss(self, params, state, teacher_out, student_out, batch, key, progress, adversary=None):
         """See `Method.loss`."""
-        return jnp.ones(()), state, {}
+        return MethodLoss(jnp.ones(()), state, {})
 
 
 @pytest.mark.parametrize(("progress", "added"), [(-0.1, 0.0), (0.0, 1.0)])
@@ -124,9 +147,9 @@ def test_in_a_sum_the_student_learns_if_one_method_wants_it_to():
     waits, learns = Phased(), Phased(student_waits=False)
     for parts, frozen in (((waits, waits), True), ((waits, learns), False)):
         method = Sum(parts=tuple(zip("ab", parts, strict=True)))
-        student, params = method.freeze(early)
-        assert bool(student) == frozen
-        assert bool(params["a"]["then"])
+        moves = method.moves(early)
+        assert bool(moves["student"]) == (not frozen)
+        assert not bool(moves["method"]["a"]["then"])
 
 
 def test_the_label_term_reads_the_logits_that_the_method_names():

@@ -6,24 +6,23 @@ from typing import Any
 import jax
 
 from xkd_jax.errors import UserError
-from xkd_jax.state import TrainState
 
 GIB = 2**30
 
 
-def parts(state: TrainState, teacher: Any, resident: Any) -> dict[str, int]:
-    """Bytes on each device of what stays there from step to step, by name.
+def parts(state: Any, teacher: Any, resident: Any) -> dict[str, int]:
+    """Bytes on each device of the arrays that persist from step to step, by name.
 
     Args:
-      state: arrays, or shapes with their shardings, as what follows.
+      state: a `TrainState` of arrays, or of shapes with their shardings, as are the following.
       teacher: the teacher's variables.
-      resident: the training split, where it lies on the devices.
+      resident: the training split, if it is stored on the devices.
     """
     groups = {
         "teacher": teacher,
-        "student": (state.params, state.batch_stats, state.ema),
-        "method": (state.method_params, state.method_state, state.adversary),
-        "optimizer": (state.opt_state, state.method_opt_state, state.adversary_opt_state),
+        "student": (state.params["student"], state.batch_stats, state.ema),
+        "method": (state.params["method"], state.method_state, state.params["adversary"]),
+        "optimizer": state.opt_state,
         "data": resident,
     }
     return {name: sum(map(_share, jax.tree.leaves(tree))) for name, tree in groups.items()}

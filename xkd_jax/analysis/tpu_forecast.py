@@ -38,7 +38,7 @@ from xkd_jax.experiment import (
 )
 from xkd_jax.methods import create_method
 from xkd_jax.models import MODELS
-from xkd_jax.state import state_shapes, student_variables
+from xkd_jax.state import student_variables
 
 EXAMPLES = "v5e:4x4, v5e:16x16, v4:2x2x1, v5p:2x2x2 or v6e:2x4"
 
@@ -119,8 +119,8 @@ class Prediction:
         return self.flops / (self.seconds * chips * chip.peak)
 
 
-def topology(name: str, mesh: Any) -> tuple[Mesh, Chip]:
-    """The devices called `name`, laid out as `config.mesh` says, and what each of them is.
+def topology(name: str) -> tuple[Mesh, Chip]:
+    """A mesh of the devices called `name`, and what each of them is.
 
     Raises:
       UserError: no compiler, or no such devices.
@@ -145,7 +145,7 @@ def topology(name: str, mesh: Any) -> tuple[Mesh, Chip]:
         raise UserError(
             f"there is no topology {name!r} ({reason}); take one such as {EXAMPLES}."
         ) from error
-    return sharding.create_mesh(mesh.data, mesh.model, devices), CHIPS[kind]
+    return sharding.create_mesh(devices), CHIPS[kind]
 
 
 def experiment_of_shapes(config: Config, mesh: Mesh) -> Experiment:
@@ -211,15 +211,17 @@ def predict_train_step(experiment: Experiment, chip: Chip) -> Prediction:
     Raises:
       UserError: it doesn't fit.
     """
-    teacher: Any = {}
-    if experiment.teacher:
-        shapes = jax.eval_shape(experiment.teacher.init, jax.random.key(0))
-        rule = experiment.config.mesh.teacher
-        teacher = sharding.shaped(shapes, sharding.of_teacher(experiment.mesh, shapes, rule))
-    args = state_shapes(experiment), teacher, resident_shapes(experiment)
+    distiller, mesh = experiment.distiller, experiment.mesh
+    teacher = distiller.teacher.shapes if distiller.teacher else {}
+    args = (
+        distiller.state_shapes,
+        sharding.shaped(teacher, distiller.shardings.teacher),
+        resident_shapes(experiment.train, mesh),
+    )
     compiled = train.compile_step(experiment, *args)
-    products = count_flops(partial(train.train_step, experiment), *args, batch_shapes(experiment))
-    return _predict(compiled, products, experiment.mesh, chip)
+    batch = batch_shapes(experiment.train, mesh, experiment.config.batch_size)
+    step = partial(train.experiment_step, experiment)
+    return _predict(compiled, count_flops(step, *args, batch), mesh, chip)
 
 
 def predict_eval_step(experiment: Experiment, chip: Chip) -> Prediction:
@@ -235,11 +237,11 @@ def predict_eval_step(experiment: Experiment, chip: Chip) -> Prediction:
         "valid": jax.ShapeDtypeStruct((count,), bool),
     }
     args = (
-        sharding.shaped(student_variables(state_shapes(experiment)), everywhere),
+        sharding.shaped(student_variables(experiment.distiller.state_shapes), everywhere),
         *sharding.shaped(batch, over_batch).values(),
         sharding.shaped(jax.eval_shape(lambda: jax.random.key(0)), everywhere),
     )
-    step = create_eval_step(experiment.student, experiment.evaluation.crop_pct)
+    step = create_eval_step(experiment.distiller.student, experiment.evaluation.crop_pct)
     return _predict(step.lower(*args).compile(), count_flops(step, *args), experiment.mesh, chip)
 
 
@@ -279,7 +281,7 @@ def run(config: Config, name: str) -> int:
     """
     validate(config)
     jax.config.update("jax_platforms", "cpu")
-    mesh, chip = topology(name, config.mesh)
+    mesh, chip = topology(name)
     with backend.assume("tpu"):
         for method in config.compare or (config.method.name,):
             experiment = experiment_of_shapes(for_method(config, method), mesh)

@@ -6,12 +6,34 @@ CPU: what is drawn per image is drawn in one go, and what is drawn per pixel is 
 """
 
 import math
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 
+from xkd_jax.errors import UserError
+
 # ITU-R 601-2 luma, with torchvision's digits.
 _LUMA = (0.2989, 0.587, 0.114)
+
+
+def check_images(images: Any) -> None:
+    """Refuses what isn't a batch of images: [N, H, W, 3], uint8 or float.
+
+    Raises:
+      UserError: the shape or the type is another.
+    """
+    shape, dtype = jnp.shape(images), jnp.result_type(images)
+    if len(shape) != 4 or shape[-1] != 3:
+        raise UserError(f"images have the shape {list(shape)}, but must be [N, H, W, 3].")
+    if dtype != jnp.uint8 and not jnp.issubdtype(dtype, jnp.floating):
+        raise UserError(f"images are {dtype}, but must be uint8, or float in [0, 1].")
+
+
+def to_float(images: jax.Array) -> jax.Array:
+    """uint8 images to float32 in [0, 1]; float ones, which are in [0, 1] already, to float32."""
+    scale = 255 if images.dtype == jnp.uint8 else 1
+    return images.astype(jnp.float32) / scale
 
 
 def random_crop_flip(key: jax.Array, images: jax.Array, padding: int, flip: bool) -> jax.Array:

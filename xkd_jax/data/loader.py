@@ -1,7 +1,8 @@
-"""How training batches reach the device: from the device's own memory, or from the host's workers.
+"""The input pipeline: training batches from the devices' own memory or from the host's workers.
 
-Both ways see the same examples in the same order, a pure function of the seed and the step: that is
-all that resuming needs, in the middle of an epoch too.
+Both loaders yield the same examples in the same order, a pure function of the seed and the step:
+nothing else is needed to resume, even in the middle of an epoch. The rest of `xkd_jax.data` doesn't
+import JAX.
 """
 
 import dataclasses
@@ -17,55 +18,44 @@ from xkd_jax.data.encoded import EncodedImages
 from xkd_jax.data.order import batch_indices
 from xkd_jax.data.source import Examples, Split
 from xkd_jax.distributed import sharding
-from xkd_jax.experiment import Experiment
 
 Batch = dict[str, jax.Array]
 
 
-def create_order(experiment: Experiment) -> "Order":
-    """Which examples each step of the experiment sees."""
-    config = experiment.config
-    return Order(len(experiment.train), config.batch_size, config.seed, config.data.repeats)
+def create_loader(
+    split: Split, mesh: Mesh, order: "Order", crop_scale: tuple[float, float], workers: int
+) -> "DeviceLoader | HostLoader":
+    """The loader for a split: `HostLoader` if its images are encoded, else `DeviceLoader`."""
+    if isinstance(split.images, EncodedImages):
+        return HostLoader(split, mesh, order, crop_scale, workers)
+    return DeviceLoader(split, mesh, order)
 
 
-def create_feed(experiment: Experiment) -> "Resident | Host":
-    """The way that the experiment's training split asks for."""
-    config, order = experiment.config, create_order(experiment)
-    if isinstance(experiment.train.images, EncodedImages):
-        return Host(
-            experiment.train, experiment.mesh, order, tuple(config.crop_scale), config.data.workers
-        )
-    return Resident(experiment.train, experiment.mesh, order)
-
-
-def batch_shapes(experiment: Experiment) -> dict[str, jax.ShapeDtypeStruct]:
-    """What the experiment's feed yields as `batches`, as shapes with their shardings."""
-    count = experiment.config.batch_size
-    shapes = {"index": jax.ShapeDtypeStruct((count,), np.int32)}
-    if isinstance(experiment.train.images, EncodedImages):
-        shapes["image"] = jax.ShapeDtypeStruct(
-            (count, *experiment.train.images.shape[1:]), np.uint8
-        )
+def batch_shapes(split: Split, mesh: Mesh, batch_size: int) -> dict[str, jax.ShapeDtypeStruct]:
+    """The loader's `batches`, as shapes with their shardings."""
+    shapes = {"index": jax.ShapeDtypeStruct((batch_size,), np.int32)}
+    if isinstance(split.images, EncodedImages):
+        shapes["image"] = jax.ShapeDtypeStruct((batch_size, *split.images.shape[1:]), np.uint8)
         shapes["label"] = shapes["index"]
-    return sharding.shaped(shapes, sharding.over_batch(experiment.mesh))
+    return sharding.shaped(shapes, sharding.over_batch(mesh))
 
 
-def resident_shapes(experiment: Experiment) -> dict[str, jax.ShapeDtypeStruct]:
-    """What the experiment's feed has as `arrays`, as shapes with their shardings."""
-    if isinstance(experiment.train.images, EncodedImages):
+def resident_shapes(split: Split, mesh: Mesh) -> dict[str, jax.ShapeDtypeStruct]:
+    """The loader's `arrays`, as shapes with their shardings."""
+    if isinstance(split.images, EncodedImages):
         return {}
-    count, *shape = experiment.train.images.shape
-    count += -count % experiment.mesh.shape["data"]
+    count, *shape = split.images.shape
+    count += -count % mesh.shape["data"]
     shapes = {
         "image": jax.ShapeDtypeStruct((count, *shape), np.uint8),
         "label": jax.ShapeDtypeStruct((count,), np.int32),
     }
-    return sharding.shaped(shapes, sharding.over_batch(experiment.mesh))
+    return sharding.shaped(shapes, sharding.over_batch(mesh))
 
 
 @dataclasses.dataclass(frozen=True)
 class Order:
-    """Which examples a step sees: the arguments of `batch_indices` but for the step."""
+    """Which examples a step sees: the arguments of `batch_indices` except the step."""
 
     num_examples: int
     batch_size: int
@@ -77,12 +67,12 @@ class Order:
         return batch_indices(self.num_examples, self.batch_size, self.seed, step, self.repeats)
 
 
-class Resident:
-    """The whole split lies on the devices as uint8; a batch is the indices of its examples.
+class DeviceLoader:
+    """The whole split is stored on the devices as uint8; a batch is the indices of its examples.
 
     Attributes:
-      arrays: `image` [n, H, W, 3] and `label` [n], split over the mesh's `data` axis; n is rounded
-        up to a multiple of it by examples that no index points to.
+      arrays: `image` [n, H, W, 3] and `label` [n], sharded over the mesh's `data` axis; n is padded
+        to a multiple of the axis with examples that no index points to.
     """
 
     def __init__(self, split: Split, mesh: Mesh, order: Order):
@@ -102,11 +92,11 @@ class Resident:
             yield {"index": sharding.put(self._order.indices(step), self._sharding)}
 
 
-class Host:
-    """Worker processes decode and crop; uint8 batches are copied while the step before runs.
+class HostLoader:
+    """Workers decode and crop; uint8 batches are copied to the devices during the previous step.
 
     Attributes:
-      arrays: nothing.
+      arrays: empty.
     """
 
     def __init__(

@@ -1,16 +1,15 @@
 """The device mesh, and how arrays lie on it."""
 
 import dataclasses
+import functools
+import operator
 from collections.abc import Sequence
-from functools import partial
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
-
-from xkd_jax.errors import UserError
 
 # Elements from which on a leaf is split: below, a share is less than a collective is worth.
 SPLIT_FROM = 2**18
@@ -19,27 +18,15 @@ SPLIT_FROM = 2**18
 AUTO_SPLIT = 2**31
 
 
-def create_mesh(data: int, model: int, devices: Sequence[Any] | None = None) -> Mesh:
-    """A mesh with the axes `data` and `model`; -1 takes the devices that are left.
+def create_mesh(devices: Sequence[Any] | None = None) -> Mesh:
+    """A mesh with one axis, `data`.
 
     Args:
-      data: devices along `data`.
-      model: devices along `model`.
-      devices: to take instead of this machine's.
-
-    Raises:
-      UserError: the machine's devices can't be laid out so.
+      devices: the devices to use; all of `jax.devices()` if not given.
     """
     devices = jax.devices() if devices is None else devices
-    if data == -1 and model > 0 and len(devices) % model == 0:
-        data = len(devices) // model
-    if data < 1 or model < 1 or data * model != len(devices):
-        raise UserError(
-            f"mesh.data={data} times mesh.model={model} is not the {len(devices)} device(s) here; "
-            "set mesh.data=-1 to use all of them."
-        )
     # Explicit axes, the default since JAX 0.9, refuse the reshapes of Linen's Transformers.
-    return jax.make_mesh((data, model), ("data", "model"), (AxisType.Auto,) * 2, devices=devices)
+    return jax.make_mesh((len(devices),), ("data",), (AxisType.Auto,), devices=devices)
 
 
 def replicated(mesh: Mesh) -> NamedSharding:
@@ -74,6 +61,21 @@ def split_large(mesh: Mesh, tree: Any) -> Any:
     return jax.tree.map(place, tree)
 
 
+@dataclasses.dataclass(frozen=True)
+class Shardings:
+    """How everything that a step takes is laid out on the mesh.
+
+    Attributes:
+      state: a `TrainState` of shardings.
+      teacher: a tree of shardings like the teacher's variables.
+      batch: arrays whose first axis is the batch.
+    """
+
+    state: Any
+    teacher: Any
+    batch: NamedSharding
+
+
 def of_teacher(mesh: Mesh, variables: Any, rule: str) -> Any:
     """How the frozen teacher lies on the mesh.
 
@@ -89,20 +91,27 @@ def of_teacher(mesh: Mesh, variables: Any, rule: str) -> Any:
     return jax.tree.map(lambda _: replicated(mesh), variables)
 
 
-def of_state(mesh: Mesh, state: Any, split: Sequence[str] = ()) -> Any:
-    """How a training state lies on the mesh: replicated, but for the rows of memory banks.
+def of_state(mesh: Mesh, state: Any, student_rule: str) -> Any:
+    """The shardings of a `TrainState`: replicated, except for memory banks and an FSDP student.
 
     Args:
       mesh: the devices.
-      state: arrays or shapes; what lies under a key `bank` has a row for each example.
-      split: names of its fields that `split_large` lays out.
+      state: a `TrainState` of arrays or shapes. Arrays under a key `bank` have a row for each
+        example and are split over `data`.
+      student_rule: `config.mesh.student`: "replicated"; or "fsdp", which splits the student's
+        weights, its optimizer state and its moving average, see `split_large`.
     """
 
     def place(path: tuple, leaf: Any) -> NamedSharding:
         names = [getattr(key, "key", getattr(key, "name", None)) for key in path]
         if "bank" in names:
             return over_batch(mesh)
-        return split_large(mesh, leaf) if names[0] in split else replicated(mesh)
+        of_student = names[0] == "ema" or names[:2] in (
+            ["params", "student"],
+            ["opt_state", "student"],
+        )
+        split = student_rule == "fsdp" and of_student
+        return split_large(mesh, leaf) if split else replicated(mesh)
 
     return jax.tree.map_with_path(place, state)
 
@@ -117,8 +126,13 @@ def shaped(tree: Any, shardings: Any) -> Any:
 
 
 def shardings(tree: Any) -> Any:
-    """Those of arrays, or of shapes from `shaped`."""
+    """The sharding of every leaf."""
     return jax.tree.map(lambda leaf: leaf.sharding, tree)
+
+
+def is_replicated(shardings: Any) -> bool:
+    """Whether every device holds all of a tree."""
+    return all(sharding.is_fully_replicated for sharding in jax.tree.leaves(shardings))
 
 
 def take(mesh: Mesh, tree: Any, indices: jax.Array) -> Any:
@@ -164,58 +178,34 @@ def gather(mesh: Mesh, tree: Any) -> Any:
     return jax.lax.with_sharding_constraint(tree, replicated(mesh))
 
 
-@partial(jax.tree_util.register_dataclass, data_fields=["array"], meta_fields=["sharding"])
 @dataclasses.dataclass(frozen=True)
-class Share:
-    """A weight, or equal ones stacked, and how each of them lies on the devices."""
+class BlockGather:
+    """Gathers a network's sharded parameters one block at a time (`xkd_jax.models.scan.Gather`).
 
-    array: jax.Array
-    sharding: NamedSharding
+    Inside `jit`: a scan over blocks then holds no more than one period of whole blocks at a time.
 
-
-SHARES = "shares"
-
-
-def gather_lazily(variables: Any, shardings: Any) -> Any:
-    """Inside `jit`: `variables` gathered, and beside them their params as they lie, in `SHARES`.
-
-    Who goes through many blocks in a loop takes those, and calls `stack` and `whole`: then no more
-    than a block is whole at a time. XLA drops what nobody uses of the others.
-
-    Args:
-      variables: a network's; empty where there is none.
-      shardings: theirs.
+    Attributes:
+      params: the network's parameters, as they are sharded.
+      shardings: the sharding of every leaf of `params`.
     """
-    gathered = jax.tree.map(lambda leaf, s: gather(s.mesh, leaf), variables, shardings)
-    shares = jax.tree.map(Share, variables, shardings).get("params", {})
-    return gathered | {SHARES: shares}
 
+    params: Any
+    shardings: Any
 
-def stack(trees: Sequence[Any]) -> Any:
-    """Equal trees as one, its leaves stacked; each `Share` keeps its layout."""
+    def stack(self, paths: Sequence[tuple[str, ...]]) -> Any:
+        """The parameters at `paths`, identical trees, stacked; each leaf keeps its sharding."""
 
-    def keep(leaf: Any) -> Any:
-        if not _is_share(leaf):
-            return leaf
-        spec = PartitionSpec(None, *leaf.sharding.spec)
-        layout = NamedSharding(leaf.sharding.mesh, spec)
-        return Share(jax.lax.with_sharding_constraint(leaf.array, layout), leaf.sharding)
+        def stack_leaves(sharding: NamedSharding, *leaves: jax.Array) -> jax.Array:
+            stacked = NamedSharding(sharding.mesh, PartitionSpec(None, *sharding.spec))
+            return jax.lax.with_sharding_constraint(jnp.stack(leaves), stacked)
 
-    stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), *trees)
-    return jax.tree.map(keep, stacked, is_leaf=_is_share)
+        trees = [functools.reduce(operator.getitem, path, self.params) for path in paths]
+        shardings = functools.reduce(operator.getitem, paths[0], self.shardings)
+        return jax.tree.map(stack_leaves, shardings, *trees)
 
-
-def whole(tree: Any) -> Any:
-    """Inside `jit`: the tree with each `Share` gathered."""
-
-    def gather_share(leaf: Any) -> Any:
-        return gather(leaf.sharding.mesh, leaf.array) if _is_share(leaf) else leaf
-
-    return jax.tree.map(gather_share, tree, is_leaf=_is_share)
-
-
-def _is_share(leaf: Any) -> bool:
-    return isinstance(leaf, Share)
+    def whole(self, params: Any) -> Any:
+        """A slice of a stack, gathered onto every device."""
+        return gather(jax.tree.leaves(self.shardings)[0].mesh, params)
 
 
 def to_host(tree: Any, mesh: Mesh) -> Any:

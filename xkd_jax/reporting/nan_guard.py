@@ -10,11 +10,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from xkd_jax.data.loader import Order, create_order
+from xkd_jax.data.loader import Order
 from xkd_jax.distributed import processes
 from xkd_jax.errors import UserError
-from xkd_jax.experiment import Experiment
-from xkd_jax.state import TrainState
 from xkd_jax.weights import write_file
 
 FLAGS = "finite"  # the metric in which a step tells of each gradient whether it is finite
@@ -73,16 +71,6 @@ class Guard:
             f"{listed(wrong) or 'no parameter'}, its examples are {listed(examples, 8)} (all in "
             f"{path}); the checkpoints from before stay: {ADVICE}"
         )
-
-
-def create_guard(experiment: Experiment, state: TrainState, folder: Path) -> Guard:
-    """The guard of a run, whose gradients have the names of what `state` trains."""
-    trained = {
-        "student": state.params,
-        "method": state.method_params,
-        "adversary": state.adversary,
-    }
-    return Guard(folder, names(trained), create_order(experiment))
 
 
 def check_state(step: int, state: Any) -> None:

@@ -13,8 +13,9 @@ from xkd_jax import data
 from xkd_jax.analysis.flops import count_flops, count_parameters
 from xkd_jax.distributed import processes, sharding
 from xkd_jax.evaluate import create_eval_step, evaluate
-from xkd_jax.experiment import Experiment, Network, load_split
+from xkd_jax.experiment import Experiment, load_split
 from xkd_jax.methods.base import apply
+from xkd_jax.model import Model
 from xkd_jax.weights import load_weights, save_weights, write_file
 
 SUMMARY = "summary.json"
@@ -40,12 +41,12 @@ def finish(experiment: Experiment, student_variables: Any, folder: Path) -> dict
         "steps": experiment.total_steps,
         "test": f"{config.data.name} {config.data.test}",
         "student": {"model": config.student.model}
-        | describe(experiment.student, student_variables, test, experiment),
+        | describe(experiment.distiller.student, student_variables, test, experiment),
     }
-    if experiment.teacher:
-        variables = experiment.teacher.variables
+    if experiment.distiller.teacher:
+        variables = experiment.distiller.teacher.variables
         summary["teacher"] = {"weights": config.teacher.weights} | describe(
-            experiment.teacher, variables, test, experiment
+            experiment.distiller.teacher, variables, test, experiment
         )
     scores = {"test_top1": summary["student"]["top1"]}
     if processes.is_first():
@@ -66,7 +67,7 @@ def save_student(
       path: of the file.
       scores: what was measured; goes into the file's metadata.
     """
-    config, student = experiment.config, experiment.student
+    config, student = experiment.config, experiment.distiller.student
     metadata = {
         "model": config.student.model,
         "args": config.student.args.to_dict(),
@@ -113,14 +114,14 @@ class Best:
 
 
 def describe(
-    network: Network, variables: Any, test: data.Split, experiment: Experiment
+    model: Model, variables: Any, test: data.Split, experiment: Experiment
 ) -> dict[str, Any]:
     """Accuracy on `test`, plain and, if the config asks for it, noisy; parameters; FLOPs."""
-    scores = evaluate(create_eval_step(network, test.crop_pct), variables, test, experiment.mesh)
+    scores = evaluate(create_eval_step(model, test.crop_pct), variables, test, experiment.mesh)
     if experiment.config.data.noisy:
-        noisy_step = create_eval_step(network, test.crop_pct, noisy=True)
+        noisy_step = create_eval_step(model, test.crop_pct, noisy=True)
         noisy = evaluate(noisy_step, variables, test, experiment.mesh)
         scores["noisy_top1"] = noisy["top1"]
-    image = jax.ShapeDtypeStruct((1, network.image_size, network.image_size, 3), jnp.float32)
-    flops = count_flops(lambda v, x: apply(network.module, v, x, train=False)[0], variables, image)
+    image = jax.ShapeDtypeStruct((1, model.image_size, model.image_size, 3), jnp.float32)
+    flops = count_flops(lambda v, x: apply(model.module, v, x, train=False)[0], variables, image)
     return scores | {"parameters": count_parameters(variables["params"]), "flops": flops}

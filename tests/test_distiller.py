@@ -1,8 +1,6 @@
 """The training step, on 64 small images with tiny networks."""
 
-import collections
 import dataclasses
-import functools
 import itertools
 
 import flax.linen as nn
@@ -12,65 +10,22 @@ import numpy as np
 import optax
 import pytest
 
+from tests.experiments import change, changed, leaves, run, tiny_experiment
 from xkd_jax.augment.policies import Augment
-from xkd_jax.config import default_config
-from xkd_jax.data.loader import create_feed
 from xkd_jax.data.order import batch_indices
-from xkd_jax.experiment import Network, create_experiment
-from xkd_jax.methods.base import Method
-from xkd_jax.train import (
-    TrainState,
-    create_views,
-    init_state,
-    label_loss,
-    student_loss,
-    student_variables,
-    train_step,
-)
+from xkd_jax.distiller import create_views
+from xkd_jax.methods.base import Method, MethodLoss
+from xkd_jax.methods.label import label_loss, label_term
+from xkd_jax.model import Model
+from xkd_jax.state import TrainState, student_variables
 
 METHOD_TERMS = ("attention", "value_relation", "tokens", "generator")
-
-Run = collections.namedtuple("Run", "experiment step_fn states metrics")
-
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 
 
-def tiny_experiment(method, seed=0):
-    config = default_config()
-    config.seed = seed
-    config.batch_size = 16
-    config.label_smoothing = 0.1
-    config.method.name = method
-    config.method[method].label_weight = 0.5
-    config.data.update(name="fashion_mnist_mini", train="train[:64]", eval="validation[:64]")
-    config.student.args = {"layers": (1, 1, 1, 1), "width": 0.125, "stem": "cifar"}
-    config.teacher.update(model="vit_tiny_patch16_224", weights="random")
-    config.teacher.args = {
-        "img_size": 28, "patch_size": 4, "embed_dim": 16, "depth": 2, "num_heads": 2,
-        "class_token": False, "global_pool": "avg",
-    }  # fmt: skip
-    config.augment.update(crop_padding=0, flip=False)
-    config.optimizer.learning_rate = 0.05
-    return create_experiment(config)
-
-
-def run(experiment, step_fn, state, steps):
-    """The states before, between and after the steps, and the metrics of each."""
-    variables = experiment.teacher.variables if experiment.teacher else {}
-    states, metrics, feed = [state], [], create_feed(experiment)
-    for _, batch in zip(range(steps), feed.batches(0), strict=False):
-        state, of_step = step_fn(state, variables, feed.arrays, batch)
-        states.append(state)
-        metrics.append(jax.device_get(of_step))
-    return Run(experiment, step_fn, states, metrics)
-
-
 def start(method):
-    experiment = tiny_experiment(method)
-    return run(
-        experiment, jax.jit(functools.partial(train_step, experiment)), init_state(experiment), 30
-    )
+    return run(tiny_experiment(method), 30)
 
 
 @pytest.fixture(scope="module")
@@ -83,37 +38,19 @@ def cakd():
     return start("cakd")
 
 
-def leaves(tree):
-    """Host arrays by path; keys as their data."""
-    return {
-        jax.tree_util.keystr(path): np.asarray(
-            jax.random.key_data(leaf) if jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.prng_key)
-            else leaf
-        )
-        for path, leaf in jax.tree_util.tree_leaves_with_path(tree)
-    }  # fmt: skip
-
-
-def changed(before, after):
-    """The paths of the leaves that are not bit-identical."""
-    before, after = leaves(before), leaves(after)
-    assert before.keys() == after.keys()
-    return {path for path in before if before[path].tobytes() != after[path].tobytes()}
-
-
 # ---- cakd
 
 
 def test_the_adversary_moves_at_every_fifth_step_only(cakd):
     moved = []
     for step, (before, after) in enumerate(itertools.pairwise(cakd.states)):
-        parameters = changed(before.adversary, after.adversary)
-        optimizer = changed(before.adversary_opt_state, after.adversary_opt_state)
+        parameters = changed(before.params["adversary"], after.params["adversary"])
+        optimizer = changed(before.opt_state["adversary"], after.opt_state["adversary"])
         assert bool(parameters) == bool(optimizer)
         if parameters:
             moved.append(step)
-            assert parameters == leaves(before.adversary).keys()
-            assert optimizer == leaves(before.adversary_opt_state).keys()
+            assert parameters == leaves(before.params["adversary"]).keys()
+            assert optimizer == leaves(before.opt_state["adversary"]).keys()
     assert moved == [0, 5, 10, 15, 20, 25]
 
 
@@ -129,20 +66,25 @@ def test_discriminator_metrics_are_nan_between_updates(cakd):
 def test_every_step_moves_student_and_projectors(cakd):
     # From the second step on: the zeros that end every residual branch hide what is behind them.
     for before, after in itertools.pairwise(cakd.states[1:]):
-        for part in ("params", "batch_stats", "method_params"):
-            old = getattr(before, part)
-            assert changed(old, getattr(after, part)) == leaves(old).keys(), part
+        for old, new in (
+            (before.params["student"], after.params["student"]),
+            (before.params["method"], after.params["method"]),
+            (before.batch_stats, after.batch_stats),
+        ):
+            assert changed(old, new) == leaves(old).keys()
         assert after.step == before.step + 1
         assert not changed(before.key, after.key)
 
 
 def test_the_teacher_is_not_in_the_state(cakd):
     assert {field.name for field in dataclasses.fields(TrainState)} == {
-        "step", "key", "params", "batch_stats", "opt_state", "method_params", "method_opt_state",
-        "method_state", "adversary", "adversary_opt_state", "ema",
+        "step", "key", "params", "opt_state", "batch_stats", "method_state", "ema",
     }  # fmt: skip
+    assert set(cakd.states[0].params) == {"student", "method", "adversary"}
     teacher = {
-        leaf.tobytes() for leaf in jax.tree.leaves(cakd.experiment.teacher.variables) if leaf.any()
+        leaf.tobytes()
+        for leaf in jax.tree.leaves(cakd.experiment.distiller.teacher.variables)
+        if leaf.any()
     }
     state = {leaf.tobytes() for leaf in leaves(cakd.states[0]).values()}
     shapes = {leaf.shape for leaf in leaves(cakd.states[-1]).values()}
@@ -161,7 +103,7 @@ def test_the_loss_is_the_sum_of_its_weighted_terms(cakd):
 
 def test_teacher_accuracy_is_reported_only_with_a_teacher(none, cakd):
     assert 0 <= cakd.metrics[0]["teacher_accuracy"] <= 1
-    assert none.experiment.teacher is None
+    assert none.experiment.distiller.teacher is None
     assert none.metrics[0].keys() == {
         "loss", "label_loss", "accuracy", "gradient_norm", "learning_rate", "finite",
     }  # fmt: skip
@@ -177,17 +119,19 @@ def test_the_loss_falls(request, method):
 
 def test_the_same_seed_gives_the_same_bits(cakd):
     experiment = tiny_experiment("cakd")
-    assert not changed(experiment.teacher.variables, cakd.experiment.teacher.variables)
-    again = run(experiment, cakd.step_fn, init_state(experiment), 11)
+    assert not changed(
+        experiment.distiller.teacher.variables, cakd.experiment.distiller.teacher.variables
+    )
+    again = run(experiment, 11, step_fn=cakd.step_fn)
     assert not changed(again.states[0], cakd.states[0])
     assert not changed(again.states[11], cakd.states[11])
 
 
 def test_another_seed_gives_another_run(none):
     experiment = tiny_experiment("none", seed=1)
-    other = run(experiment, none.step_fn, init_state(experiment), 1)
-    kernels = {path for path in leaves(none.states[0].params) if "kernel" in path}
-    assert changed(other.states[0].params, none.states[0].params) == kernels
+    other = run(experiment, 1, step_fn=none.step_fn)
+    kernels = {path for path in leaves(none.states[0].params["student"]) if "kernel" in path}
+    assert changed(other.states[0].params["student"], none.states[0].params["student"]) == kernels
     assert changed(other.states[0].key, none.states[0].key)
     assert other.metrics[0]["loss"] != none.metrics[0]["loss"]
 
@@ -195,7 +139,9 @@ def test_another_seed_gives_another_run(none):
 def test_the_steps_draws_follow_the_states_key(cakd):
     state = cakd.states[0]
     key = jax.device_put(jax.random.key(123), state.key.sharding)  # or it would compile again
-    redrawn = run(cakd.experiment, cakd.step_fn, dataclasses.replace(state, key=key), 1).metrics[0]
+    redrawn = run(
+        cakd.experiment, 1, step_fn=cakd.step_fn, state=dataclasses.replace(state, key=key)
+    ).metrics[0]
     for name in ("label_loss", "attention", "tokens"):
         assert redrawn[name] != cakd.metrics[0][name]
 
@@ -203,7 +149,7 @@ def test_the_steps_draws_follow_the_states_key(cakd):
 def test_student_variables_are_the_plain_network(none, cakd):
     for trained in (none, cakd):
         variables = student_variables(trained.states[-1])
-        shapes = jax.eval_shape(trained.experiment.student.init, jax.random.key(0))
+        shapes = jax.eval_shape(trained.experiment.distiller.student.init, jax.random.key(0))
         assert jax.tree.structure(variables) == jax.tree.structure(shapes)
 
 
@@ -234,7 +180,7 @@ class Probe(Method):
     def loss(self, params, state, teacher_out, student_out, batch, key, progress, adversary):
         seen = {"key": jax.random.key_data(key), "progress": progress, **batch}
         seen = {name: value for name, value in seen.items() if name not in ("image", "target")}
-        return jnp.zeros(()), {"calls": state.get("calls", 0) + 1}, seen
+        return MethodLoss(jnp.zeros(()), {"calls": state.get("calls", 0) + 1}, seen)
 
     def init(self, key, teacher_out, student_out, labels):
         return {}, {"calls": jnp.zeros((), jnp.int32)}
@@ -251,29 +197,28 @@ class Adversarial(Probe):
     def init_adversary(self, key, teacher_out, student_out):
         return jnp.zeros(())
 
-    def adversary_loss(self, adversary, params, teacher_out, student_out, key):
+    def adversary_loss(self, adversary, judged):
         return -adversary, {"discriminator": -adversary}
 
 
 def probe(method):
-    student = Network(Linear(), 28, (0.5, 0.4, 0.3), (0.2, 0.3, 0.4))
-    experiment = dataclasses.replace(tiny_experiment("none"), method=method, student=student)
-    return run(
-        experiment, jax.jit(functools.partial(train_step, experiment)), init_state(experiment), 9
-    )
+    student = Model(Linear(), 28, (0.5, 0.4, 0.3), (0.2, 0.3, 0.4))
+    experiment = change(tiny_experiment("none"), method=method, student=student)
+    return run(experiment, 9)
 
 
 def test_a_second_classifier_learns_too_with_weight_0_4():
-    student = Network(TwoHeads(), 28, (0.5,) * 3, (0.5,) * 3)
-    experiment = dataclasses.replace(tiny_experiment("none"), method=Probe(), student=student)
-    state, images = init_state(experiment), jnp.ones((2, 28, 28, 3))
     targets = optax.smooth_labels(jax.nn.one_hot(jnp.array([3, 7]), 10), 0.1)
-    batch = {"index": jnp.arange(2), "label": jnp.array([3, 7]), "target": targets}
-    keys = jax.random.key(0), jax.random.key(1)
-    _, aux = student_loss(experiment, state, state.params, {}, {}, images, batch, *keys)
-    logits = aux["student_out"]["logits"]
+    logits = jax.random.normal(jax.random.key(0), (2, 10))
+    term = label_term(Method(), {"logits": logits, "aux_logits": 2 * logits}, targets)
     first, second = (label_loss(x, targets) for x in (logits, 2 * logits))
-    np.testing.assert_allclose(aux["metrics"]["label_loss"], first + 0.4 * second, rtol=1e-6)
+    np.testing.assert_allclose(term, first + 0.4 * second, rtol=1e-6)
+    # In the step: with labels alone the loss is that term, of the two heads of the module.
+    student = Model(TwoHeads(), 28, (0.5,) * 3, (0.5,) * 3)
+    (metrics,) = run(change(tiny_experiment("none"), method=Probe(), student=student), 1).metrics
+    one = Model(Linear(), 28, (0.5,) * 3, (0.5,) * 3)
+    (alone,) = run(change(tiny_experiment("none"), method=Probe(), student=one), 1).metrics
+    assert metrics["label_loss"] > 1.2 * alone["label_loss"]
 
 
 @pytest.fixture(scope="module")
@@ -293,7 +238,7 @@ def test_every_step_has_a_key_of_its_own(probed):
 
 
 def test_methods_see_the_batch_and_the_epochs_so_far(probed):
-    assert probed.experiment.steps_per_epoch == 4
+    assert probed.experiment.distiller.steps_per_epoch == 4
     for step, metrics in enumerate(probed.metrics):
         indices = batch_indices(64, 16, 0, step)
         np.testing.assert_array_equal(metrics["index"], indices)
@@ -307,13 +252,13 @@ def test_methods_see_the_batch_and_the_epochs_so_far(probed):
 )
 def test_the_adversary_counts_steps_or_epochs_of_four_steps(clock, turns):
     states = probe(Adversarial(clock)).states
-    moved = [b.adversary != a.adversary for b, a in itertools.pairwise(states)]
+    moved = [b.params["adversary"] != a.params["adversary"] for b, a in itertools.pairwise(states)]
     assert [step for step, move in enumerate(moved) if move] == turns
 
 
 def test_training_is_sgd_on_normalised_images(probed):
     """Every step written out: cross-entropy, its gradient, decay, momentum and the rate."""
-    params = leaves(probed.states[0].params)
+    params = leaves(probed.states[0].params["student"])
     layer = np.vstack([params["['Dense_0']['kernel']"], params["['Dense_0']['bias']"]])
     layer, buffer = np.float64(layer), 0
     for step, metrics in enumerate(probed.metrics):
@@ -336,32 +281,34 @@ def test_training_is_sgd_on_normalised_images(probed):
             np.testing.assert_allclose(metrics[name], value, rtol=1e-4, err_msg=name)
         buffer = 0.9 * buffer + gradient + 1e-4 * layer
         layer = layer - 0.05 * buffer
-    params = leaves(probed.states[-1].params)
+    params = leaves(probed.states[-1].params["student"])
     np.testing.assert_allclose(params["['Dense_0']['kernel']"], layer[:-1], atol=1e-5)
     np.testing.assert_allclose(params["['Dense_0']['bias']"], layer[-1], atol=1e-5)
 
 
-def test_each_network_sees_the_same_crop_normalised_its_own_way(probed):
-    teacher = Network(Linear(), 28, (0.1, 0.2, 0.3), (0.5, 0.6, 0.7))
-    experiment = dataclasses.replace(
-        probed.experiment,
-        teacher=teacher,
-        config=probed.experiment.config.copy_and_resolve_references(),
+def view(distiller, n=8, labels=None, **augment):
+    """What `create_views` gives for the first training images with a changed augmentation."""
+    distiller = dataclasses.replace(
+        distiller, augment=dataclasses.replace(distiller.augment, **augment)
     )
-    experiment.config.augment.update(crop_padding=3, flip=True)
-    images = probed.experiment.train.images[:8]
-    *seen, _ = create_views(experiment, jax.random.key(0), images, jnp.zeros(8, int))
+    labels = jnp.zeros(n, int) if labels is None else labels
+    images = jnp.asarray(tiny_experiment("none").train.images[:n])
+    return create_views(distiller, jax.random.key(0), images, labels)
+
+
+def test_each_network_sees_the_same_crop_normalised_its_own_way(probed):
+    teacher = Model(Linear(), 28, (0.1, 0.2, 0.3), (0.5, 0.6, 0.7))
+    distiller = dataclasses.replace(probed.experiment.distiller, teacher=teacher)
+    *seen, _ = view(distiller, crop_padding=3, flip=True)
     pixels = [
-        np.asarray(view) * network.std + network.mean
-        for view, network in zip(seen, (teacher, experiment.student), strict=True)
+        np.asarray(view) * model.std + model.mean
+        for view, model in zip(seen, (teacher, distiller.student), strict=True)
     ]
     np.testing.assert_allclose(*pixels, atol=1e-6)
-    assert not np.allclose(pixels[0], images / 255, atol=0.01)
+    assert not np.allclose(pixels[0], probed.experiment.train.images[:8] / 255, atol=0.01)
     larger = dataclasses.replace(teacher, image_size=42)
-    experiment = dataclasses.replace(experiment, teacher=larger)
-    shapes = jax.eval_shape(
-        lambda key: create_views(experiment, key, images, jnp.zeros(8, int))[:2], jax.random.key(0)
-    )
+    distiller = dataclasses.replace(distiller, teacher=larger)
+    shapes = jax.eval_shape(lambda: view(distiller)[:2])
     assert [view.shape for view in shapes] == [(8, 42, 42, 3), (8, 28, 28, 3)]
 
 
@@ -377,68 +324,49 @@ def test_label_loss_is_cross_entropy():
 
 
 def test_targets_are_smoothed_labels_and_mixed(probed):
-    experiment = dataclasses.replace(
-        probed.experiment, config=probed.experiment.config.copy_and_resolve_references()
-    )
-    images, labels = experiment.train.images[:8], jnp.arange(8)
-    experiment.config.label_smoothing = 0.2
-    *_, targets = create_views(experiment, jax.random.key(0), images, labels)
+    distiller, labels = probed.experiment.distiller, jnp.arange(8)
+    _, plain, targets = view(distiller, labels=labels, label_smoothing=0.2)
     np.testing.assert_allclose(targets, 0.8 * np.eye(10)[:8] + 0.02, rtol=1e-6)
-    mixed = dataclasses.replace(experiment, augment=Augment(mixup=0.4))
-    teacher_view, view, new = create_views(mixed, jax.random.key(0), images, labels)
-    np.testing.assert_array_equal(teacher_view, view)
+    mixed = {"policy": Augment(mixup=0.4), "label_smoothing": 0.2}
+    teacher_view, student_view, new = view(distiller, labels=labels, **mixed)
+    np.testing.assert_array_equal(teacher_view, student_view)
     share = (new[0, 0] - new[0, 1]) / 0.8
     assert 0 < share < 1
     np.testing.assert_allclose(new, share * targets + (1 - share) * targets[::-1], atol=1e-6)
-    _, plain, _ = create_views(experiment, jax.random.key(0), images, labels)
-    np.testing.assert_allclose(view, share * plain + (1 - share) * plain[::-1], atol=1e-5)
+    expected = share * plain + (1 - share) * plain[::-1]
+    np.testing.assert_allclose(student_view, expected, atol=1e-5)
 
 
 def test_strong_augmentation_changes_both_networks_views_alike(probed):
-    experiment, images = probed.experiment, probed.experiment.train.images[:8]
-    strong = dataclasses.replace(experiment, augment=Augment(auto="trivialaugment"))
-    teacher_view, view, _ = create_views(strong, jax.random.key(0), images, jnp.zeros(8, int))
-    _, plain, _ = create_views(experiment, jax.random.key(0), images, jnp.zeros(8, int))
-    np.testing.assert_array_equal(teacher_view, view)
-    assert not np.allclose(view, plain, atol=0.01)
+    distiller = probed.experiment.distiller
+    teacher_view, strong, _ = view(distiller, policy=Augment(auto="trivialaugment"))
+    _, plain, _ = view(distiller)
+    np.testing.assert_array_equal(teacher_view, strong)
+    assert not np.allclose(strong, plain, atol=0.01)
 
 
 def test_the_average_is_evaluated_and_saved_where_there_is_one():
-    experiment = tiny_experiment("none")
-    config = experiment.config.copy_and_resolve_references()
-    config.ema.decay = 0.75
-    experiment = dataclasses.replace(experiment, config=config)
-    states = run(
-        experiment, jax.jit(functools.partial(train_step, experiment)), init_state(experiment), 3
-    ).states
+    states = run(change(tiny_experiment("none"), ema_decay=0.75), 3).states
     # The first step leaves no trace of the random start.
-    average = states[1].params
+    average = states[1].params["student"]
     for state in states[2:]:
-        average = jax.tree.map(lambda old, new: 0.75 * old + 0.25 * new, average, state.params)
+        average = jax.tree.map(
+            lambda old, new: 0.75 * old + 0.25 * new, average, state.params["student"]
+        )
     got = student_variables(states[3])
     for a, b in zip(jax.tree.leaves(got["params"]), jax.tree.leaves(average), strict=True):
         np.testing.assert_allclose(a, b, atol=1e-6)
     assert got["batch_stats"]
-    assert not np.allclose(states[3].params["fc"]["kernel"], got["params"]["fc"]["kernel"])
+    kernel = states[3].params["student"]["fc"]["kernel"]
+    assert not np.allclose(kernel, got["params"]["fc"]["kernel"])
 
 
 def test_a_batch_in_parts_makes_the_same_step():
-    experiment = tiny_experiment("none")
-    config = experiment.config.copy_and_resolve_references()
-    config.accumulate = 4
-    student = Network(Linear(), 28, (0.5, 0.4, 0.3), (0.2, 0.3, 0.4))  # no batch normalisation
-    whole = dataclasses.replace(experiment, student=student)
-    ends = []
-    for experiment in (whole, dataclasses.replace(whole, config=config)):
-        ends.append(
-            run(
-                experiment,
-                jax.jit(functools.partial(train_step, experiment)),
-                init_state(experiment),
-                3,
-            )
-        )
-    for a, b in zip(*(jax.tree.leaves(end.states[3].params) for end in ends), strict=True):
+    student = Model(Linear(), 28, (0.5, 0.4, 0.3), (0.2, 0.3, 0.4))  # no batch normalisation
+    whole = change(tiny_experiment("none"), student=student)
+    ends = [run(experiment, 3) for experiment in (whole, change(whole, accumulate=4))]
+    params = (jax.tree.leaves(end.states[3].params["student"]) for end in ends)
+    for a, b in zip(*params, strict=True):
         np.testing.assert_allclose(a, b, atol=1e-6)
     for name in ("loss", "accuracy", "gradient_norm", "learning_rate"):
         values = [[metrics[name] for metrics in end.metrics] for end in ends]

@@ -1,0 +1,379 @@
+"""The training step on one page: from images to new weights, for every method and scale.
+
+`train_step` is the page's spine and Algorithm 1 of the paper; `gradients` is one pass over a batch,
+`moves` says what is trained in a step and what is frozen. `Distiller` holds what doesn't change
+from step to step, `TrainState` (state.py) what does.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax.sharding import Mesh
+
+from xkd_jax.augment import ops
+from xkd_jax.augment.pipeline import Pipeline
+from xkd_jax.distributed import sharding
+from xkd_jax.errors import UserError
+from xkd_jax.methods import check_pair, create_method
+from xkd_jax.methods.base import Method, Outputs, apply
+from xkd_jax.methods.label import label_term
+from xkd_jax.model import Model
+from xkd_jax.optim import accumulate, average, select
+from xkd_jax.reporting import nan_guard
+from xkd_jax.state import TrainState, create_state, student_variables
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Distiller:
+    """What stays the same from the first step to the last.
+
+    Attributes:
+      teacher: a frozen model with weights; None for a method that needs none.
+      student: the model to train, from its weights if it has some.
+      method: a `Method`, or the name of one with its default options, such as "cakd+logits".
+      optimizer: of the student and of the method's own parameters.
+      method_optimizer: of the method's parameters, if they have one of their own.
+      adversary_optimizer: of the adversary, for methods that have one.
+      augment: the augmentation.
+      steps_per_epoch: what methods with phases and warm-ups count in.
+      labels: labels of the training set [n], for methods with a memory bank (crd).
+      accumulate: number of parts in which a batch is computed, one after the other.
+      ema_decay: of the student's moving average; 0: off.
+      ema_warmup: see `optim.average`.
+      mesh: the devices.
+      teacher_rule: "replicated", "fsdp" or "auto", see `sharding.of_teacher`.
+      student_rule: "replicated" or "fsdp", see `sharding.of_state`.
+
+    Raises:
+      UserError: the method can't take this pair of networks.
+    """
+
+    teacher: Model | None
+    student: Model
+    method: Method
+    optimizer: optax.GradientTransformation
+    method_optimizer: optax.GradientTransformation | None = None
+    adversary_optimizer: optax.GradientTransformation = dataclasses.field(
+        default_factory=lambda: optax.adam(1e-3)
+    )
+    augment: Pipeline = dataclasses.field(default_factory=Pipeline)
+    steps_per_epoch: int = 1
+    labels: Any = ()
+    accumulate: int = 1
+    ema_decay: float = 0.0
+    ema_warmup: bool = False
+    mesh: Mesh = dataclasses.field(default_factory=sharding.create_mesh)
+    teacher_rule: str = "auto"
+    student_rule: str = "replicated"
+
+    def __post_init__(self):
+        if isinstance(self.method, str):
+            object.__setattr__(self, "method", create_method(self.method, {}))
+        if not self.method.needs_teacher:
+            return
+        if self.teacher is None:
+            raise UserError("this method needs a teacher; give a model with weights.")
+        check_pair(self.method, self.teacher.output_shapes, self.student.output_shapes)
+
+    def init(self, key: jax.Array, images: Any = None) -> TrainState:
+        """The state before the first step, on the mesh.
+
+        Args:
+          key: a typed key, such as `jax.random.key(0)`.
+          images: some images, as `step` will get them; only their form is checked.
+
+        Raises:
+          UserError: the images have another form.
+        """
+        if images is not None:
+            ops.check_images(images)
+        # It runs once: on a CPU, optimising it would take longer than the first training steps.
+        options = {"xla_backend_optimization_level": 0} if jax.default_backend() == "cpu" else None
+        init = functools.partial(_init, self)
+        init = jax.jit(init, out_shardings=self.shardings.state, compiler_options=options)
+        return init(key)
+
+    def step(
+        self, state: TrainState, images: Any, labels: Any, index: Any = None
+    ) -> tuple[TrainState, dict[str, jax.Array]]:
+        """One training step, for loops of your own; `xkd_jax.train` has the library's.
+
+        Args:
+          state: from `init` or the step before; its memory is reused.
+          images: [N, H, W, 3], uint8 or float in [0, 1].
+          labels: int [N].
+          index: int [N], places of the examples in the training set, for methods with a bank.
+
+        Returns:
+          The new state, and metrics: scalars on the device.
+
+        Raises:
+          UserError: the images have another form, or the batch doesn't divide over the devices.
+        """
+        ops.check_images(images)
+        if len(images) % (self.mesh.size * self.accumulate):
+            raise UserError(
+                f"a batch of {len(images)} doesn't divide over {self.mesh.size} devices and "
+                f"{self.accumulate} parts; take a multiple of {self.mesh.size * self.accumulate}."
+            )
+        index = jnp.zeros(len(images), jnp.int32) if index is None else index
+        batch = {"image": images, "label": labels, "index": index}
+        batch = {name: jnp.asarray(array) for name, array in batch.items()}
+        batch = jax.device_put(batch, self.shardings.batch)
+        state, metrics = self._step(state, self.teacher_variables, batch)
+        return state, {name: value for name, value in metrics.items() if value.ndim == 0}
+
+    @functools.cached_property
+    def _step(self) -> Any:
+        return jax.jit(functools.partial(train_step, self), donate_argnums=0)
+
+    def student_model(self, state: TrainState) -> Model:
+        """The student as it is now (its moving average, if there is one), on the host."""
+        variables = sharding.to_host(student_variables(state), self.mesh)
+        return dataclasses.replace(self.student, variables=variables)
+
+    @property
+    def optimizers(self) -> dict[str, optax.GradientTransformationExtraArgs]:
+        """By part."""
+        parts = {
+            "student": self.optimizer,
+            "method": self.method_optimizer or self.optimizer,
+            "adversary": self.adversary_optimizer,
+        }
+        return {name: optax.with_extra_args_support(tx) for name, tx in parts.items()}
+
+    @functools.cached_property
+    def state_shapes(self) -> TrainState:
+        """The state as shapes with their shardings; nothing is computed."""
+        return sharding.shaped(self._shapes, self.shardings.state)
+
+    @functools.cached_property
+    def _shapes(self) -> TrainState:
+        return jax.eval_shape(functools.partial(_init, self), jax.random.key(0))
+
+    @functools.cached_property
+    def shardings(self) -> sharding.Shardings:
+        """How everything is laid out on the mesh; computed once."""
+        teacher = self.teacher.shapes if self.teacher else {}
+        return sharding.Shardings(
+            state=sharding.of_state(self.mesh, self._shapes, self.student_rule),
+            teacher=sharding.of_teacher(self.mesh, teacher, self.teacher_rule),
+            batch=sharding.over_batch(self.mesh),
+        )
+
+    @functools.cached_property
+    def teacher_variables(self) -> Any:
+        """The teacher's variables on the mesh; empty without a teacher."""
+        variables = self.teacher.variables if self.teacher else {}
+        return sharding.put(variables, self.shardings.teacher)
+
+
+def _init(distiller: Distiller, key: jax.Array) -> TrainState:
+    return create_state(
+        key, distiller.teacher, distiller.student, distiller.method, distiller.optimizers,
+        distiller.labels, average=distiller.ema_decay > 0,
+    )  # fmt: skip
+
+
+def train_step(
+    distiller: Distiller,
+    state: TrainState,
+    teacher_variables: Any,
+    batch: dict[str, jax.Array],
+) -> tuple[TrainState, dict[str, jax.Array]]:
+    """One update of the student, of the method's parameters and, in its turn, of the adversary.
+
+    Algorithm 1 of the paper.
+
+    Args:
+      distiller: what stays the same; static.
+      state: the training state.
+      teacher_variables: frozen.
+      batch: `image` [N, H, W, 3], uint8 or float in [0, 1]; `label` [N]; `index` [N], the examples'
+        places in the training set.
+
+    Returns:
+      The new state and the step's metrics: scalars, and `nan_guard.FLAGS` of the gradients.
+    """
+    step_key = jax.random.fold_in(state.key, state.step)
+    student = sharding.gather(distiller.mesh, state.params["student"])
+    whole = dataclasses.replace(state, params=state.params | {"student": student})
+    teacher_fn = create_teacher_fn(distiller, teacher_variables)
+
+    def one_part(carry: tuple, batch: dict[str, jax.Array], number: jax.Array) -> tuple:
+        key = jax.random.fold_in(step_key, number) if distiller.accumulate > 1 else step_key
+        now = dataclasses.replace(whole, batch_stats=carry[0], method_state=carry[1])
+        return gradients(distiller, now, teacher_fn, batch, key)
+
+    carry = state.batch_stats, state.method_state
+    (batch_stats, method_state), (grads, metrics) = accumulate(
+        one_part, carry, batch, distiller.accumulate
+    )
+    moving = moves(distiller, state, grads)
+    params, opt_state = {}, {}
+    for part, optimizer in distiller.optimizers.items():
+        old, old_opt_state = state.params[part], state.opt_state[part]
+        updates, new_opt_state = optimizer.update(grads[part], old_opt_state, old, step=state.step)
+        params[part] = select(moving[part], optax.apply_updates(old, updates), old, old)
+        opt_state[part] = select(moving[part], new_opt_state, old_opt_state, old)
+    batch_stats = select(moving["batch_stats"], batch_stats, state.batch_stats, state.batch_stats)
+    ema = state.ema
+    if distiller.ema_decay:
+        trained = {"params": params["student"], "batch_stats": batch_stats}
+        ema = average(ema, trained, distiller.ema_decay, state.step, distiller.ema_warmup)
+    metrics |= {
+        "gradient_norm": optax.tree.norm(grads["student"]),
+        nan_guard.FLAGS: nan_guard.flags(grads),
+    }
+    new_state = TrainState(
+        state.step + 1, state.key, params, opt_state, batch_stats, method_state, ema
+    )
+    return new_state, metrics
+
+
+def gradients(
+    distiller: Distiller,
+    state: TrainState,
+    teacher_fn: Callable[[jax.Array], Outputs],
+    batch: dict[str, jax.Array],
+    key: jax.Array,
+) -> tuple[tuple[Any, Any], tuple[dict[str, Any], dict[str, jax.Array]]]:
+    """One pass over a batch, or over a part of one.
+
+    Returns:
+      The running statistics and the method's state after it; and the gradients of each part, with
+      the metrics.
+    """
+    method, student = distiller.method, distiller.student
+    view_key, dropout_key, method_key = jax.random.split(key, 3)
+    teacher_view, student_view, targets = create_views(
+        distiller, view_key, batch["image"], batch["label"]
+    )
+    teacher_out, metrics = teacher_fn(teacher_view), {}
+    if teacher_out:
+        metrics["teacher_accuracy"] = _accuracy(teacher_out["logits"], batch["label"])
+    progress = epochs(distiller, state)
+    label_weight = method.label_weight
+    if method.first_phase:
+        label_weight = jnp.where(progress < 0, 0.0, label_weight)
+
+    def loss_fn(params: dict[str, Any]) -> tuple[jax.Array, tuple]:
+        variables = {"params": params["student"], "batch_stats": state.batch_stats}
+        (logits, student_out), updates = apply(
+            student.module, variables, student_view, train=True,
+            mutable=["batch_stats"], rngs={"dropout": dropout_key},
+        )  # fmt: skip
+        label = label_term(method, student_out, targets)
+        term = method.loss(
+            params["method"], state.method_state, teacher_out, student_out,
+            batch | {"target": targets}, method_key, progress, state.params["adversary"],
+        )  # fmt: skip
+        loss = label_weight * label + term.value
+        accuracy = _accuracy(logits, batch["label"])
+        scalars = term.metrics | {"loss": loss, "label_loss": label, "accuracy": accuracy}
+        return loss, (term, updates.get("batch_stats", {}), scalars)
+
+    trained = {part: state.params[part] for part in ("student", "method")}
+    grads, (term, batch_stats, scalars) = jax.grad(loss_fn, has_aux=True)(trained)
+    grads["adversary"], of_adversary = adversary_gradient(distiller, state, term.judged)
+    if distiller.student_rule == "fsdp":  # summed where each share of the weights is
+        layout = distiller.shardings.state.params["student"]
+        grads["student"] = jax.lax.with_sharding_constraint(grads["student"], layout)
+    return (batch_stats, term.state), (grads, metrics | scalars | of_adversary)
+
+
+def create_teacher_fn(distiller: Distiller, variables: Any) -> Callable[[jax.Array], Outputs]:
+    """The frozen teacher's forward pass, from its view to its outputs; {} without a teacher."""
+    teacher, layout = distiller.teacher, distiller.shardings.teacher
+    if teacher is None:
+        return lambda view: {}
+    options = {}
+    if getattr(teacher.module, "kind", "") == "transformer" and not sharding.is_replicated(layout):
+        options["gather"] = sharding.BlockGather(variables["params"], layout["params"])
+    gathered = sharding.gather(distiller.mesh, variables)
+    return lambda view: apply(teacher.module, gathered, view, train=False, **options)[1]
+
+
+def create_views(
+    distiller: Distiller, key: jax.Array, images: jax.Array, labels: jax.Array
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """What the networks see of images [N, H, W, 3] with labels [N].
+
+    Returns:
+      The teacher's and the student's input, each normalised its own way, and the targets [N, K].
+    """
+    targets = jax.nn.one_hot(labels, distiller.student.num_classes)
+    *views, targets = distiller.augment(key, images, targets, distiller.method.multi_view)
+    teacher, student = distiller.teacher or distiller.student, distiller.student
+    return teacher.preprocess(views[0]), student.preprocess(views[1]), targets
+
+
+def adversary_gradient(
+    distiller: Distiller, state: TrainState, judged: Any
+) -> tuple[Any, dict[str, jax.Array]]:
+    """The adversary's gradient and metrics; zeros and NaN in steps that leave it unchanged."""
+    method, adversary = distiller.method, state.params["adversary"]
+    if not method.adversary_period:
+        return {}, {}
+    judged = jax.lax.stop_gradient(judged)
+
+    def loss_fn(adversary):
+        return method.adversary_loss(adversary, judged)
+
+    def compute(adversary):
+        (_, metrics), grads = jax.value_and_grad(loss_fn, has_aux=True)(adversary)
+        return grads, metrics
+
+    def skip(adversary):
+        metrics = jax.eval_shape(loss_fn, adversary)[1]
+        return jax.tree.map(jnp.zeros_like, adversary), dict.fromkeys(metrics, jnp.nan)
+
+    if method.adversary_period == 1:  # a conditional hides the work from XLA's optimizer
+        return compute(adversary)
+    return jax.lax.cond(_adversarys_turn(distiller, state), compute, skip, adversary)
+
+
+def moves(distiller: Distiller, state: TrainState, grads: dict[str, Any]) -> dict[str, Any]:
+    """Which parts move in this step; the others are frozen, weight decay and momentum included.
+
+    Args:
+      distiller: what stays the same.
+      state: before the step.
+      grads: by part.
+
+    Returns:
+      For "student", "method", "adversary" and "batch_stats" what `optim.select` takes.
+    """
+    method, progress = distiller.method, epochs(distiller, state)
+    moving = dict(method.moves(progress))
+    moving["batch_stats"] = moving["student"]
+    if method.first_phase:
+        # Layers past what a first phase learns from: weight decay alone would shrink them.
+        moving["student"] = jax.tree.map(
+            lambda g: moving["batch_stats"] & ((progress >= 0) | jnp.any(g != 0)), grads["student"]
+        )
+    moving["adversary"] = _adversarys_turn(distiller, state)
+    return moving
+
+
+def epochs(distiller: Distiller, state: TrainState) -> jax.Array:
+    """Epochs since the training proper began, fractional; negative in the method's first phase."""
+    return state.step / distiller.steps_per_epoch - distiller.method.first_phase
+
+
+def _adversarys_turn(distiller: Distiller, state: TrainState) -> Any:
+    method, clock = distiller.method, state.step
+    if method.adversary_period <= 1:
+        return method.adversary_period == 1
+    if method.adversary_clock == "epoch":
+        clock = state.step // distiller.steps_per_epoch
+    return clock % method.adversary_period == 0
+
+
+def _accuracy(logits: jax.Array, labels: jax.Array) -> jax.Array:
+    return jnp.mean(jnp.argmax(logits, -1) == labels)
