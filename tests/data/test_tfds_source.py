@@ -1,4 +1,4 @@
-"""Sets of TFDS, read without TensorFlow."""
+"""TFDS data sets, read without TensorFlow."""
 
 import importlib.metadata
 import io
@@ -67,7 +67,7 @@ def test_damaged_tfds_info(tmp_path):
 def prepare_tfds(
     data_dir: Path, images: list[np.ndarray], label: str = "label", labels: tuple[int, ...] = (0, 1)
 ) -> Path:
-    """Prepares a set `tiny` as array_record; encoded bytes spare TFDS the need for TensorFlow."""
+    """Prepares a set `tiny` as array_record; TFDS stores encoded bytes without TensorFlow."""
     import tensorflow_datasets as tfds
 
     class Tiny(tfds.core.GeneratorBasedBuilder, skip_registration=True):
@@ -84,7 +84,10 @@ def prepare_tfds(
                     label: tfds.features.ClassLabel(names=["cat", "dog"]),
                 }
             )
-            return self.dataset_info_from_configs(features=features)
+            info = self.dataset_info_from_configs(features=features)
+            # It would leave an empty folder in the system's temporary folder.
+            info.initialize_from_bucket = lambda: None
+            return info
 
         def _split_generators(self, dl_manager):
             return {"train": self._generate_examples()}

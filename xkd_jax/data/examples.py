@@ -9,13 +9,13 @@ import numpy as np
 import tqdm
 
 from xkd_jax.data.decode import DamagedImage, decode, eval_crop
+from xkd_jax.data.progress import Progress
 from xkd_jax.data.source import Example, Examples
 from xkd_jax.errors import UserError, unknown
 
 ON_ERROR = ("stop", "skip")
 _CHUNK = 32  # images a thread takes at a time
 _SHOWN = 5  # names in a message
-_QUIET = 2.0  # seconds before a progress bar shows
 
 
 class SizesDiffer(UserError):
@@ -155,11 +155,10 @@ def in_threads(function: Callable, count: int, what: str):
     def chunk(start: int):
         return [safe(index) for index in range(start, min(start + _CHUNK, count))]
 
-    bar = tqdm.tqdm(None, what, count, delay=_QUIET, unit=" images", leave=False)
-    with ThreadPoolExecutor() as pool, bar:
+    with ThreadPoolExecutor() as pool, Progress(what, count, "images") as progress:
         for found in pool.map(chunk, range(0, count, _CHUNK)):
             yield from found
-            bar.update(len(found))
+            progress.update(len(found))
 
 
 def _size(image: np.ndarray) -> str:
