@@ -1,6 +1,4 @@
-"""Augmentation and the multi-view generator, against NumPy and Pillow."""
-
-import dataclasses
+"""Batched image operations, compared with NumPy and Pillow."""
 
 import jax
 import jax.numpy as jnp
@@ -8,27 +6,17 @@ import numpy as np
 import pytest
 from PIL import Image, ImageEnhance
 
-from xkd_jax.augment import corruptions, multiview, ops
-from xkd_jax.errors import UserError
+from tests.augment.images import images_of, key
+from xkd_jax.augment import ops
 
-# Compiled as a whole, as the training loop does: it is also much quicker than op by op.
+# Compiled as in the training loop, which is also much faster than op by op.
 random_crop_flip = jax.jit(ops.random_crop_flip, static_argnums=(2, 3))
 random_geometry = jax.jit(ops.random_geometry, static_argnums=(2, 3))
 sample = jax.jit(ops._sample)
 color_jitter = jax.jit(ops.color_jitter, static_argnums=(2, 3, 4))
 gaussian_noise = jax.jit(ops.gaussian_noise, static_argnums=2)
 patch_mask = jax.jit(ops.patch_mask, static_argnums=(2, 3))
-multi_view = jax.jit(multiview.multi_view, static_argnums=2)
-noisy = jax.jit(corruptions.noisy)
 blur = jax.jit(ops.blur)
-
-
-def key(seed: int = 0) -> jax.Array:
-    return jax.random.key(seed)
-
-
-def images_of(n: int = 16, h: int = 12, w: int = 10) -> np.ndarray:
-    return np.random.default_rng(0).random((n, h, w, 3), np.float32)
 
 
 # ---- crop and flip
@@ -226,126 +214,7 @@ def test_mask_ratio_zero_and_one():
     np.testing.assert_allclose(masked, mean, atol=1e-6)
 
 
-# ---- the multi-view generator
-
-
-def changed(view, x) -> np.ndarray:
-    return (np.asarray(view) != np.asarray(x)).any((1, 2, 3))
-
-
-@pytest.mark.parametrize("geometry", multiview.GEOMETRY_MODES)
-def test_half_of_the_images_are_transformed(geometry):
-    x = images_of(300)
-    teacher, student = multi_view(key(), x, multiview.MultiView(geometry=geometry))
-    moved = changed(student, x)
-    # Five standard deviations. What is not `moved` is the image itself, bit for bit.
-    assert abs(moved.mean() - 0.5) < 5 * 0.5 / np.sqrt(300)
-    if geometry == "shared":
-        np.testing.assert_array_equal(changed(teacher, x), moved)
-    else:
-        np.testing.assert_array_equal(teacher, x)
-    for view in (teacher, student):
-        assert view.shape == x.shape
-        assert view.dtype == jnp.float32
-        assert np.asarray(view).min() >= 0
-        assert np.asarray(view).max() <= 1 + 1e-6
-
-
-PLAIN = multiview.MultiView(brightness=0, contrast=0, saturation=0, noise=0, mask_ratio=0)
-
-
-def test_shared_geometry_is_the_same_for_both():
-    """Without photometric parts the views agree; with them the teacher's does not change."""
-    x = images_of(300)
-    teacher, student = multi_view(key(1), x, PLAIN)
-    np.testing.assert_allclose(student, teacher, atol=1e-6)
-    assert changed(teacher, x).any()
-    full_teacher, full_student = multi_view(key(1), x, multiview.MultiView())
-    np.testing.assert_allclose(full_teacher, teacher, atol=1e-6)
-    assert (changed(full_student, teacher) == changed(teacher, x)).all()
-
-
-def test_student_geometry_moves_the_student_as_shared_does():
-    x = images_of(300)
-    _, shared = multi_view(key(1), x, PLAIN)
-    teacher, student = multi_view(key(1), x, dataclasses.replace(PLAIN, geometry="student"))
-    np.testing.assert_array_equal(teacher, x)
-    np.testing.assert_allclose(student, shared, atol=1e-6)
-
-
-def test_without_any_part_nothing_changes():
-    x = images_of(300)
-    teacher, student = multi_view(key(1), x, dataclasses.replace(PLAIN, geometry="off"))
-    np.testing.assert_array_equal(teacher, x)
-    np.testing.assert_allclose(student, x, atol=1e-6)
-
-
-@pytest.mark.parametrize(
-    "change",
-    [{name: 0.3} for name in ("brightness", "contrast", "saturation", "noise", "mask_ratio")],
-    ids=lambda change: next(iter(change)),
-)
-def test_every_photometric_part_reaches_the_student_alone(change):
-    x = images_of(300)
-    options = dataclasses.replace(PLAIN, geometry="off", **change)
-    teacher, student = multi_view(key(1), x, options)
-    np.testing.assert_array_equal(teacher, x)
-    assert np.abs(np.asarray(student) - x).max() > 0.01
-
-
-def test_a_key_decides_everything():
-    x = images_of(300)
-    first, again, other = (multi_view(key(k), x, multiview.MultiView()) for k in (1, 1, 2))
-    for view in (0, 1):
-        np.testing.assert_array_equal(first[view], again[view])
-        assert changed(first[view], other[view]).any()
-
-
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [
-        ({"geometry": "share"}, "unknown geometry mode 'share'; did you mean shared"),
-        ({"min_scale": 0.0}, r"min_scale 0.0 is not within \(0, 1\]"),
-        ({"mask_ratio": 1.5}, r"mask_ratio 1.5 is not within \[0, 1\]"),
-        ({"mask_patch": 0}, "mask_patch 0"),
-        ({"noise": -0.1}, "noise -0.1 is negative"),
-    ],
-)
-def test_wrong_options_are_named(change, message):
-    with pytest.raises(UserError, match=message):
-        multiview.MultiView(**change)
-
-
-# ---- evaluation noise
-
-
-def test_noisy_corruptions_are_equally_likely_and_what_they_say():
-    n, size = 400, 16
-    x = 0.2 + 0.6 * images_of(n, size, size)
-    y = np.asarray(noisy(key(), x))
-    bars = np.zeros(n, bool)
-    for i in range(n):
-        black = (y[i] == 0).all(-1)
-        rows, columns = black.all(1), black.all(0)
-        bars[i] = (rows.sum() == 4) or (columns.sum() == 4)
-        if bars[i]:  # a bar four pixels thick, everything else untouched
-            np.testing.assert_array_equal(y[i][~black], x[i][~black])
-            assert black.sum() == 4 * size
-    same = (y == x).all(-1).mean((1, 2))
-    specks = ~bars & (same > 0.5)
-    assert set(np.unique(y[specks][(y[specks] != x[specks])])) == {0.0, 1.0}
-    np.testing.assert_allclose(1 - same[specks].mean(), 0.1, atol=0.01)
-    blurred = np.asarray(blur(x))
-    is_blurred = np.abs(y - blurred).max((1, 2, 3)) < 1e-5
-    rest = ~bars & ~specks & ~is_blurred
-    exponent = np.log(y[rest]) / np.log(x[rest])
-    np.testing.assert_allclose(exponent.max((1, 2, 3)), exponent.min((1, 2, 3)), rtol=1e-3)
-    gamma = exponent.mean((1, 2, 3))
-    assert 0.4 <= gamma.min() < 0.5
-    assert 2.2 < gamma.max() <= 2.51
-    for kind in (bars, specks, is_blurred, rest):
-        assert abs(kind.mean() - 0.25) < 5 * np.sqrt(0.25 * 0.75 / n)
-    np.testing.assert_array_equal(y, noisy(key(), x))
+# ---- blur
 
 
 def test_blur_equals_numpy():
