@@ -5,14 +5,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from tests.augment.images import key
 from xkd_jax.augment.mixup import mix
 
 N, H, W = 6, 12, 10
 jitted = jax.jit(mix, static_argnums=(3, 4))
-
-
-def key(seed: int = 0) -> jax.Array:
-    return jax.random.key(seed)
 
 
 # Image i is plain i, and so is its class: what became of an image tells where each pixel is from.

@@ -1,5 +1,7 @@
 """Batched image operations, compared with NumPy and Pillow."""
 
+import colorsys
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -165,6 +167,30 @@ def test_jitter_of_nothing_is_the_identity():
     np.testing.assert_allclose(color_jitter(key(), x, 0.0, 0.0, 0.0), x, atol=1e-6)
 
 
+@pytest.mark.parametrize("shift", [0.0, 0.1, -0.35, 0.5])
+def test_hue_equals_hsv(shift):
+    x = np.random.default_rng(1).random((1, 6, 7, 3), np.float32)
+    x[0, 0] = 0.3  # grey stays grey
+    expected = np.empty_like(x)
+    for at in np.ndindex(6, 7):
+        h, s, v = colorsys.rgb_to_hsv(*x[0][at])
+        expected[0][at] = colorsys.hsv_to_rgb((h + shift) % 1, s, v)
+    np.testing.assert_allclose(ops.adjust_hue(x, shift), expected, atol=1e-5)
+
+
+def test_hue_jitter_is_uniform_and_leaves_the_rest_alone():
+    red = np.broadcast_to(np.float32([0.8, 0.2, 0.2]), (400, 1, 1, 3))
+    jitter = jax.jit(ops.color_jitter, static_argnums=(2, 3, 4, 5))
+    y = np.asarray(jitter(key(), red, 0, 0, 0, 0.1))[:, 0, 0]
+    shift = np.array([colorsys.rgb_to_hsv(*pixel)[0] for pixel in y])
+    shift = np.where(shift > 0.5, shift - 1, shift)
+    assert np.abs(shift).max() <= 0.1001
+    assert shift.min() < -0.095
+    assert shift.max() > 0.095
+    plain = ops.color_jitter(key(), red[:2], 0.4, 0.4, 0.4)
+    np.testing.assert_array_equal(plain, ops.color_jitter(key(), red[:2], 0.4, 0.4, 0.4, 0.0))
+
+
 # ---- noise and mask
 
 
@@ -229,6 +255,24 @@ def test_blur_equals_numpy():
     np.testing.assert_allclose(blur(jnp.asarray(x)), expected, atol=1e-6)
 
 
+def gaussian(x: np.ndarray, sigma: float, radius: int) -> np.ndarray:
+    kernel = np.exp(-0.5 * (np.arange(-radius, radius + 1) / sigma) ** 2)
+    kernel /= kernel.sum()
+    for axis in (0, 1):
+        pad = [(radius, radius) if a == axis else (0, 0) for a in range(3)]
+        padded = np.pad(x, pad, mode="reflect")
+        x = np.apply_along_axis(lambda v: np.convolve(v, kernel, "valid"), axis, padded)
+    return x
+
+
+def test_sigma_may_differ_by_image():
+    x = np.random.default_rng(0).random((3, 12, 9, 3), np.float32)
+    sigma = np.float32([0.1, 0.8, 2.0])
+    ours = ops.blur(x, sigma[:, None, None], 6)
+    for i in range(3):
+        np.testing.assert_allclose(ours[i], gaussian(x[i], sigma[i], 6), atol=1e-5)
+
+
 # ---- normalize and resize
 
 
@@ -253,3 +297,17 @@ def test_resize():
         for c in range(3)
     ]  # antialiased when it shrinks, as ours
     np.testing.assert_allclose(ops.resize(x, 5)[0], np.stack(pillow, -1), atol=1e-4)
+
+
+@pytest.mark.parametrize(("h", "w"), [(40, 33), (50, 80), (28, 28)])
+def test_resize_crop_equals_pillow(h, w):
+    """The shorter side to 32, then the centre of 28: as 256 and 224."""
+    y, x = np.mgrid[:h, :w][..., None] / 30
+    image = np.uint8(127 + 100 * np.sin(np.array([3.0, 4.0, 6.0]) * (x + 0.7 * y)))
+    size = (32 * w // min(h, w), 32 * h // min(h, w))
+    left, top = round((size[0] - 28) / 2), round((size[1] - 28) / 2)
+    resized = Image.fromarray(image).resize(size, Image.Resampling.BILINEAR)
+    expected = np.asarray(resized.crop((left, top, left + 28, top + 28)))
+    ours = np.asarray(ops.resize_crop(jnp.asarray(np.float32(image) / 255)[None], 28))[0] * 255
+    assert ours.shape == (28, 28, 3)
+    np.testing.assert_allclose(ours, expected, atol=1.01)

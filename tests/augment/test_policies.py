@@ -1,6 +1,5 @@
-"""RandAugment, TrivialAugment, hue, blur, erasing and the resize for evaluation, against Pillow."""
+"""RandAugment, TrivialAugment, blur and erasing, compared with Pillow and torchvision."""
 
-import colorsys
 import dataclasses
 
 import jax
@@ -9,11 +8,11 @@ import numpy as np
 import pytest
 from PIL import Image, ImageEnhance, ImageOps
 
-from xkd_jax.augment import ops
+from tests.augment.images import key
 from xkd_jax.augment import policies as aug
 from xkd_jax.errors import UserError
 
-# Compiled as a whole, as the training loop does.
+# Compiled as in the training loop.
 apply_ops = jax.jit(aug.apply_ops)
 draw_ops = jax.jit(aug._draw_ops, static_argnums=(1, 2, 3))
 rand_augment = jax.jit(aug.rand_augment, static_argnums=(2, 3))
@@ -23,10 +22,6 @@ random_erasing = jax.jit(aug.random_erasing, static_argnums=2)
 augment = jax.jit(aug.augment, static_argnums=2)
 
 H, W = 40, 33
-
-
-def key(seed: int = 0) -> jax.Array:
-    return jax.random.key(seed)
 
 
 def photo() -> np.ndarray:
@@ -177,49 +172,7 @@ def test_layers_follow_each_other():
     assert 0 <= twice.min() <= twice.max() <= 1
 
 
-# ---- hue, blur, erasing
-
-
-@pytest.mark.parametrize("shift", [0.0, 0.1, -0.35, 0.5])
-def test_hue_equals_hsv(shift):
-    x = np.random.default_rng(1).random((1, 6, 7, 3), np.float32)
-    x[0, 0] = 0.3  # grey stays grey
-    expected = np.empty_like(x)
-    for at in np.ndindex(6, 7):
-        h, s, v = colorsys.rgb_to_hsv(*x[0][at])
-        expected[0][at] = colorsys.hsv_to_rgb((h + shift) % 1, s, v)
-    np.testing.assert_allclose(ops.adjust_hue(x, shift), expected, atol=1e-5)
-
-
-def test_hue_jitter_is_uniform_and_leaves_the_rest_alone():
-    red = np.broadcast_to(np.float32([0.8, 0.2, 0.2]), (400, 1, 1, 3))
-    jitter = jax.jit(ops.color_jitter, static_argnums=(2, 3, 4, 5))
-    y = np.asarray(jitter(key(), red, 0, 0, 0, 0.1))[:, 0, 0]
-    shift = np.array([colorsys.rgb_to_hsv(*pixel)[0] for pixel in y])
-    shift = np.where(shift > 0.5, shift - 1, shift)
-    assert np.abs(shift).max() <= 0.1001
-    assert shift.min() < -0.095
-    assert shift.max() > 0.095
-    plain = ops.color_jitter(key(), red[:2], 0.4, 0.4, 0.4)
-    np.testing.assert_array_equal(plain, ops.color_jitter(key(), red[:2], 0.4, 0.4, 0.4, 0.0))
-
-
-def gaussian(x: np.ndarray, sigma: float, radius: int) -> np.ndarray:
-    kernel = np.exp(-0.5 * (np.arange(-radius, radius + 1) / sigma) ** 2)
-    kernel /= kernel.sum()
-    for axis in (0, 1):
-        pad = [(radius, radius) if a == axis else (0, 0) for a in range(3)]
-        padded = np.pad(x, pad, mode="reflect")
-        x = np.apply_along_axis(lambda v: np.convolve(v, kernel, "valid"), axis, padded)
-    return x
-
-
-def test_blur_equals_numpy():
-    x = np.random.default_rng(0).random((3, 12, 9, 3), np.float32)
-    sigma = np.float32([0.1, 0.8, 2.0])
-    ours = ops.blur(x, sigma[:, None, None], 6)
-    for i in range(3):
-        np.testing.assert_allclose(ours[i], gaussian(x[i], sigma[i], 6), atol=1e-5)
+# ---- blur, erasing
 
 
 def test_blur_falls_on_its_share_of_images():
@@ -306,20 +259,3 @@ def test_each_part_acts_alone(field):
 def test_wrong_options_are_named(change, message):
     with pytest.raises(UserError, match=message):
         aug.Augment(**change)
-
-
-# ---- evaluation
-
-
-@pytest.mark.parametrize(("h", "w"), [(40, 33), (50, 80), (28, 28)])
-def test_resize_crop_equals_pillow(h, w):
-    """The shorter side to 32, then the centre of 28: as 256 and 224."""
-    y, x = np.mgrid[:h, :w][..., None] / 30
-    image = np.uint8(127 + 100 * np.sin(np.array([3.0, 4.0, 6.0]) * (x + 0.7 * y)))
-    size = (32 * w // min(h, w), 32 * h // min(h, w))
-    left, top = round((size[0] - 28) / 2), round((size[1] - 28) / 2)
-    resized = Image.fromarray(image).resize(size, Image.Resampling.BILINEAR)
-    expected = np.asarray(resized.crop((left, top, left + 28, top + 28)))
-    ours = np.asarray(ops.resize_crop(jnp.asarray(floats(image))[None], 28))[0] * 255
-    assert ours.shape == (28, 28, 3)
-    np.testing.assert_allclose(ours, expected, atol=1.01)
