@@ -119,8 +119,8 @@ def test_imagenet(tmp_path):
     assert len(source.class_names) == 1000
     examples = source.examples("train", 0, 3)
     assert sorted(examples.labels) == [0, 0, 999]
-    assert {example.image for example in examples} == {jpeg(0), jpeg(1)}  # not encoded again
-    # The first two labels of the validation set, by their numbers.
+    assert {example.image for example in examples} == {jpeg(0), jpeg(1)}  # the original bytes
+    # The first two validation labels, by image number.
     validation = source.examples("validation", 0, 2)
     assert {source.class_names[label] for label in validation.labels} == {"n01751748", "n09193705"}
     read = tfds.data_source("imagenet2012", data_dir=str(tmp_path), split="train", download=False)
