@@ -10,7 +10,7 @@ noisy = jax.jit(corruptions.noisy)
 blur = jax.jit(ops.blur)
 
 
-def test_noisy_corruptions_are_equally_likely_and_what_they_say():
+def test_corruptions_are_equally_likely_and_as_documented():
     n, size = 400, 16
     x = 0.2 + 0.6 * images_of(n, size, size)
     y = np.asarray(noisy(key(), x))
@@ -19,7 +19,7 @@ def test_noisy_corruptions_are_equally_likely_and_what_they_say():
         black = (y[i] == 0).all(-1)
         rows, columns = black.all(1), black.all(0)
         bars[i] = (rows.sum() == 4) or (columns.sum() == 4)
-        if bars[i]:  # a bar four pixels thick, everything else untouched
+        if bars[i]:  # a bar of four pixels, everything else unchanged
             np.testing.assert_array_equal(y[i][~black], x[i][~black])
             assert black.sum() == 4 * size
     same = (y == x).all(-1).mean((1, 2))

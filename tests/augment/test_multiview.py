@@ -23,7 +23,7 @@ def test_half_of_the_images_are_transformed(geometry):
     x = images_of(300)
     teacher, student = multi_view(key(), x, multiview.MultiView(geometry=geometry))
     moved = changed(student, x)
-    # Five standard deviations. What is not `moved` is the image itself, bit for bit.
+    # Within five standard deviations; all other images are unchanged, bit for bit.
     assert abs(moved.mean() - 0.5) < 5 * 0.5 / np.sqrt(300)
     if geometry == "shared":
         np.testing.assert_array_equal(changed(teacher, x), moved)
@@ -40,7 +40,7 @@ PLAIN = multiview.MultiView(brightness=0, contrast=0, saturation=0, noise=0, mas
 
 
 def test_shared_geometry_is_the_same_for_both():
-    """Without photometric parts the views agree; with them the teacher's does not change."""
+    """Without photometric parts the views agree; with them the teacher's view is the same."""
     x = images_of(300)
     teacher, student = multi_view(key(1), x, PLAIN)
     np.testing.assert_allclose(student, teacher, atol=1e-6)
@@ -50,7 +50,7 @@ def test_shared_geometry_is_the_same_for_both():
     assert (changed(full_student, teacher) == changed(teacher, x)).all()
 
 
-def test_student_geometry_moves_the_student_as_shared_does():
+def test_student_geometry_warps_the_student_as_shared_does():
     x = images_of(300)
     _, shared = multi_view(key(1), x, PLAIN)
     teacher, student = multi_view(key(1), x, dataclasses.replace(PLAIN, geometry="student"))
@@ -70,7 +70,7 @@ def test_without_any_part_nothing_changes():
     [{name: 0.3} for name in ("brightness", "contrast", "saturation", "noise", "mask_ratio")],
     ids=lambda change: next(iter(change)),
 )
-def test_every_photometric_part_reaches_the_student_alone(change):
+def test_photometric_parts_reach_only_the_student(change):
     x = images_of(300)
     options = dataclasses.replace(PLAIN, geometry="off", **change)
     teacher, student = multi_view(key(1), x, options)

@@ -65,7 +65,7 @@ def test_no_rotation_and_no_crop_is_the_identity():
 
 
 def test_warp_equals_pillow():
-    """The same affine map through Pillow's bilinear transform, away from the border."""
+    """Compared with Pillow's bilinear affine transform, away from the border."""
     x = images_of(1, 16, 14)[0]
     angle, scale, shift = np.deg2rad(20), 0.8, (0.7, -0.4)
     cos, sin = scale * np.cos(angle), scale * np.sin(angle)
@@ -73,7 +73,7 @@ def test_warp_equals_pillow():
     v, u = np.meshgrid(np.arange(16) - cy, np.arange(14) - cx, indexing="ij")
     from_y, from_x = cos * v - sin * u + shift[0] + cy, sin * v + cos * u + shift[1] + cx
     ours = sample(x[None], jnp.float32(from_y)[None], jnp.float32(from_x)[None])[0]
-    # Pillow's coordinates are those of pixel corners: half a pixel off at both ends.
+    # Pillow measures from pixel corners: shift by half a pixel before and after.
     matrix = (
         cos,
         sin,
@@ -107,7 +107,7 @@ def test_outside_is_zero():
 
 
 def test_rotation_is_bounded_and_two_sided():
-    """A ramp along x stays a ramp: its slopes tell the angle and the scale of each image."""
+    """A ramp along x stays a ramp, whose slopes give the angle and the scale of each image."""
     n = 300
     ramp = np.broadcast_to(np.arange(32, dtype=np.float32)[None, None, :, None], (n, 32, 32, 3))
     y = np.asarray(random_geometry(key(), jnp.asarray(ramp), 15.0, 0.8))
@@ -123,7 +123,7 @@ def test_rotation_is_bounded_and_two_sided():
 
 
 def test_crop_without_rotation_stays_inside():
-    """Nothing from outside comes in."""
+    """No pixel from outside the image enters."""
     y = np.asarray(random_geometry(key(), jnp.ones((200, 16, 16, 3)), 0.0, 0.6))
     np.testing.assert_allclose(y, 1, rtol=1e-5)
 
@@ -144,7 +144,7 @@ def test_colour_equals_pillow(ours, enhance, factor):
     x = np.random.default_rng(1).integers(0, 256, (9, 7, 3), np.uint8)
     pillow = np.asarray(enhance(Image.fromarray(x)).enhance(factor)) / 255
     result = ours(jnp.float32(x[None] / 255), factor)[0]
-    np.testing.assert_allclose(result, pillow, atol=1.6 / 255)  # Pillow rounds the luma, too
+    np.testing.assert_allclose(result, pillow, atol=1.6 / 255)  # Pillow also rounds the luma
 
 
 def test_jitter_equals_torchvisions_formulas():
@@ -162,7 +162,7 @@ def test_jitter_equals_torchvisions_formulas():
     np.testing.assert_allclose(color_jitter(key(3), x, *strengths), expected, atol=1e-5)
 
 
-def test_jitter_of_nothing_is_the_identity():
+def test_zero_jitter_is_the_identity():
     x = images_of()
     np.testing.assert_allclose(color_jitter(key(), x, 0.0, 0.0, 0.0), x, atol=1e-6)
 
@@ -178,7 +178,7 @@ def test_hue_equals_hsv(shift):
     np.testing.assert_allclose(ops.adjust_hue(x, shift), expected, atol=1e-5)
 
 
-def test_hue_jitter_is_uniform_and_leaves_the_rest_alone():
+def test_hue_jitter_is_uniform_and_changes_nothing_else():
     red = np.broadcast_to(np.float32([0.8, 0.2, 0.2]), (400, 1, 1, 3))
     jitter = jax.jit(ops.color_jitter, static_argnums=(2, 3, 4, 5))
     y = np.asarray(jitter(key(), red, 0, 0, 0, 0.1))[:, 0, 0]
@@ -201,7 +201,7 @@ def test_noise_is_gaussian():
     z = np.sort(noise.ravel()) / 0.1
     for quantile, expected in ((0.001, -3.0902), (0.1587, -1.0), (0.5, 0), (0.9772, 2.0)):
         np.testing.assert_allclose(z[int(quantile * len(z))], expected, atol=0.12)
-    # Pairs share their 32 random bits: neighbours must be independent all the same.
+    # Pairs come from the same 32 random bits, but must still be independent.
     flat = noise.reshape(64, -1)
     assert abs(np.corrcoef(flat[:, :-1].ravel(), flat[:, 1:].ravel())[0, 1]) < 0.01
     assert len(np.unique(noise[:, 0, 0, 0])) > 60
@@ -295,13 +295,13 @@ def test_resize():
             )
         )
         for c in range(3)
-    ]  # antialiased when it shrinks, as ours
+    ]  # antialiased when it shrinks, like ours
     np.testing.assert_allclose(ops.resize(x, 5)[0], np.stack(pillow, -1), atol=1e-4)
 
 
 @pytest.mark.parametrize(("h", "w"), [(40, 33), (50, 80), (28, 28)])
 def test_resize_crop_equals_pillow(h, w):
-    """The shorter side to 32, then the centre of 28: as 256 and 224."""
+    """Shorter side to 32, then the centre 28: the same ratio as 256 and 224."""
     y, x = np.mgrid[:h, :w][..., None] / 30
     image = np.uint8(127 + 100 * np.sin(np.array([3.0, 4.0, 6.0]) * (x + 0.7 * y)))
     size = (32 * w // min(h, w), 32 * h // min(h, w))

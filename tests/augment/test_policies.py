@@ -25,7 +25,7 @@ H, W = 40, 33
 
 
 def photo() -> np.ndarray:
-    """Soft, of low contrast and coloured, with noise: uint8 [H, W, 3]."""
+    """Smooth colours of low contrast, with noise: uint8 [H, W, 3]."""
     y, x = np.mgrid[:H, :W][..., None] / 40
     waves = np.sin(np.array([3.0, 5.0, 9.0]) * (x + 0.7 * y)) * [40, 30, 50] + [100, 120, 140]
     return np.uint8(waves + np.random.default_rng(0).normal(0, 6, (H, W, 3)))
@@ -36,7 +36,7 @@ def floats(pixels: np.ndarray) -> np.ndarray:
 
 
 def pillow(name: str, x: np.ndarray, magnitude: float) -> np.ndarray:
-    """Each operation as torchvision asks Pillow for it."""
+    """Each operation as torchvision calls Pillow for it."""
     image, m = Image.fromarray(x), magnitude
     enhancers = {
         "brightness": ImageEnhance.Brightness,
@@ -82,7 +82,7 @@ MAGNITUDES = {
 
 @pytest.fixture(scope="module")
 def applied() -> dict[str, list[tuple[float, np.ndarray]]]:
-    """Every operation at its magnitudes, all in one batch."""
+    """Every operation at each of its magnitudes, in one batch."""
     cases = [(name, m) for name in aug.OPS for m in MAGNITUDES.get(name, (0.0,))]
     ops = jnp.asarray([aug.OPS.index(name) for name, _ in cases])
     magnitudes = jnp.asarray([m for _, m in cases], jnp.float32)
@@ -99,19 +99,19 @@ def test_every_operation_equals_pillow(applied, name):
     for magnitude, ours in applied[name]:
         expected = pillow(name, photo(), magnitude).astype(np.float32)
         differs = (np.abs(ours - expected) > 1.01).any(-1)
-        # A nearest pixel may fall to either side where it is a tie.
+        # Ties between nearest neighbours may be broken either way.
         allowed = 0.01 if name in ("rotate", "shear_x", "shear_y") else 0
         assert differs.mean() <= allowed, (name, magnitude, differs.mean())
         exact = (np.abs(ours - expected) < 0.01).mean()
         assert exact > 0.98, (name, magnitude, exact)
 
 
-def test_solarize_inverts_at_its_most(applied):
+def test_solarize_inverts_at_full_strength(applied):
     np.testing.assert_allclose(applied["solarize"][-1][1], 255 - np.float32(photo()), atol=1e-3)
 
 
 def test_equalize_and_autocontrast_of_hard_images():
-    """One value, two values, few pixels' difference, everything at the top."""
+    """One value, two values, one differing pixel, almost everything at the top."""
     x = np.zeros((4, H, W, 3), np.uint8)
     x[0] = 77
     x[1, :5] = 9
@@ -148,7 +148,7 @@ def test_rand_augments_magnitude_is_fixed():
 
 
 def test_ranges_are_torchvisions():
-    """RandAugment's depend on the image."""
+    """RandAugment's ranges depend on the size of the image."""
     n = 300
     x = np.broadcast_to(floats(photo()), (n, H, W, 3))
     wide, high = 150 / 331 * W, 150 / 331 * H
@@ -161,7 +161,7 @@ def test_ranges_are_torchvisions():
 
 
 def test_layers_follow_each_other():
-    """Two operations leave fewer images as they were than one does, each image on its own."""
+    """Two operations leave fewer images unchanged than one; images are independent."""
     n = 300
     x = np.broadcast_to(floats(photo()), (n, H, W, 3))
     once, twice = (np.asarray(rand_augment(key(1), x, layers, 9)) for layers in (1, 2))
@@ -175,7 +175,7 @@ def test_layers_follow_each_other():
 # ---- blur, erasing
 
 
-def test_blur_falls_on_its_share_of_images():
+def test_blur_applies_with_its_probability():
     x = np.random.default_rng(0).random((400, 8, 6, 3), np.float32)  # smaller than the kernel
     y = np.asarray(random_blur(key(), x, 0.25, 2.0))
     blurred = (y != x).any((1, 2, 3))
@@ -202,7 +202,7 @@ def test_erasing_cuts_rectangles_of_timms_sizes():
     aspect = heights / widths
     assert 0.2 < aspect.min() < 0.4
     assert 2.5 < aspect.max() < 4.5
-    for lines in (rows, columns):  # every row and column has its turn
+    for lines in (rows, columns):  # every row and column is erased in some image
         assert lines.any(0).all()
         assert lines[:, 0].mean() > 0.03
         assert lines[:, -1].mean() > 0.03
@@ -211,7 +211,7 @@ def test_erasing_cuts_rectangles_of_timms_sizes():
     np.testing.assert_allclose([noise.mean(), noise.std()], [0.5, 12**-0.5], atol=0.03)
 
 
-# ---- all of it
+# ---- the whole policy
 
 
 FULL = aug.Augment(

@@ -109,7 +109,7 @@ def open_split(
     if not size:
         raise UserError(
             f"the images of {name} are decoded batch by batch, which requires a fixed size; set "
-            "image_size, e.g. image_size=224."
+            "image_size, such as image_size=224."
         )
     examples = scan(examples, on_error)
     images: Any = EncodedImages(examples, size, crop_pct or CROP_PCT)  # used like an array
