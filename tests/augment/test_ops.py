@@ -1,6 +1,6 @@
-"""Augmentation and the multi-view generator, against NumPy and Pillow."""
+"""Batched image operations, compared with NumPy and Pillow."""
 
-import dataclasses
+import colorsys
 
 import jax
 import jax.numpy as jnp
@@ -8,27 +8,17 @@ import numpy as np
 import pytest
 from PIL import Image, ImageEnhance
 
-from xkd_jax.augment import corruptions, multiview, ops
-from xkd_jax.errors import UserError
+from tests.augment.images import images_of, key
+from xkd_jax.augment import ops
 
-# Compiled as a whole, as the training loop does: it is also much quicker than op by op.
+# Compiled as in the training loop, which is also much faster than op by op.
 random_crop_flip = jax.jit(ops.random_crop_flip, static_argnums=(2, 3))
 random_geometry = jax.jit(ops.random_geometry, static_argnums=(2, 3))
 sample = jax.jit(ops._sample)
 color_jitter = jax.jit(ops.color_jitter, static_argnums=(2, 3, 4))
 gaussian_noise = jax.jit(ops.gaussian_noise, static_argnums=2)
 patch_mask = jax.jit(ops.patch_mask, static_argnums=(2, 3))
-multi_view = jax.jit(multiview.multi_view, static_argnums=2)
-noisy = jax.jit(corruptions.noisy)
 blur = jax.jit(ops.blur)
-
-
-def key(seed: int = 0) -> jax.Array:
-    return jax.random.key(seed)
-
-
-def images_of(n: int = 16, h: int = 12, w: int = 10) -> np.ndarray:
-    return np.random.default_rng(0).random((n, h, w, 3), np.float32)
 
 
 # ---- crop and flip
@@ -75,7 +65,7 @@ def test_no_rotation_and_no_crop_is_the_identity():
 
 
 def test_warp_equals_pillow():
-    """The same affine map through Pillow's bilinear transform, away from the border."""
+    """Compared with Pillow's bilinear affine transform, away from the border."""
     x = images_of(1, 16, 14)[0]
     angle, scale, shift = np.deg2rad(20), 0.8, (0.7, -0.4)
     cos, sin = scale * np.cos(angle), scale * np.sin(angle)
@@ -83,7 +73,7 @@ def test_warp_equals_pillow():
     v, u = np.meshgrid(np.arange(16) - cy, np.arange(14) - cx, indexing="ij")
     from_y, from_x = cos * v - sin * u + shift[0] + cy, sin * v + cos * u + shift[1] + cx
     ours = sample(x[None], jnp.float32(from_y)[None], jnp.float32(from_x)[None])[0]
-    # Pillow's coordinates are those of pixel corners: half a pixel off at both ends.
+    # Pillow measures from pixel corners: shift by half a pixel before and after.
     matrix = (
         cos,
         sin,
@@ -117,7 +107,7 @@ def test_outside_is_zero():
 
 
 def test_rotation_is_bounded_and_two_sided():
-    """A ramp along x stays a ramp: its slopes tell the angle and the scale of each image."""
+    """A ramp along x stays a ramp, whose slopes give the angle and the scale of each image."""
     n = 300
     ramp = np.broadcast_to(np.arange(32, dtype=np.float32)[None, None, :, None], (n, 32, 32, 3))
     y = np.asarray(random_geometry(key(), jnp.asarray(ramp), 15.0, 0.8))
@@ -133,7 +123,7 @@ def test_rotation_is_bounded_and_two_sided():
 
 
 def test_crop_without_rotation_stays_inside():
-    """Nothing from outside comes in."""
+    """No pixel from outside the image enters."""
     y = np.asarray(random_geometry(key(), jnp.ones((200, 16, 16, 3)), 0.0, 0.6))
     np.testing.assert_allclose(y, 1, rtol=1e-5)
 
@@ -154,7 +144,7 @@ def test_colour_equals_pillow(ours, enhance, factor):
     x = np.random.default_rng(1).integers(0, 256, (9, 7, 3), np.uint8)
     pillow = np.asarray(enhance(Image.fromarray(x)).enhance(factor)) / 255
     result = ours(jnp.float32(x[None] / 255), factor)[0]
-    np.testing.assert_allclose(result, pillow, atol=1.6 / 255)  # Pillow rounds the luma, too
+    np.testing.assert_allclose(result, pillow, atol=1.6 / 255)  # Pillow also rounds the luma
 
 
 def test_jitter_equals_torchvisions_formulas():
@@ -172,9 +162,33 @@ def test_jitter_equals_torchvisions_formulas():
     np.testing.assert_allclose(color_jitter(key(3), x, *strengths), expected, atol=1e-5)
 
 
-def test_jitter_of_nothing_is_the_identity():
+def test_zero_jitter_is_the_identity():
     x = images_of()
     np.testing.assert_allclose(color_jitter(key(), x, 0.0, 0.0, 0.0), x, atol=1e-6)
+
+
+@pytest.mark.parametrize("shift", [0.0, 0.1, -0.35, 0.5])
+def test_hue_equals_hsv(shift):
+    x = np.random.default_rng(1).random((1, 6, 7, 3), np.float32)
+    x[0, 0] = 0.3  # grey stays grey
+    expected = np.empty_like(x)
+    for at in np.ndindex(6, 7):
+        h, s, v = colorsys.rgb_to_hsv(*x[0][at])
+        expected[0][at] = colorsys.hsv_to_rgb((h + shift) % 1, s, v)
+    np.testing.assert_allclose(ops.adjust_hue(x, shift), expected, atol=1e-5)
+
+
+def test_hue_jitter_is_uniform_and_changes_nothing_else():
+    red = np.broadcast_to(np.float32([0.8, 0.2, 0.2]), (400, 1, 1, 3))
+    jitter = jax.jit(ops.color_jitter, static_argnums=(2, 3, 4, 5))
+    y = np.asarray(jitter(key(), red, 0, 0, 0, 0.1))[:, 0, 0]
+    shift = np.array([colorsys.rgb_to_hsv(*pixel)[0] for pixel in y])
+    shift = np.where(shift > 0.5, shift - 1, shift)
+    assert np.abs(shift).max() <= 0.1001
+    assert shift.min() < -0.095
+    assert shift.max() > 0.095
+    plain = ops.color_jitter(key(), red[:2], 0.4, 0.4, 0.4)
+    np.testing.assert_array_equal(plain, ops.color_jitter(key(), red[:2], 0.4, 0.4, 0.4, 0.0))
 
 
 # ---- noise and mask
@@ -187,7 +201,7 @@ def test_noise_is_gaussian():
     z = np.sort(noise.ravel()) / 0.1
     for quantile, expected in ((0.001, -3.0902), (0.1587, -1.0), (0.5, 0), (0.9772, 2.0)):
         np.testing.assert_allclose(z[int(quantile * len(z))], expected, atol=0.12)
-    # Pairs share their 32 random bits: neighbours must be independent all the same.
+    # Pairs come from the same 32 random bits, but must still be independent.
     flat = noise.reshape(64, -1)
     assert abs(np.corrcoef(flat[:, :-1].ravel(), flat[:, 1:].ravel())[0, 1]) < 0.01
     assert len(np.unique(noise[:, 0, 0, 0])) > 60
@@ -226,126 +240,7 @@ def test_mask_ratio_zero_and_one():
     np.testing.assert_allclose(masked, mean, atol=1e-6)
 
 
-# ---- the multi-view generator
-
-
-def changed(view, x) -> np.ndarray:
-    return (np.asarray(view) != np.asarray(x)).any((1, 2, 3))
-
-
-@pytest.mark.parametrize("geometry", multiview.GEOMETRY_MODES)
-def test_half_of_the_images_are_transformed(geometry):
-    x = images_of(300)
-    teacher, student = multi_view(key(), x, multiview.MultiView(geometry=geometry))
-    moved = changed(student, x)
-    # Five standard deviations. What is not `moved` is the image itself, bit for bit.
-    assert abs(moved.mean() - 0.5) < 5 * 0.5 / np.sqrt(300)
-    if geometry == "shared":
-        np.testing.assert_array_equal(changed(teacher, x), moved)
-    else:
-        np.testing.assert_array_equal(teacher, x)
-    for view in (teacher, student):
-        assert view.shape == x.shape
-        assert view.dtype == jnp.float32
-        assert np.asarray(view).min() >= 0
-        assert np.asarray(view).max() <= 1 + 1e-6
-
-
-PLAIN = multiview.MultiView(brightness=0, contrast=0, saturation=0, noise=0, mask_ratio=0)
-
-
-def test_shared_geometry_is_the_same_for_both():
-    """Without photometric parts the views agree; with them the teacher's does not change."""
-    x = images_of(300)
-    teacher, student = multi_view(key(1), x, PLAIN)
-    np.testing.assert_allclose(student, teacher, atol=1e-6)
-    assert changed(teacher, x).any()
-    full_teacher, full_student = multi_view(key(1), x, multiview.MultiView())
-    np.testing.assert_allclose(full_teacher, teacher, atol=1e-6)
-    assert (changed(full_student, teacher) == changed(teacher, x)).all()
-
-
-def test_student_geometry_moves_the_student_as_shared_does():
-    x = images_of(300)
-    _, shared = multi_view(key(1), x, PLAIN)
-    teacher, student = multi_view(key(1), x, dataclasses.replace(PLAIN, geometry="student"))
-    np.testing.assert_array_equal(teacher, x)
-    np.testing.assert_allclose(student, shared, atol=1e-6)
-
-
-def test_without_any_part_nothing_changes():
-    x = images_of(300)
-    teacher, student = multi_view(key(1), x, dataclasses.replace(PLAIN, geometry="off"))
-    np.testing.assert_array_equal(teacher, x)
-    np.testing.assert_allclose(student, x, atol=1e-6)
-
-
-@pytest.mark.parametrize(
-    "change",
-    [{name: 0.3} for name in ("brightness", "contrast", "saturation", "noise", "mask_ratio")],
-    ids=lambda change: next(iter(change)),
-)
-def test_every_photometric_part_reaches_the_student_alone(change):
-    x = images_of(300)
-    options = dataclasses.replace(PLAIN, geometry="off", **change)
-    teacher, student = multi_view(key(1), x, options)
-    np.testing.assert_array_equal(teacher, x)
-    assert np.abs(np.asarray(student) - x).max() > 0.01
-
-
-def test_a_key_decides_everything():
-    x = images_of(300)
-    first, again, other = (multi_view(key(k), x, multiview.MultiView()) for k in (1, 1, 2))
-    for view in (0, 1):
-        np.testing.assert_array_equal(first[view], again[view])
-        assert changed(first[view], other[view]).any()
-
-
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [
-        ({"geometry": "share"}, "unknown geometry mode 'share'; did you mean shared"),
-        ({"min_scale": 0.0}, r"min_scale 0.0 is not within \(0, 1\]"),
-        ({"mask_ratio": 1.5}, r"mask_ratio 1.5 is not within \[0, 1\]"),
-        ({"mask_patch": 0}, "mask_patch 0"),
-        ({"noise": -0.1}, "noise -0.1 is negative"),
-    ],
-)
-def test_wrong_options_are_named(change, message):
-    with pytest.raises(UserError, match=message):
-        multiview.MultiView(**change)
-
-
-# ---- evaluation noise
-
-
-def test_noisy_corruptions_are_equally_likely_and_what_they_say():
-    n, size = 400, 16
-    x = 0.2 + 0.6 * images_of(n, size, size)
-    y = np.asarray(noisy(key(), x))
-    bars = np.zeros(n, bool)
-    for i in range(n):
-        black = (y[i] == 0).all(-1)
-        rows, columns = black.all(1), black.all(0)
-        bars[i] = (rows.sum() == 4) or (columns.sum() == 4)
-        if bars[i]:  # a bar four pixels thick, everything else untouched
-            np.testing.assert_array_equal(y[i][~black], x[i][~black])
-            assert black.sum() == 4 * size
-    same = (y == x).all(-1).mean((1, 2))
-    specks = ~bars & (same > 0.5)
-    assert set(np.unique(y[specks][(y[specks] != x[specks])])) == {0.0, 1.0}
-    np.testing.assert_allclose(1 - same[specks].mean(), 0.1, atol=0.01)
-    blurred = np.asarray(blur(x))
-    is_blurred = np.abs(y - blurred).max((1, 2, 3)) < 1e-5
-    rest = ~bars & ~specks & ~is_blurred
-    exponent = np.log(y[rest]) / np.log(x[rest])
-    np.testing.assert_allclose(exponent.max((1, 2, 3)), exponent.min((1, 2, 3)), rtol=1e-3)
-    gamma = exponent.mean((1, 2, 3))
-    assert 0.4 <= gamma.min() < 0.5
-    assert 2.2 < gamma.max() <= 2.51
-    for kind in (bars, specks, is_blurred, rest):
-        assert abs(kind.mean() - 0.25) < 5 * np.sqrt(0.25 * 0.75 / n)
-    np.testing.assert_array_equal(y, noisy(key(), x))
+# ---- blur
 
 
 def test_blur_equals_numpy():
@@ -358,6 +253,24 @@ def test_blur_equals_numpy():
         for j in range(5):
             expected += kernel[i] * kernel[j] * padded[:, i : i + 9, j : j + 8]
     np.testing.assert_allclose(blur(jnp.asarray(x)), expected, atol=1e-6)
+
+
+def gaussian(x: np.ndarray, sigma: float, radius: int) -> np.ndarray:
+    kernel = np.exp(-0.5 * (np.arange(-radius, radius + 1) / sigma) ** 2)
+    kernel /= kernel.sum()
+    for axis in (0, 1):
+        pad = [(radius, radius) if a == axis else (0, 0) for a in range(3)]
+        padded = np.pad(x, pad, mode="reflect")
+        x = np.apply_along_axis(lambda v: np.convolve(v, kernel, "valid"), axis, padded)
+    return x
+
+
+def test_sigma_may_differ_by_image():
+    x = np.random.default_rng(0).random((3, 12, 9, 3), np.float32)
+    sigma = np.float32([0.1, 0.8, 2.0])
+    ours = ops.blur(x, sigma[:, None, None], 6)
+    for i in range(3):
+        np.testing.assert_allclose(ours[i], gaussian(x[i], sigma[i], 6), atol=1e-5)
 
 
 # ---- normalize and resize
@@ -382,5 +295,19 @@ def test_resize():
             )
         )
         for c in range(3)
-    ]  # antialiased when it shrinks, as ours
+    ]  # antialiased when it shrinks, like ours
     np.testing.assert_allclose(ops.resize(x, 5)[0], np.stack(pillow, -1), atol=1e-4)
+
+
+@pytest.mark.parametrize(("h", "w"), [(40, 33), (50, 80), (28, 28)])
+def test_resize_crop_equals_pillow(h, w):
+    """Shorter side to 32, then the centre 28: the same ratio as 256 and 224."""
+    y, x = np.mgrid[:h, :w][..., None] / 30
+    image = np.uint8(127 + 100 * np.sin(np.array([3.0, 4.0, 6.0]) * (x + 0.7 * y)))
+    size = (32 * w // min(h, w), 32 * h // min(h, w))
+    left, top = round((size[0] - 28) / 2), round((size[1] - 28) / 2)
+    resized = Image.fromarray(image).resize(size, Image.Resampling.BILINEAR)
+    expected = np.asarray(resized.crop((left, top, left + 28, top + 28)))
+    ours = np.asarray(ops.resize_crop(jnp.asarray(np.float32(image) / 255)[None], 28))[0] * 255
+    assert ours.shape == (28, 28, 3)
+    np.testing.assert_allclose(ours, expected, atol=1.01)

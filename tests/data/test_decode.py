@@ -1,4 +1,4 @@
-"""Pixels, against Pillow and torchvision's arithmetic."""
+"""Decoded pixels, compared with Pillow and with torchvision's arithmetic."""
 
 import io
 import math
@@ -12,7 +12,7 @@ from xkd_jax.errors import UserError
 
 
 def photo(width: int = 640, height: int = 480) -> Image.Image:
-    """Smooth colours with some edges, as a photograph has."""
+    """Smooth colours with a few edges, like a photograph."""
     y, x = np.mgrid[:height, :width]
     waves = [np.sin(x / 23 + c) + np.cos(y / 17 - c) + (x + 2 * y > 600 + 90 * c) for c in range(3)]
     pixels = np.stack(waves, axis=-1) * 50 + 110
@@ -71,7 +71,7 @@ def test_exif_orientation_is_ignored():
 @pytest.mark.parametrize("shape", [(640, 480), (480, 640), (300, 300), (150, 100), (1500, 1100)])
 @pytest.mark.parametrize("size", [224, 64])
 def test_eval_crop_is_torchvision(shape, size):
-    """Resize(size / 0.875), then CenterCrop(size): its roundings, on Pillow's images."""
+    """Resize(size / 0.875), then CenterCrop(size), rounded as for Pillow images."""
     image = photo(*shape)
     (w, h), shorter = shape, math.floor(size / 0.875)
     scaled = (shorter, int(shorter * h / w)) if w <= h else (int(shorter * w / h), shorter)
@@ -79,7 +79,9 @@ def test_eval_crop_is_torchvision(shape, size):
     left, top = (round((side - size) / 2) for side in scaled)
     expected = np.asarray(resized.crop((left, top, left + size, top + size))).astype(int)
     assert np.abs(eval_crop(np.asarray(image), size) - expected).max() <= 2
-    assert rms(eval_crop(encode(image, quality=98), size), expected) < 2  # perhaps at 1/2 or 1/4
+    assert (
+        rms(eval_crop(encode(image, quality=98), size), expected) < 2
+    )  # it may be decoded at 1/2 or 1/4
 
 
 def test_eval_crop_of_the_whole_image():
@@ -99,11 +101,11 @@ def test_decode_crop_is_near_pillow(shape, encoded):
         assert got.shape == (96, 96, 3)
         assert rms(got, expected) < 8
         mirrored = expected.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
-        assert rms(got, mirrored) > 16  # the bound above tells right from wrong
+        assert rms(got, mirrored) > 16  # so the bound above is meaningful
 
 
 def test_crops_shrink_without_aliasing():
-    """A pattern finer than the result's pixels becomes grey."""
+    """A pattern finer than the output's pixels becomes grey."""
     stripes = np.zeros((400, 400, 3), np.uint8)
     stripes[:, ::2] = 255
     for size in (210, 150, 60):
@@ -121,10 +123,10 @@ def test_random_boxes():
         areas.append((right - left) * (bottom - top) / 200_000)
         aspects.append((right - left) / (bottom - top))
     assert min(areas) == pytest.approx(0.08, abs=0.01)
-    assert 0.45 < np.mean(areas) < 0.55  # uniform, less the large ones that don't fit
+    assert 0.45 < np.mean(areas) < 0.55  # uniform, without the large ones that do not fit
     assert min(aspects) > 0.74
     assert max(aspects) < 1.35
-    # An image in which nothing fits gives the largest crop of an allowed aspect.
+    # If no try fits, the crop is the largest one with an allowed aspect ratio.
     assert random_box(rng, 1000, 10, (1, 1), (3 / 4, 4 / 3)) == (493, 0, 506, 10)
 
 
@@ -142,7 +144,7 @@ def test_the_same_generator_gives_the_same_crop():
     ("image", "reason"),
     [
         (b"", "it is empty"),
-        (b"\xff\xd8\xff\xe0 no more", "it is no image|Truncated File Read"),
+        (b"\xff\xd8\xff\xe0 no more", "it is not an image|Truncated File Read"),
         (encode(photo())[:3000], "image file is truncated"),
         (encode(photo(), "png")[:3000], "image file is truncated|unrecognized data"),
     ],

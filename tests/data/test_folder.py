@@ -1,4 +1,4 @@
-"""Folders of images: which files are found, in which order, and which are damaged."""
+"""Folders of images: the files found, their order, and damaged files."""
 
 import io
 import pickle
@@ -30,7 +30,7 @@ def write(root: Path, *names: str) -> Path:
 
 @pytest.fixture
 def photos(tmp_path) -> Path:
-    """Two classes, 4 + 2 images to learn from and 2 to test with."""
+    """Two classes: 4 + 2 training images and 1 + 1 validation images."""
     train = [f"train/cat/{i}.jpg" for i in range(3)] + ["train/cat/more/deep/3.PNG"]
     train += ["train/dog/a.webp", "train/dog/b.bmp"]
     return write(tmp_path / "photos", *train, "val/cat/x.jpeg", "val/dog/y.jpg")
@@ -70,11 +70,11 @@ def test_a_folder_without_splits_is_stratified(tmp_path):
     source = data.open_source(f"folder:{tmp_path}")
     assert source.sizes == {"train": 60}
     labels = source.examples("train", 0, 60).labels
-    for start in range(0, 60, 6):  # every slice has each class's share
+    for start in range(0, 60, 6):  # slices are stratified
         assert abs(np.sum(labels[start : start + 6] == 0) - 4) <= 1
     ordered = names(source)
     assert sorted(ordered) != ordered
-    # The order depends on names alone, not on where the folder is or who lists it.
+    # The order depends only on the names, not on the location or on how the folder is listed.
     copy = shutil.copytree(tmp_path, tmp_path.with_name("elsewhere"))
     assert names(data.open_source(f"folder:{copy}")) == ordered
     assert ordered[:2] == ["21.bmp", "13.bmp"]
@@ -123,10 +123,10 @@ def no_class(root):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (empty_class, r"train/eel has no image \(\.jpg, .*delete the folder\.$"),
+        (empty_class, r"train/eel has no images \(\.jpg, .*delete the folder\.$"),
         (extra_class, r"val has a class 'eel' that .*train lacks; .*same class folders \(2 in"),
         (missing_class, r"val has no class 'dog'; every split needs"),
-        (no_class, r"photos has no folder of a class; put images in .*photos/CLASS/\*\.jpg\.$"),
+        (no_class, r"photos has no class folders; put images in .*photos/CLASS/\*\.jpg\.$"),
         (shutil.rmtree, r"there is no folder .*photos; it should hold train/CLASS/\*\.jpg\.$"),
     ],
 )
@@ -179,7 +179,7 @@ def test_damaged_files_stop(damaged, look):
     message = str(caught.value)
     assert "cat/0.jpg can't be decoded (it is empty)" in message
     assert "cat/1.jpg can't be decoded (image file is truncated" in message
-    assert "b.bmp can't be decoded (it is no image" in message
+    assert "b.bmp can't be decoded (it is not an image" in message
     assert message.endswith("data.on_error=skip.")
 
 
@@ -212,7 +212,7 @@ def test_a_quick_look_finds_what_was_cut_off(tmp_path, format):
     examples = data.open_source(f"folder:{tmp_path}").examples("train", 0, 2)
     whole.write_bytes(noise(format))
     assert not examples.faults()
-    whole.write_bytes(noise(format) + b"\0" * 200)  # as some cameras pad: harmless
+    whole.write_bytes(noise(format) + b"\0" * 200)  # padding, as some cameras write: harmless
     assert not examples.faults()
     whole.write_bytes(noise(format)[:-30])
     assert len(examples.faults()) == 1

@@ -1,4 +1,4 @@
-"""The packaged set, and folders of idx files."""
+"""The packaged data set and folders of idx files."""
 
 import gzip
 import lzma
@@ -124,7 +124,7 @@ def test_idx_folder(tmp_path, compress):
 
 def test_idx_folder_called_fashion(tmp_path):
     write_idx(tmp_path / "Fashion-MNIST", compress=True, classes=10)
-    loaded = data.load(f"idx:{tmp_path}/Fashion-MNIST", "test")  # 6 labels of the 10 classes
+    loaded = data.load(f"idx:{tmp_path}/Fashion-MNIST", "test")  # 6 examples, 10 classes
     assert loaded.class_names == idx.FASHION_CLASSES
     assert loaded.mean == (0.2860,) * 3
     assert loaded.std == (0.3530,) * 3
@@ -148,7 +148,7 @@ def test_idx_missing(tmp_path):
         (lambda raw: gzip.compress(b"short"), "is not an idx file"),
         (
             lambda raw: gzip.compress(gzip.decompress(raw)[:-7]),
-            "is damaged: its header promises 240 bytes and 233 follow",
+            "is damaged: its header announces 240 bytes but 233 follow",
         ),
     ],
 )
@@ -160,10 +160,10 @@ def test_damaged_idx_is_named(tmp_path, damage, message):
         data.load(f"idx:{tmp_path}", "train")
 
 
-def test_idx_lengths_that_disagree(tmp_path):
+def test_idx_lengths_that_differ(tmp_path):
     write_idx(tmp_path, compress=False)
     (tmp_path / "train-labels-idx1-ubyte").write_bytes(
         (tmp_path / "t10k-labels-idx1-ubyte").read_bytes()
     )
-    with pytest.raises(UserError, match="holds 12 images, but the file beside it holds 6 labels"):
+    with pytest.raises(UserError, match="has 12 images, but its label file has 6 labels"):
         data.load(f"idx:{tmp_path}", "train")

@@ -1,10 +1,10 @@
-"""Archives in, TFDS folders out."""
+"""Preparing TFDS folders from archives."""
 
 import io
-import pickle
 import subprocess
 import sys
 import tarfile
+import tempfile
 from pathlib import Path
 
 import numpy as np
@@ -50,26 +50,8 @@ def cifar100_binary(folder: Path) -> Path:
     return write_tar(folder / "cifar-100-binary.tar.gz", files)
 
 
-def cifar100_python(folder: Path) -> Path:
-    contents = {
-        split: {
-            b"coarse_labels": [coarse for coarse, _ in labels],
-            b"fine_labels": [fine for _, fine in labels],
-            b"data": rows(len(labels), len(labels)),
-        }
-        for split, labels in LABELS.items()
-    }
-    contents["meta"] = {
-        b"fine_label_names": [name.encode() for name in FINE],
-        b"coarse_label_names": [name.encode() for name in COARSE],
-    }
-    files = {f"cifar-100-python/{k}": pickle.dumps(v, protocol=3) for k, v in contents.items()}
-    return write_tar(folder / "cifar-100-python.tar.gz", files)
-
-
-@pytest.mark.parametrize("create", [cifar100_binary, cifar100_python])
-def test_cifar100(tmp_path, create):
-    archive = create(tmp_path)
+def test_cifar100(tmp_path):
+    archive = cifar100_binary(tmp_path)
     folder = prepare.prepare("cifar100", str(tmp_path / "tfds"), [str(archive)])
     assert folder == tmp_path / "tfds/cifar100/3.0.2"
     for split, labels in LABELS.items():
@@ -137,8 +119,8 @@ def test_imagenet(tmp_path):
     assert len(source.class_names) == 1000
     examples = source.examples("train", 0, 3)
     assert sorted(examples.labels) == [0, 0, 999]
-    assert {example.image for example in examples} == {jpeg(0), jpeg(1)}  # not encoded again
-    # The first two labels of the validation set, by their numbers.
+    assert {example.image for example in examples} == {jpeg(0), jpeg(1)}  # the original bytes
+    # The first two validation labels, by image number.
     validation = source.examples("validation", 0, 2)
     assert {source.class_names[label] for label in validation.labels} == {"n01751748", "n09193705"}
     read = tfds.data_source("imagenet2012", data_dir=str(tmp_path), split="train", download=False)
@@ -152,15 +134,15 @@ def test_imagenet_needs_both_archives(tmp_path):
             prepare.prepare("imagenet2012", str(tmp_path), files)
 
 
-def evil(folder: Path) -> Path:
-    files = {"cifar-100-python/meta": pickle.dumps(print), "cifar-100-python/train": b""}
-    return write_tar(folder / "evil.tar.gz", files)
-
-
 def torn(folder: Path) -> Path:
     archive = cifar100_binary(folder)
     archive.write_bytes(archive.read_bytes()[:-500])
     return archive
+
+
+def short(folder: Path) -> Path:
+    names = {f"{kind}_label_names.txt": b"a" for kind in ("fine", "coarse")}
+    return write_tar(folder / "short.tar.gz", {"train.bin": b"\0" * 3075, "test.bin": b"", **names})
 
 
 def other(folder: Path) -> Path:
@@ -172,12 +154,33 @@ def page(folder: Path) -> Path:
     return folder / "page.tar.gz"
 
 
-@pytest.mark.parametrize("create", [evil, torn, other, page])
+@pytest.mark.parametrize("create", [torn, short, other, page])
 def test_wrong_archive(tmp_path, create):
     archive = create(tmp_path)
-    with pytest.raises(UserError, match=rf"{archive.name} is damaged, or is not .* of cifar100"):
+    with pytest.raises(UserError, match=rf"{archive.name} is damaged or is not .* of cifar100"):
         prepare.prepare("cifar100", str(tmp_path), [str(archive)])
     assert not (tmp_path / "cifar100/3.0.2").exists()
+
+
+@pytest.mark.parametrize(
+    ("name", "member"),
+    [("cifar10", "cifar-10-batches-py/batches.meta"), ("cifar100", "cifar-100-python/meta")],
+)
+def test_python_archives_are_refused(tmp_path, name, member):
+    """Without unpickling: these files are not even pickles."""
+    archive = write_tar(tmp_path / "python.tar.gz", {member: b"not a pickle"})
+    binary = f"{name[:5]}-{name[5:]}-binary"
+    with pytest.raises(UserError, match=rf"is the Python \(pickle\) version .*{binary}\.tar\.gz"):
+        prepare.prepare(name, str(tmp_path), [str(archive)])
+    assert not (tmp_path / name).exists()
+
+
+def test_nothing_is_left_in_the_temporary_folder(tmp_path, monkeypatch):
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    archive = cifar100_binary(tmp_path)
+    prepare.prepare("cifar100", str(tmp_path / "tfds"), [str(archive)])
+    data.load("tfds:cifar100", "test", str(tmp_path / "tfds"))
+    assert sorted(path.name for path in tmp_path.iterdir()) == [archive.name, "tfds"]
 
 
 def test_missing_archive_and_unknown_set(tmp_path):
@@ -187,17 +190,17 @@ def test_missing_archive_and_unknown_set(tmp_path):
         prepare.prepare("cifar", str(tmp_path), [])
 
 
-def test_what_is_there_stays(tmp_path):
+def test_a_prepared_set_is_kept(tmp_path):
     folder = tmp_path / "cifar100/3.0.2"
     folder.mkdir(parents=True)
-    with pytest.raises(UserError, match=r"exists, but not in array_record form; delete it"):
+    with pytest.raises(UserError, match=r"exists, but not in array_record format; delete it"):
         prepare.prepare("cifar100", str(tmp_path), [])
     (folder / "dataset_info.json").write_text('{"fileFormat": "array_record"}')
     assert prepare.prepare("cifar100", str(tmp_path), []) == folder
 
 
 def test_download(tmp_path, monkeypatch):
-    """What comes is checked; no network is one sentence."""
+    """A download is verified, and a missing network is one sentence."""
 
     def no_network(url, timeout):
         raise OSError("no route to host")

@@ -1,4 +1,4 @@
-"""Splits, names, and the order of batches."""
+"""Split syntax, data set names and the order of batches."""
 
 import subprocess
 import sys
@@ -38,7 +38,7 @@ def test_split_syntax(spec, expected):
 
 
 def test_percentages_partition_like_tfds():
-    """Adjacent percentages meet: nothing is lost or read twice, as with TFDS's own rounding."""
+    """Adjacent percentages share a bound, so that no example is lost or read twice."""
     sizes = {"train": 997}
     stops = [data.parse_split(f"train[:{p}%]", sizes)[2] for p in range(1, 101)]
     starts = [data.parse_split(f"train[{p}%:]", sizes)[1] for p in range(1, 100)]
@@ -54,7 +54,7 @@ def test_unknown_split_names_the_right_ones(spec):
 
 @pytest.mark.parametrize("spec", ["train[:51]", "train[7:7]", "train[9:3]", "train[-51:]"])
 def test_impossible_range(spec):
-    with pytest.raises(UserError, match="'train' holds 50"):
+    with pytest.raises(UserError, match="'train' has 50"):
         data.parse_split(spec, SIZES)
 
 
@@ -66,7 +66,7 @@ def test_unknown_data_set():
         data.load("cifar100", "train")
     with pytest.raises(UserError, match=r"known: .*fashion_mnist_mini.*idx:FOLDER"):
         data.load("zzz", "train")
-    with pytest.raises(UserError, match="lacks its second half"):
+    with pytest.raises(UserError, match="lacks the part after the colon"):
         data.load("tfds:", "train")
 
 
@@ -109,7 +109,7 @@ def test_order_needs_only_the_step():
 
 
 def test_order_is_pinned():
-    """A different NumPy, or a different platform, must not reorder a resumed run."""
+    """Another NumPy or another platform must not reorder a resumed run."""
     np.testing.assert_array_equal(batch_indices(10, 5, seed=0, step=0), [0, 7, 8, 6, 9])
 
 

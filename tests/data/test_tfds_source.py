@@ -1,4 +1,4 @@
-"""Sets of TFDS, read without TensorFlow."""
+"""TFDS data sets, read without TensorFlow."""
 
 import importlib.metadata
 import io
@@ -51,9 +51,9 @@ def test_tfds_opens_the_newest_version_and_decodes_nothing(tmp_path):
     assert data.open_source("tfds:cifar100", str(tmp_path)).sizes == {"train": 5}
 
 
-def test_tfds_in_another_form(tmp_path):
+def test_tfds_in_another_format(tmp_path):
     write_info(tmp_path / "cifar100/3.0.2", fileFormat="tfrecord")
-    with pytest.raises(UserError, match="in the form tfrecord, which only TensorFlow reads"):
+    with pytest.raises(UserError, match="in tfrecord format, which only TensorFlow reads"):
         data.load("tfds:cifar100", "train", str(tmp_path))
 
 
@@ -67,7 +67,7 @@ def test_damaged_tfds_info(tmp_path):
 def prepare_tfds(
     data_dir: Path, images: list[np.ndarray], label: str = "label", labels: tuple[int, ...] = (0, 1)
 ) -> Path:
-    """Prepares a set `tiny` as array_record; encoded bytes spare TFDS the need for TensorFlow."""
+    """Prepares a set `tiny` as array_record; TFDS stores encoded bytes without TensorFlow."""
     import tensorflow_datasets as tfds
 
     class Tiny(tfds.core.GeneratorBasedBuilder, skip_registration=True):
@@ -84,7 +84,10 @@ def prepare_tfds(
                     label: tfds.features.ClassLabel(names=["cat", "dog"]),
                 }
             )
-            return self.dataset_info_from_configs(features=features)
+            info = self.dataset_info_from_configs(features=features)
+            # It would leave an empty folder in the system's temporary folder.
+            info.initialize_from_bucket = lambda: None
+            return info
 
         def _split_generators(self, dl_manager):
             return {"train": self._generate_examples()}
@@ -149,7 +152,7 @@ def test_tfds_images_that_differ_in_size(tmp_path):
 @needs_array_record
 def test_tfds_set_without_labels(tmp_path):
     prepare_tfds(tmp_path, random_images((6, 5, 3), (6, 5, 3)), label="breed")
-    with pytest.raises(UserError, match="does not classify images"):
+    with pytest.raises(UserError, match="is not an image-classification set"):
         data.load("tfds:tiny", "train", str(tmp_path))
 
 
@@ -157,14 +160,14 @@ def test_tfds_set_without_labels(tmp_path):
 def test_tfds_labels_out_of_range(tmp_path):
     """-1 is how TFDS marks a test split whose labels are secret."""
     prepare_tfds(tmp_path, random_images((6, 5, 3), (6, 5, 3)), labels=(0, -1))
-    with pytest.raises(UserError, match=r"\] has the label -1, which is not within 0\.\.1; take"):
+    with pytest.raises(UserError, match=r"\] has the label -1, which is not within 0\.\.1; use"):
         data.load("tfds:tiny", "train", str(tmp_path))
 
 
 @needs_array_record
 def test_a_host_feed_looks_at_labels_before_it_starts(tmp_path):
     prepare_tfds(tmp_path, random_images(*[(6, 5, 3)] * 4), labels=(-1, -1))
-    with pytest.raises(UserError, match=r"\] has the label -1, which is not within 0\.\.1; take"):
+    with pytest.raises(UserError, match=r"\] has the label -1, which is not within 0\.\.1; use"):
         open_split("tfds:tiny", "train", str(tmp_path), 4, "host", "stop", 0.0)
 
 

@@ -1,1 +1,1 @@
-"""Augmentation on the device: operations, policies, mixing, the multi-view generator."""
+"""Augmentation on the device: operations, policies, mixup, the multi-view generator."""

@@ -1,4 +1,4 @@
-"""The multi-view generator of the paper: the views that teacher and student see."""
+"""The paper's multi-view generator: the views that the teacher and the student see."""
 
 import dataclasses
 
@@ -13,19 +13,19 @@ GEOMETRY_MODES = ("shared", "student", "off")
 
 @dataclasses.dataclass(frozen=True)
 class MultiView:
-    """The strengths of the multi-view generator. Hashable: a static argument of `jit`.
+    """Options of the multi-view generator. Hashable, for use as a static argument of `jit`.
 
     Attributes:
-      geometry: "shared" (teacher and student see the same crop and rotation, so that their pixels
-        stay aligned), "student" (the teacher sees the original) or "off".
-      rotation: the largest rotation either way, in degrees.
-      min_scale: the side of the smallest crop, as a fraction of the image's, in (0, 1].
+      geometry: "shared" (the teacher and the student see the same crop and rotation, so that their
+        pixels stay aligned), "student" (the teacher sees the original) or "off".
+      rotation: the largest rotation in either direction, in degrees.
+      min_scale: side of the smallest crop, as a fraction of the image's side, in (0, 1].
       brightness: factors are uniform in [1 - brightness, 1 + brightness].
       contrast: the same for the contrast.
       saturation: the same for the saturation.
-      noise: standard deviation of the Gaussian noise, in units of [0, 1].
+      noise: standard deviation of the Gaussian noise, for pixels in [0, 1].
       mask_patch: side of the masked patches, in pixels.
-      mask_ratio: the probability with which each patch is masked.
+      mask_ratio: the probability that a patch is masked.
     """
 
     geometry: str = "shared"
@@ -46,7 +46,7 @@ class MultiView:
         if not 0 <= self.mask_ratio <= 1:
             raise UserError(f"mask_ratio {self.mask_ratio} is not within [0, 1].")
         if self.mask_patch < 1:
-            raise UserError(f"mask_patch {self.mask_patch} is not a number of pixels above 0.")
+            raise UserError(f"mask_patch {self.mask_patch} must be at least 1 pixel.")
         for name in ("rotation", "brightness", "contrast", "saturation", "noise"):
             if getattr(self, name) < 0:
                 raise UserError(f"{name} {getattr(self, name)} is negative; 0 turns it off.")
@@ -55,25 +55,25 @@ class MultiView:
 def multi_view(
     key: jax.Array, images: jax.Array, options: MultiView
 ) -> tuple[jax.Array, jax.Array]:
-    """The multi-view generator: MVG(x) of Eq. 7, as what each network sees.
+    """The multi-view generator MVG(x) of Eq. 7: the view that each network sees.
 
-    With probability 0.5, drawn per image, an image is transformed, else both views are the image
-    itself, bit for bit. Colour jitter, Gaussian noise and the patch-wise mask fall on the student's
-    view only; the random crop and rotation on both, on the student's, or on none, by
+    Each image is transformed with probability 0.5; otherwise both views are the image itself, bit
+    for bit. Colour jitter, Gaussian noise and the patch-wise mask apply only to the student's view;
+    the random crop and rotation apply to both views, to the student's or to neither, according to
     `options.geometry`.
 
     Args:
       key: a typed key.
       images: float32 [N, H, W, C] in [0, 1].
-      options: the strengths.
+      options: see `MultiView`.
 
     Returns:
-      The teacher's and the student's view, both like `images`.
+      The teacher's and the student's views, shaped like `images`.
     """
     p_key, geometry_key, color_key, noise_key, mask_key = jax.random.split(key, 5)
     teacher = images
-    # Jitter first: XLA's CPU backend would otherwise repeat the warp inside the jitter's reductions
-    # (5 ms instead of 1.5 for 64 images of 28x28). The same key warps both views alike.
+    # Jitter first: otherwise XLA's CPU backend repeats the warp inside the jitter's reductions, at
+    # 5 ms instead of 1.5 for 64 images of 28x28. The same key warps both views identically.
     student = ops.color_jitter(
         color_key, images, options.brightness, options.contrast, options.saturation
     )

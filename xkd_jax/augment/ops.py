@@ -1,8 +1,8 @@
 """Operations on batches of images, on the device.
 
-Images are float32 [N, H, W, C] in [0, 1]. Everything runs inside `jit` with static shapes, and is a
-pure function of the key that it gets. Threefry random numbers are what augmentation costs on a
-CPU: what is drawn per image is drawn in one go, and what is drawn per pixel is drawn sparingly.
+Images are float32 [N, H, W, C] in [0, 1]. All functions have static shapes, run inside `jit` and
+are deterministic given their key. On a CPU, Threefry random numbers dominate the cost: draws per
+image are made in a single call, and draws per pixel are kept to a minimum.
 """
 
 import math
@@ -37,14 +37,14 @@ def to_float(images: jax.Array) -> jax.Array:
 
 
 def random_crop_flip(key: jax.Array, images: jax.Array, padding: int, flip: bool) -> jax.Array:
-    """Pads with zeros, crops back to the old size at a random place, mirrors half of the images.
+    """Pads with zeros, crops the original size at random and mirrors half of the images.
 
     The usual CIFAR recipe (He et al., 2016, section 4.2).
 
     Args:
       key: a typed key.
-      images: [N, H, W, C], of any type.
-      padding: pixels added on each side; 0 leaves the crop out.
+      images: [N, H, W, C], of any dtype.
+      padding: pixels added on each side; 0 turns cropping off.
       flip: whether to mirror left and right, with probability 0.5 per image.
     """
     n, h, w, c = images.shape
@@ -62,13 +62,13 @@ def random_crop_flip(key: jax.Array, images: jax.Array, padding: int, flip: bool
 def random_geometry(
     key: jax.Array, images: jax.Array, max_rotation_degrees: float, min_scale: float
 ) -> jax.Array:
-    """A random crop, rotated and enlarged to the full size: one bilinear warp, zeros outside.
+    """A random crop, rotated and resized to full size in one bilinear warp; zeros outside.
 
     Args:
       key: a typed key.
       images: float32 [N, H, W, C].
-      max_rotation_degrees: the angle is uniform in plus or minus this.
-      min_scale: the crop's side is uniform in [min_scale, 1] of the image's, in (0, 1].
+      max_rotation_degrees: the angle is uniform between minus and plus this.
+      min_scale: the crop's side, as a fraction of the image's, is uniform in [min_scale, 1].
     """
     n, h, w, _ = images.shape
     draws = jax.random.uniform(key, (n, 4, 1, 1))
@@ -76,7 +76,7 @@ def random_geometry(
     scale = min_scale + (1 - min_scale) * draws[:, 1]
     shift_y = (1 - scale) * (draws[:, 2] - 0.5) * (h - 1)
     shift_x = (1 - scale) * (draws[:, 3] - 0.5) * (w - 1)
-    # Where each output pixel comes from, relative to the image's centre: [N, H, W].
+    # The source of each output pixel, first relative to the image's centre: [N, H, W].
     y = (jnp.arange(h, dtype=jnp.float32) - (h - 1) / 2)[:, None]
     x = (jnp.arange(w, dtype=jnp.float32) - (w - 1) / 2)[None, :]
     cos, sin = scale * jnp.cos(angle), scale * jnp.sin(angle)
@@ -88,7 +88,7 @@ def random_geometry(
 def _sample(images: jax.Array, y: jax.Array, x: jax.Array) -> jax.Array:
     """Bilinear samples of [N, H, W, C] images at coordinates [N, h, w]; zeros outside."""
     h, w = images.shape[1:3]
-    # Clipped so that everything outside reads the border of zeros and nothing else.
+    # Clipped so that everything outside reads the border of zeros.
     y, x = jnp.clip(y, -1, h), jnp.clip(x, -1, w)
     y0, x0 = jnp.floor(y), jnp.floor(x)
     dy, dx = (y - y0)[..., None], (x - x0)[..., None]
@@ -121,7 +121,7 @@ def color_jitter(
       brightness: the factor is uniform in [max(0, 1 - brightness), 1 + brightness], per image.
       contrast: the same for the contrast.
       saturation: the same for the saturation.
-      hue: the shift is uniform in [-hue, hue], in turns of the colour circle; at most 0.5.
+      hue: the shift is uniform in [-hue, hue], in turns of the colour wheel; at most 0.5.
     """
     draws = jax.random.uniform(key, (len(images), 3, 1, 1, 1))
 
@@ -146,7 +146,9 @@ def adjust_brightness(images: jax.Array, factor: jax.Array | float) -> jax.Array
 
 def adjust_contrast(images: jax.Array, factor: jax.Array | float) -> jax.Array:
     """Blends with the mean luma of each image: factor 0 is plain grey, 1 the image itself."""
-    mean = _luma(images.mean((1, 2), keepdims=True))  # luma is linear: the mean may come first
+    mean = _luma(
+        images.mean((1, 2), keepdims=True)
+    )  # luma is linear, so the mean can be taken first
     return jnp.clip(factor * images + (1 - factor) * mean, 0, 1)
 
 
@@ -156,7 +158,7 @@ def adjust_saturation(images: jax.Array, factor: jax.Array | float) -> jax.Array
 
 
 def adjust_hue(images: jax.Array, shift: jax.Array | float) -> jax.Array:
-    """Turns the hue of [N, H, W, 3] images by `shift` turns; HSV's saturation and value stay."""
+    """Rotates the hue of [N, H, W, 3] images by `shift` turns; keeps HSV saturation and value."""
     red, green, blue = images[..., :1], images[..., 1:2], images[..., 2:]
     value = images.max(-1, keepdims=True)
     chroma = value - images.min(-1, keepdims=True)
@@ -166,9 +168,9 @@ def adjust_hue(images: jax.Array, shift: jax.Array | float) -> jax.Array:
         (green - blue) * scale,
         jnp.where(value == green, 2 + (blue - red) * scale, 4 + (red - green) * scale),
     )  # in sixths of a turn
-    # How far each channel is below the largest rises and falls along the circle.
+    # Each channel's distance below the maximum is a trapezoid wave of the hue.
     place = hue + 6 * shift + jnp.asarray((5.0, 3.0, 1.0))
-    place = place - 6 * jnp.floor(place / 6)  # quicker than %
+    place = place - 6 * jnp.floor(place / 6)  # faster than %
     return value - chroma * jnp.clip(jnp.minimum(place, 4 - place), 0, 1)
 
 
@@ -182,10 +184,10 @@ def gaussian_noise(key: jax.Array, images: jax.Array, std: float) -> jax.Array:
     Args:
       key: a typed key.
       images: float32 [N, H, W, C] in [0, 1].
-      std: standard deviation, in units of [0, 1].
+      std: standard deviation, for pixels in [0, 1].
     """
-    # Two values from each 32 random bits: half the price of `jax.random.normal`. 65,536 levels, cut
-    # off at 4.3 standard deviations, are finer than any image.
+    # Two values from each 32 random bits: half the cost of `jax.random.normal`. 65,536 levels,
+    # truncated at 4.3 standard deviations, are finer than the images' own 256.
     n, size = len(images), images[0].size
     bits = jax.random.bits(key, (n, (size + 1) // 2), jnp.uint32)
     halves = jax.lax.bitcast_convert_type(bits, jnp.uint16).reshape(n, -1)[:, :size]
@@ -200,9 +202,9 @@ def patch_mask(key: jax.Array, images: jax.Array, patch_size: int, ratio: float)
     Args:
       key: a typed key.
       images: float32 [N, H, W, C].
-      patch_size: side of a patch, in pixels; the last row and column are cut where it does not
-        divide the image.
-      ratio: the probability with which each patch is masked, independently.
+      patch_size: side of a patch, in pixels; the last row and column of patches are smaller if it
+        does not divide the image.
+      ratio: the probability that a patch is masked, independently of the others.
     """
     n, h, w, _ = images.shape
     grid = (-(-h // patch_size), -(-w // patch_size))
@@ -212,18 +214,18 @@ def patch_mask(key: jax.Array, images: jax.Array, patch_size: int, ratio: float)
 
 
 def blur(images: jax.Array, sigma: jax.Array | float = 1.0, radius: int = 2) -> jax.Array:
-    """A Gaussian blur; the border is reflected.
+    """A Gaussian blur with reflected borders.
 
     Args:
       images: float32 [N, H, W, C].
-      sigma: pixels; one number, or [N, 1, 1].
-      radius: of the kernel, which is cut off there; pixels, less than the image's sides.
+      sigma: in pixels; a scalar or [N, 1, 1].
+      radius: where the kernel is truncated, in pixels; less than the image's sides.
     """
     offsets = jnp.arange(-radius, radius + 1) / jnp.asarray(sigma)[..., None]
     weights = jnp.exp(-0.5 * offsets**2)
     weights = weights / weights.sum(-1, keepdims=True)
     n, h, w, c = images.shape
-    # [N, H, W * C]: a CPU is twice as fast on long rows.
+    # [N, H, W * C]: a CPU is twice as fast with long rows.
     padded = jnp.pad(images, ((0, 0), (radius, radius), (0, 0), (0, 0)), mode="reflect")
     flat = padded.reshape(n, -1, w * c)
     down = sum(weights[..., i] * flat[:, i : i + h] for i in range(2 * radius + 1))
@@ -239,18 +241,18 @@ def normalize(images: jax.Array, mean: tuple[float, ...], std: tuple[float, ...]
 
     Args:
       images: float32 [N, H, W, C] in [0, 1].
-      mean: one per channel, in the same units.
-      std: one per channel, in the same units.
+      mean: per channel, in the same units.
+      std: per channel, in the same units.
     """
     return (images - jnp.asarray(mean, images.dtype)) / jnp.asarray(std, images.dtype)
 
 
 def resize(images: jax.Array, size: int | tuple[int, int]) -> jax.Array:
-    """Bilinear resizing, antialiased when it shrinks; returns `images` where the size is right.
+    """Bilinear resizing, antialiased when it shrinks; a no-op if the size is already right.
 
     Args:
       images: float32 [N, H, W, C].
-      size: (height, width) in pixels; one number stands for both.
+      size: (height, width) in pixels, or one number for both.
     """
     n, h, w, c = images.shape
     target = (size, size) if isinstance(size, int) else tuple(size)
@@ -260,12 +262,12 @@ def resize(images: jax.Array, size: int | tuple[int, int]) -> jax.Array:
 
 
 def resize_crop(images: jax.Array, size: int, crop_fraction: float = 0.875) -> jax.Array:
-    """The usual evaluation on ImageNet: the shorter side to size / crop_fraction, then the centre.
+    """The usual ImageNet evaluation: shorter side to size / crop_fraction, then a centre crop.
 
     Args:
       images: float32 [N, H, W, C].
-      size: of the square that is returned, in pixels; with 0.875, 224 is cut out of 256.
-      crop_fraction: in (0, 1]; what timm calls crop_pct.
+      size: side of the resulting square, in pixels; with 0.875, 224 is cropped from 256.
+      crop_fraction: in (0, 1]; timm's crop_pct.
     """
     h, w = images.shape[1:3]
     shorter = math.floor(size / crop_fraction)

@@ -1,8 +1,8 @@
 """Strong augmentation, batched and on the device: RandAugment, TrivialAugment, blur, erasing.
 
-Images are float32 [N, H, W, 3] in [0, 1]; every image gets draws of its own. Everything runs inside
-`jit` with static shapes, and is a pure function of the key that it gets. No image is looked at for
-another's sake, so that a batch may be sharded.
+Images are float32 [N, H, W, 3] in [0, 1]; each image has its own draws. All functions have static
+shapes, run inside `jit` and are deterministic given their key. Images are processed independently,
+so that batches can be sharded.
 """
 
 import dataclasses
@@ -32,28 +32,28 @@ OPS = (
     "equalize",
 )
 _FIRST_SIGNED, _LAST_SIGNED = OPS.index("shear_x"), OPS.index("sharpness")
-_TOP_LEVEL = 30  # magnitudes are in 31 levels
+_TOP_LEVEL = 30  # magnitudes have 31 levels
 _MIN_SIGMA = 0.1  # pixels
-_LUMA = (0.299, 0.587, 0.114)  # Pillow's, of ITU-R 601-2
+_LUMA = (0.299, 0.587, 0.114)  # ITU-R 601-2, with Pillow's digits
 
 
 @dataclasses.dataclass(frozen=True)
 class Augment:
-    """What a recipe adds to crop and flip; by default, nothing. Hashable: static under `jit`.
+    """Augmentation in addition to crop and flip; none by default. Hashable: static under `jit`.
 
     Attributes:
       auto: "", "randaugment" or "trivialaugment".
-      randaugment_ops: how many operations RandAugment applies, one after the other.
-      randaugment_magnitude: how strongly, from 0 to 30.
+      randaugment_ops: the number of operations that RandAugment applies in sequence.
+      randaugment_magnitude: their strength, from 0 to 30.
       brightness: factors are uniform in [1 - brightness, 1 + brightness].
       contrast: the same for the contrast.
       saturation: the same for the saturation.
-      hue: shifts are uniform in [-hue, hue], in turns of the colour circle, at most 0.5.
+      hue: shifts are uniform in [-hue, hue], in turns of the colour wheel, at most 0.5.
       blur: the probability of a Gaussian blur.
-      blur_sigma: the largest standard deviation of the blur, in pixels, above 0.1.
+      blur_sigma: the largest standard deviation of the blur, in pixels, at least 0.1.
       erasing: the probability of erasing a rectangle.
-      mixup: alpha of mixup's Beta distribution; 0 is off. See `mixing.mix`.
-      cutmix: alpha of CutMix's Beta distribution; 0 is off. With both, each takes half the batches.
+      mixup: alpha of mixup's Beta distribution; 0 is off. See `mixup.mix`.
+      cutmix: alpha of CutMix's Beta distribution; 0 is off. With both, each applies half the time.
     """
 
     auto: str = ""
@@ -91,15 +91,15 @@ class Augment:
 
 
 def augment(key: jax.Array, images: jax.Array, options: Augment) -> jax.Array:
-    """RandAugment or TrivialAugment, colour jitter, blur, then erasing; mixing is `mixing.mix`'s.
+    """RandAugment or TrivialAugment, colour jitter, blur, then erasing; for mixing see `mixup.mix`.
 
     Args:
       key: a typed key.
-      images: float32 [N, H, W, 3] in [0, 1], cropped and flipped already.
-      options: what to apply; what is off costs nothing.
+      images: float32 [N, H, W, 3] in [0, 1], already cropped and flipped.
+      options: what to apply; parts that are off cost nothing.
 
     Returns:
-      Like `images`.
+      Images of the same shape and range.
     """
     auto_key, color_key, blur_key, erasing_key = jax.random.split(key, 4)
     if options.auto == "randaugment":
@@ -124,8 +124,8 @@ def rand_augment(key: jax.Array, images: jax.Array, num_ops: int, magnitude: int
     Args:
       key: a typed key.
       images: float32 [N, H, W, 3] in [0, 1].
-      num_ops: operations in turn, each drawn anew for every image.
-      magnitude: of all operations, from 0 to 30; which way is drawn.
+      num_ops: the number of operations in sequence, drawn independently for each image.
+      magnitude: of all operations, from 0 to 30; their sign is random.
     """
     h, w = images.shape[1:3]
     shift = 150 / 331
@@ -134,8 +134,8 @@ def rand_augment(key: jax.Array, images: jax.Array, num_ops: int, magnitude: int
     def layer(images: jax.Array, layer_key: jax.Array) -> tuple[jax.Array, None]:
         return apply_ops(images, *_draw_ops(layer_key, len(images), ranges, magnitude)), None
 
-    # Unrolled, XLA's CPU backend repeats a layer's warp inside the reductions of the next one (four
-    # times the price).
+    # If unrolled, XLA's CPU backend repeats a layer's warp inside the reductions of the next one,
+    # at four times the cost.
     return jax.lax.scan(layer, images, jax.random.split(key, num_ops))[0]
 
 
@@ -153,7 +153,7 @@ def trivial_augment(key: jax.Array, images: jax.Array) -> jax.Array:
 def _draw_ops(
     key: jax.Array, n: int, ranges: tuple[float, ...], level: int | None
 ) -> tuple[jax.Array, jax.Array]:
-    """The operation and magnitude of each image, both [N]; without a `level` that is drawn too."""
+    """The operation and magnitude of each image, both [N]; `level` None draws a random one."""
     draws = jax.random.uniform(key, (n, 3))
     op = jnp.floor(draws[:, 0] * len(OPS)).astype(jnp.int32)
     levels = jnp.floor(draws[:, 1] * (_TOP_LEVEL + 1)) if level is None else level
@@ -163,13 +163,13 @@ def _draw_ops(
 
 
 def apply_ops(images: jax.Array, op: jax.Array, magnitude: jax.Array) -> jax.Array:
-    """Applies one of `OPS` to each image, as Pillow does it on uint8.
+    """Applies one of `OPS` to each image, as Pillow does for uint8.
 
-    All that maps values is one formula and all that moves pixels is one warp, with parameters by
-    image: computing fourteen operations and choosing one would cost a multiple.
+    All operations that change values share one formula, and all that move pixels share one warp,
+    with parameters per image; computing all fourteen and selecting one would cost far more.
 
     Args:
-      images: float32 [N, H, W, 3] in [0, 1]; rounded to multiples of 1/255.
+      images: float32 [N, H, W, 3] in [0, 1]; they are rounded to multiples of 1/255.
       op: int32 [N], indices into `OPS`.
       magnitude: float32 [N]: a tangent (shear), pixels (translate; rounded towards 0), degrees
         counter-clockwise (rotate), the factor minus 1 (brightness, color, contrast, sharpness), the
@@ -181,14 +181,14 @@ def apply_ops(images: jax.Array, op: jax.Array, magnitude: jax.Array) -> jax.Arr
 
 
 def _map_values(x: jax.Array, op: jax.Array, magnitude: jax.Array) -> jax.Array:
-    """The operations on values, of whole numbers in [0, 255] [N, H, W, 3]."""
+    """The operations on values; `x` holds integers in [0, 255], [N, H, W, 3]."""
     amount = magnitude[:, None, None, None]
 
     def pick(name: str, then: jax.Array | float, otherwise: jax.Array | float) -> jax.Array:
         return jnp.where((op == OPS.index(name))[:, None, None, None], then, otherwise)
 
-    # Brightness, colour, contrast and sharpness blend with an image without any of it; stretching
-    # the contrast is the same formula with a factor and a level by channel.
+    # Brightness, colour, contrast and sharpness blend with an image that has none of it.
+    # Autocontrast is the same formula, with a factor and an offset per channel.
     blends = (op >= OPS.index("brightness")) & (op <= OPS.index("sharpness"))
     factor = jnp.where(blends[:, None, None, None], 1 + amount, 1.0)
     luma = jnp.floor(jnp.dot(x, jnp.asarray(_LUMA), precision="highest") + 0.5)[..., None]
@@ -200,7 +200,7 @@ def _map_values(x: jax.Array, op: jax.Array, magnitude: jax.Array) -> jax.Array:
     offset = pick(
         "autocontrast", jnp.where(high > low, -low * stretch, 0.0), (1 - factor) * without
     )
-    # A thousandth, for Pillow truncates what float32 may leave just below a whole number.
+    # Pillow truncates; the 1e-3 lifts float32 results just below an integer.
     blended = jnp.floor(jnp.clip(factor * x + offset, 0, 255) + 1e-3)
     bits = jnp.round(pick("posterize", amount, 0.0)).astype(jnp.int32)
     step = jnp.left_shift(1, bits).astype(jnp.float32)
@@ -210,9 +210,9 @@ def _map_values(x: jax.Array, op: jax.Array, magnitude: jax.Array) -> jax.Array:
 
 
 def _smooth(x: jax.Array) -> jax.Array:
-    """Pillow's 3x3 SMOOTH filter, of whole numbers; the border stays as it is."""
+    """Pillow's 3x3 SMOOTH filter for integer values; the border is unchanged."""
     n, h, w, c = x.shape
-    flat = x.reshape(n, h, w * c)  # long rows: a CPU is twice as fast on them
+    flat = x.reshape(n, h, w * c)  # a CPU is twice as fast with long rows
     rows = flat[:, :-2] + flat[:, 1:-1] + flat[:, 2:]
     box = rows[..., : -2 * c] + rows[..., c:-c] + rows[..., 2 * c :]
     inner = jnp.floor((box + 4 * flat[:, 1:-1, c:-c]) / 13 + 0.5)
@@ -220,16 +220,18 @@ def _smooth(x: jax.Array) -> jax.Array:
 
 
 def _equalize(x: jax.Array) -> jax.Array:
-    """Spreads the histogram of each channel, of whole numbers in [0, 255] [N, H, W, C]."""
+    """Equalizes the histogram of each channel; `x` holds integers in [0, 255], [N, H, W, C]."""
     n, _, _, c = x.shape
-    places = (c * x.astype(jnp.int32) + jnp.arange(c)).reshape(n, -1)  # in tables [256, C]
+    places = (c * x.astype(jnp.int32) + jnp.arange(c)).reshape(
+        n, -1
+    )  # indices into tables [256, C]
 
     def count(at: jax.Array) -> jax.Array:
         return jnp.zeros(256 * c, jnp.int32).at[at].add(1, mode="promise_in_bounds")
 
     counts = jax.vmap(count)(places).reshape(n, 256, c)
     below = jnp.cumsum(counts, 1) - counts
-    # Of the largest value: below it lies all that isn't there.
+    # `below` at the largest value present counts all pixels with a smaller value.
     step = below.max(1, keepdims=True, where=counts > 0, initial=0) // 255
     spread = jnp.minimum((step // 2 + below) // jnp.maximum(step, 1), 255)
     table = jnp.where(step > 0, spread, jnp.arange(256)[:, None]).astype(x.dtype)
@@ -238,7 +240,7 @@ def _equalize(x: jax.Array) -> jax.Array:
 
 
 def _warp(images: jax.Array, op: jax.Array, magnitude: jax.Array) -> jax.Array:
-    """The operations on places, [N, H, W, C]: nearest pixels, zeros outside."""
+    """The operations that move pixels of [N, H, W, C]: nearest neighbour, zeros outside."""
     n, h, w, c = images.shape
 
     def pick(name: str) -> jax.Array:
@@ -246,7 +248,7 @@ def _warp(images: jax.Array, op: jax.Array, magnitude: jax.Array) -> jax.Array:
 
     angle = jnp.deg2rad(pick("rotate"))
     cos, sin = jnp.cos(angle), jnp.sin(angle)
-    # Coordinates of pixels' centres from the upper left corner, about which torchvision shears.
+    # Pixel centres relative to the upper left corner, the fixed point of torchvision's shear.
     y, x = jnp.arange(h)[:, None] + 0.5, jnp.arange(w)[None, :] + 0.5
     down, right = y - h / 2, x - w / 2
     from_x = cos * right - sin * down + w / 2 + pick("shear_x") * y - jnp.trunc(pick("translate_x"))
@@ -264,13 +266,13 @@ def _warp(images: jax.Array, op: jax.Array, magnitude: jax.Array) -> jax.Array:
 def random_blur(
     key: jax.Array, images: jax.Array, probability: float, max_sigma: float
 ) -> jax.Array:
-    """A Gaussian blur of some images; sigma is uniform in [0.1, max_sigma] (SimCLR).
+    """Gaussian blur of randomly chosen images; sigma is uniform in [0.1, max_sigma] (SimCLR).
 
     Args:
       key: a typed key.
       images: float32 [N, H, W, C].
-      probability: with which each image is blurred.
-      max_sigma: pixels.
+      probability: the probability that an image is blurred.
+      max_sigma: in pixels.
     """
     draws = jax.random.uniform(key, (len(images), 2, 1, 1))
     sigma = _MIN_SIGMA + (max_sigma - _MIN_SIGMA) * draws[:, 0]
@@ -280,17 +282,17 @@ def random_blur(
 
 
 def random_erasing(key: jax.Array, images: jax.Array, probability: float) -> jax.Array:
-    """Replaces a rectangle of some images by noise (Zhong et al., 2020).
+    """Replaces a rectangle in randomly chosen images by noise (Zhong et al., 2020).
 
-    A rectangle covers 2% to 33% of the image, with a logarithmically uniform aspect in [0.3, 3.3];
-    of ten tries the first that fits is taken, as in timm (Ross Wightman, Apache-2.0). Each value
-    within is uniform in [0, 1], which has about the mean and the deviation of timm's normal noise
-    after normalising. Rectangles of one batch are cut out of one sheet of noise.
+    A rectangle covers 2% to 33% of the image, with a log-uniform aspect ratio in [0.3, 3.3]; the
+    first of ten tries that fits is used, as in timm (Ross Wightman, Apache-2.0). The noise is
+    uniform in [0, 1], which after normalization has about the mean and standard deviation of
+    timm's normal noise. All rectangles of a batch are cut from the same [H, W, C] noise.
 
     Args:
       key: a typed key.
       images: float32 [N, H, W, C] in [0, 1].
-      probability: with which each image loses a rectangle.
+      probability: the probability that an image loses a rectangle.
     """
     n, h, w, c = images.shape
     draw_key, noise_key = jax.random.split(key)
@@ -312,7 +314,7 @@ def random_erasing(key: jax.Array, images: jax.Array, probability: float) -> jax
 
 
 def _interval(draw: jax.Array, length: jax.Array, size: int) -> jax.Array:
-    """Which of `size` pixels an interval of a length [N] covers, at a random place: [N, size]."""
+    """Which of `size` pixels a randomly placed interval of `length` [N] covers: bool [N, size]."""
     start = jnp.floor(draw * (size - length + 1))[:, None]
     position = jnp.arange(size)
     return (position >= start) & (position < start + length[:, None])

@@ -1,6 +1,7 @@
-"""Data sets: found at once or refused in one sentence, sliced, then decoded into memory as uint8.
+"""Data sets: found on disk, sliced, and decoded to uint8.
 
-Nothing here imports JAX or TensorFlow.
+Only `data.loader`, which moves batches to the devices, imports JAX; importing `data` loads neither
+JAX nor TensorFlow.
 """
 
 from pathlib import Path
@@ -27,17 +28,17 @@ def load(name: str, split: str, data_dir: str = "", size: int = 0, on_error: str
 
     Args:
       name: "folder:PATH" (PATH/train/CLASS/*.jpg), "leaf:PATH" (the same, but the class is the
-        last folder's name), "tfds:NAME" (an image-classification set of TensorFlow Datasets,
-        prepared as array_record, e.g. "tfds:cifar100"), "idx:FOLDER" (MNIST's file format) or
-        "fashion_mnist_mini" (packaged).
+        name of the innermost folder), "tfds:NAME" (an image-classification set of TensorFlow
+        Datasets, prepared as array_record, e.g. "tfds:cifar100"), "idx:FOLDER" (MNIST's file
+        format) or "fashion_mnist_mini" (packaged).
       split: in TFDS's slicing syntax, e.g. "train", "train[45000:]", "test[:10%]".
-      data_dir: where TFDS keeps its data; "" is TFDS's own default. Others ignore it.
-      size: the side to resize the shorter side to, before the centre is cut out, in pixels; 0
-        leaves images as they are, which must then have one size.
+      data_dir: TFDS's data folder; "" is TFDS's default. Other sources ignore it.
+      size: resize the shorter side to this many pixels and crop the centre square; 0 keeps the
+        images unchanged, and they must then all have the same size.
       on_error: what to do about damaged images: "stop", or "skip" to leave them out.
 
     Returns:
-      The split, in the order in which the data set holds it.
+      The split, in the data set's own order.
 
     Raises:
       UserError: the name or the split is unknown, or the data are missing or damaged.
@@ -48,7 +49,7 @@ def load(name: str, split: str, data_dir: str = "", size: int = 0, on_error: str
 
 
 def open_source(name: str, data_dir: str = "") -> Source:
-    """Finds a data set on disk, without decoding it and without the network.
+    """Finds a data set on disk, without decoding it or using the network.
 
     Args:
       name: as for `load`.
@@ -69,6 +70,8 @@ def open_source(name: str, data_dir: str = "") -> Source:
     if kind in ("folder", "leaf") and rest:
         return folder.ImageFolder(Path(rest).expanduser(), leaf=kind == "leaf")
     if kind in ("folder", "leaf", "idx", "tfds"):
-        raise UserError(f"the data set {name!r} lacks its second half, as in 'tfds:cifar100'.")
+        raise UserError(
+            f"the data set {name!r} lacks the part after the colon, as in 'tfds:cifar100'."
+        )
     known = ("folder:PATH", "tfds:cifar10", "tfds:cifar100", "tfds:imagenet2012")
     raise unknown("data set", name, (*known, packaged.NAME, "idx:FOLDER", "leaf:PATH"))

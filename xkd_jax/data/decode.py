@@ -1,4 +1,4 @@
-"""Encoded images to uint8 pixels: whole, as training crops, and as evaluation crops."""
+"""Decodes images to uint8 pixels: whole, as training crops or as evaluation crops."""
 
 import functools
 import io
@@ -14,16 +14,16 @@ from PIL import Image
 from xkd_jax.errors import UserError
 
 _JPEG = b"\xff\xd8\xff"
-# OpenCV's own threads, in every process that decodes, would fight over the cores.
+# Many processes and threads decode at once: OpenCV's own threads would oversubscribe the cores.
 cv2.setNumThreads(0)
 
 
 class DamagedImage(UserError):
-    """An image that can't be read or decoded: `data.on_error` decides whether it is left out."""
+    """An image that can't be read or decoded; `data.on_error` decides whether it is skipped."""
 
 
 def _named(function: Callable) -> Callable:
-    """Turns whatever Pillow raises on a damaged image into a DamagedImage with the image's name."""
+    """Turns any error of a decoder into a DamagedImage that names the image."""
 
     @functools.wraps(function)
     def wrapped(image, *args, name: str = "an image", **kwargs):
@@ -35,7 +35,7 @@ def _named(function: Callable) -> Callable:
             if isinstance(image, bytes) and not image:
                 reason = "it is empty"
             elif "cannot identify image file" in reason:
-                reason = "it is no image, or its header is damaged"
+                reason = "it is not an image, or its header is damaged"
             text = f"{name} can't be decoded ({reason}); repair or delete it."
             raise DamagedImage(text) from error
 
@@ -44,14 +44,15 @@ def _named(function: Callable) -> Callable:
 
 @_named
 def decode(image: bytes | np.ndarray) -> np.ndarray:
-    """The whole image; its EXIF orientation is ignored, as torchvision and timm do.
+    """Decodes a whole image; EXIF orientation is ignored, as in torchvision and timm.
 
     Args:
-      image: JPEG, PNG, WebP, BMP, GIF or TIFF bytes, or pixels already: uint8 [h, w, 3].
+      image: JPEG, PNG, WebP, BMP, GIF or TIFF bytes, or decoded pixels: uint8 [h, w, 3].
       name: what an error calls the image.
 
     Returns:
-      uint8 [h, w, 3]; greyscale is repeated, transparency dropped, palettes and CMYK converted.
+      uint8 [h, w, 3]; greyscale is repeated, the alpha channel dropped, palettes and CMYK are
+      converted to RGB.
 
     Raises:
       DamagedImage: it can't be decoded.
@@ -61,7 +62,7 @@ def decode(image: bytes | np.ndarray) -> np.ndarray:
 
 @_named
 def image_size(image: bytes | np.ndarray) -> tuple[int, int]:
-    """Width and height in pixels, from the header alone.
+    """Width and height in pixels, read from the header.
 
     Args:
       image: as for `decode`.
@@ -81,14 +82,14 @@ def decode_crop(
     scale: tuple[float, float] = (0.08, 1.0),
     ratio: tuple[float, float] = (3 / 4, 4 / 3),
 ) -> np.ndarray:
-    """A random crop, resized to a square: torchvision's RandomResizedCrop.
+    """Decodes a random crop and resizes it to a square: torchvision's RandomResizedCrop.
 
     Args:
       image: as for `decode`.
       rng: draws the crop.
-      size: the side of the result, pixels.
-      scale: the crop's area, as a fraction of the image's, is uniform in this range.
-      ratio: width through height, log-uniform in this range.
+      size: side of the result, in pixels.
+      scale: the crop's share of the image's area is uniform in this range.
+      ratio: width divided by height is log-uniform in this range.
       name: what an error calls the image.
 
     Returns:
@@ -108,13 +109,13 @@ def decode_crop(
 
 @_named
 def eval_crop(image: bytes | np.ndarray, size: int, crop_pct: float = 0.875) -> np.ndarray:
-    """The shorter side resized to size / crop_pct, and the centre cut out.
+    """Resizes the shorter side to size / crop_pct and crops the centre square.
 
     Args:
       image: as for `decode`.
-      size: the side of the result, pixels.
-      crop_pct: what the crop's side is of the resized image's shorter one, in (0, 1]; 0.875 is
-        "resize 256, crop 224".
+      size: side of the result, in pixels.
+      crop_pct: side of the crop divided by the shorter side of the resized image, in (0, 1];
+        0.875 is "resize 256, crop 224".
       name: what an error calls the image.
 
     Returns:
@@ -125,10 +126,10 @@ def eval_crop(image: bytes | np.ndarray, size: int, crop_pct: float = 0.875) -> 
     """
     width, height = _measure(image)
     shorter, resized = min(width, height), math.floor(size / crop_pct)
-    # Half the reduction that the sizes allow, as in Pillow's own thumbnails: Pillow's filter, which
-    # decides how the pixels look, still has twice the pixels that it needs.
+    # Half the reduction that the sizes allow, as in Pillow's thumbnails: Pillow's filter, which
+    # determines the result, still gets twice the resolution that it needs.
     pixels = Image.fromarray(_decode(image, shorter / resized / 2))
-    # torchvision's roundings, so that the same pixels come out.
+    # Rounded as in torchvision, to give the same pixels.
     scaled = [int(resized * side / shorter) for side in (width, height)]
     left, top = (round((side - size) / 2) for side in scaled)
     fx, fy = pixels.width / scaled[0], pixels.height / scaled[1]
@@ -151,7 +152,7 @@ def random_box(
         if 0 < w <= width and 0 < h <= height:
             left, top = int(rng.integers(width - w + 1)), int(rng.integers(height - h + 1))
             return left, top, left + w, top + h
-    # Nothing fitted: the largest centred crop whose aspect is allowed.
+    # No try fitted: the largest centred crop with an allowed aspect ratio.
     w = min(width, round(height * ratio[1]))
     h = min(height, round(width / ratio[0]))
     left, top = (width - w) // 2, (height - h) // 2
@@ -159,7 +160,7 @@ def random_box(
 
 
 def _measure(image: bytes | np.ndarray) -> tuple[int, int]:
-    """Width and height, from the header alone."""
+    """Width and height, read from the header."""
     if isinstance(image, np.ndarray):
         return image.shape[1], image.shape[0]
     if image.startswith(_JPEG):
@@ -167,18 +168,18 @@ def _measure(image: bytes | np.ndarray) -> tuple[int, int]:
             height, width, _, _ = simplejpeg.decode_jpeg_header(image)
             return int(width), int(height)
         except ValueError:
-            pass  # Pillow says what is wrong, or reads it all the same
+            pass  # Pillow reads it or reports what is wrong
     return Image.open(io.BytesIO(image)).size
 
 
 def _decode(image: bytes | np.ndarray, reduction: float = 1, fast: bool = False) -> np.ndarray:
-    """The pixels, uint8 [h, w, 3].
+    """Decodes to uint8 [h, w, 3].
 
     Args:
       image: as for `decode`.
-      reduction: a JPEG comes at 1/2, 1/4 or 1/8 of its size where this is 2, 4 or 8 at least, for a
-        fraction of the price: what would be thrown away is not computed.
-      fast: whether a JPEG's pixels may be a little off, for a twentieth of the price.
+      reduction: from 2, 4 or 8 on, a JPEG is decoded at 1/2, 1/4 or 1/8 of its size, which is
+        cheaper because the detail is never computed.
+      fast: whether to decode JPEGs a little faster, with slightly less exact pixels.
     """
     if isinstance(image, np.ndarray):
         return image
@@ -191,21 +192,21 @@ def _decode(image: bytes | np.ndarray, reduction: float = 1, fast: bool = False)
         try:
             return simplejpeg.decode_jpeg(image, **options)
         except ValueError:
-            pass  # CMYK, or a flaw that Pillow overlooks or names
+            pass  # CMYK, or a defect that Pillow tolerates or reports
     with Image.open(io.BytesIO(image)) as opened:
         if opened.mode == "P" and isinstance(opened.info.get("transparency"), bytes):
-            opened = opened.convert("RGBA")  # Pillow warns about the direct way
+            opened = opened.convert("RGBA")  # Pillow warns about a direct conversion
         return np.asarray(opened.convert("RGB"))
 
 
 def _shrink(pixels: np.ndarray, size: int) -> np.ndarray:
-    """Resizes to a square, antialiased where that shrinks."""
+    """Resizes to a square, antialiased when it shrinks."""
     target, longer = (size, size), max(pixels.shape[:2])
     if longer > 2 * size:
         return cv2.resize(pixels, target, interpolation=cv2.INTER_AREA)
     if longer > size:
-        # Two samples a side, averaged: nearer to Pillow's antialiased bilinear filter than
-        # INTER_AREA, and three times as fast.
+        # The mean of 2x2 samples is closer to Pillow's antialiased bilinear filter than INTER_AREA
+        # alone, and three times as fast.
         pixels = cv2.resize(pixels, (2 * size, 2 * size), interpolation=cv2.INTER_LINEAR)
         return cv2.resize(pixels, target, interpolation=cv2.INTER_AREA)
     return cv2.resize(pixels, target, interpolation=cv2.INTER_LINEAR)

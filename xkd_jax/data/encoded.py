@@ -1,4 +1,4 @@
-"""Splits that stay encoded until a batch needs them, and the choice between them and memory."""
+"""Splits whose images are decoded on demand, and the choice between them and decoded splits."""
 
 import contextlib
 import os
@@ -16,33 +16,33 @@ from xkd_jax.errors import UserError
 
 FEEDS = ("auto", "resident", "host")
 CROP_PCT = 0.875  # "resize 256, crop 224"
-MEMORY_LIMIT = 2**30  # bytes of uint8 that lie on the device without being asked to
-_PEEKS = 16  # images whose size is looked at
+MEMORY_LIMIT = 2**30  # bytes of uint8 images that "auto" keeps in device memory
+_PEEKS = 16  # images whose size is read
 
 
 class EncodedImages:
-    """The images of a split, decoded when they are asked for: `images[indices]`.
+    """The images of a split, decoded on access: `images[indices]`.
 
-    Stands where a `Split` in memory has its array. Each image is resized and its centre cropped,
-    as networks are evaluated; for training, `examples` has them as they are.
+    Takes the place of the array in a decoded `Split`. Images are resized and centre-cropped, as
+    for evaluation; training crops the encoded images from `examples` itself.
 
     Attributes:
       examples: random access to the encoded images.
-      shape: (n, size, size, 3), as of an array.
+      shape: (n, size, size, 3), like an array's.
     """
 
     def __init__(self, examples: Examples, size: int, crop_pct: float):
-        """Nothing is decoded yet.
+        """Decodes nothing yet.
 
         Args:
-          examples: of `Source.examples`.
-          size: the side of what comes out, pixels.
-          crop_pct: the side of the crop as a part of the resized image's shorter side.
+          examples: from `Source.examples`.
+          size: side of the decoded images, in pixels.
+          crop_pct: side of the crop divided by the shorter side of the resized image.
         """
         self.examples = examples
         self.shape = (len(examples), size, size, 3)
         self._size, self._crop_pct = size, crop_pct
-        self._pool = ThreadPoolExecutor(os.cpu_count())  # decoders let go of Python's lock
+        self._pool = ThreadPoolExecutor(os.cpu_count())  # decoders release the GIL
 
     def __getitem__(self, indices: Sequence[int] | slice) -> np.ndarray:
         """uint8 [len(indices), size, size, 3].
@@ -59,10 +59,10 @@ class EncodedImages:
 
 
 class EncodedLabels:
-    """The labels of a split, read when one is asked for: a TFDS set has them in every record."""
+    """The labels of a split, read on first access: TFDS stores them in the records."""
 
     def __init__(self, examples: Examples):
-        """Nothing is read yet."""
+        """Reads nothing yet."""
         self._examples = examples
 
     def __len__(self) -> int:
@@ -78,21 +78,21 @@ class EncodedLabels:
 def open_split(
     name: str, split: str, data_dir: str, size: int, feed: str, on_error: str, crop_pct: float
 ) -> Split:
-    """A split in memory, or with `EncodedImages`.
+    """Opens a split, decoded in memory or as `EncodedImages`.
 
     Args:
-      name: of the data set, as for `data.load`.
+      name: the data set, as for `data.load`.
       split: as for `data.load`.
       data_dir: as for `data.load`.
-      size: the side of the images that networks see, pixels; 0: the data's own.
-      feed: "resident" (in memory), "host" (encoded), or "auto": in memory where the images have
-        one size, as far as that is known before all are decoded, and take less than `MEMORY_LIMIT`.
+      size: side of the networks' input, in pixels; 0 keeps the size of the images.
+      feed: "resident" (in memory), "host" (encoded), or "auto": in memory if the images take at
+        most `MEMORY_LIMIT` and, as far as a sample shows, all have the same size.
       on_error: what to do about damaged images, as for `data.load`.
-      crop_pct: what evaluation cuts out, in (0, 1]; 0: `CROP_PCT` of `EncodedImages`, and images
-        in memory whole.
+      crop_pct: the share of the shorter side that evaluation crops, in (0, 1]; 0 is `CROP_PCT` for
+        `EncodedImages` and no crop for images in memory.
 
     Raises:
-      UserError: as `data.load`, or `size` is missing where it is needed.
+      UserError: as for `data.load`, or `size` is 0 but required.
     """
     source = open_source(name, data_dir)
     examples = source.examples(*parse_split(split, source.sizes))
@@ -108,11 +108,11 @@ def open_split(
                 raise
     if not size:
         raise UserError(
-            f"the images of {name} are decoded batch by batch, for which they need one size; set "
+            f"the images of {name} are decoded batch by batch, which requires a fixed size; set "
             "image_size, such as image_size=224."
         )
     examples = scan(examples, on_error)
-    images: Any = EncodedImages(examples, size, crop_pct or CROP_PCT)  # as far as it goes, an array
+    images: Any = EncodedImages(examples, size, crop_pct or CROP_PCT)  # used like an array
     labels: Any = EncodedLabels(examples)
     return Split(images, labels, *about)
 
@@ -122,8 +122,8 @@ def choose_feed(feed: str, count: int, sides: set[tuple[int, int]]) -> str:
 
     Args:
       feed: one of `FEEDS`.
-      count: how many images there are.
-      sides: the sizes (w, h) that they have.
+      count: the number of images.
+      sides: the sizes (w, h) found among them.
     """
     if feed != "auto":
         return feed
@@ -132,11 +132,11 @@ def choose_feed(feed: str, count: int, sides: set[tuple[int, int]]) -> str:
 
 
 def sizes_of_images(examples: Examples) -> set[tuple[int, int]]:
-    """The sizes (w, h) of a few of the images, from first to last."""
+    """The sizes (w, h) of a few images, spread evenly over the split."""
     found = set()
     for index in np.linspace(0, len(examples) - 1, min(len(examples), _PEEKS)).astype(int):
         image, _, name = examples[int(index)]
-        # A damaged one is for `read` and `scan` to report, or to leave out.
+        # `read` and `scan` report or skip damaged images.
         with contextlib.suppress(DamagedImage):
             found.add(image_size(image, name=name))
     return found

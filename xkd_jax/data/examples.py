@@ -1,4 +1,4 @@
-"""What is done with examples: decoding them all, and finding those that can't be decoded."""
+"""Decodes all examples of a split, or checks them for damage without decoding."""
 
 import dataclasses
 import sys
@@ -9,27 +9,27 @@ import numpy as np
 import tqdm
 
 from xkd_jax.data.decode import DamagedImage, decode, eval_crop
+from xkd_jax.data.progress import Progress
 from xkd_jax.data.source import Example, Examples
 from xkd_jax.errors import UserError, unknown
 
 ON_ERROR = ("stop", "skip")
-_CHUNK = 32  # images a thread takes at a time
-_SHOWN = 5  # names in a message
-_QUIET = 2.0  # seconds before a progress bar shows
+_CHUNK = 32  # images per task of a thread
+_SHOWN = 5  # images named in a message
 
 
 class SizesDiffer(UserError):
-    """Images that should lie in one array differ in size."""
+    """Images that should form one array differ in size."""
 
 
 @dataclasses.dataclass(frozen=True)
 class ArrayExamples:
-    """Examples that are pixels already.
+    """Examples that are already decoded.
 
     Attributes:
       images: uint8 [n, h, w, 3].
       labels: int32 [n].
-      name: what a message calls them.
+      name: of the split, for messages.
     """
 
     images: np.ndarray
@@ -43,13 +43,13 @@ class ArrayExamples:
         return Example(self.images[index], int(self.labels[index]), f"{self.name}[{index}]")
 
     def faults(self) -> dict[int, str]:
-        """None: decoded is decoded."""
+        """Always empty: the images are already decoded."""
         return {}
 
 
 @dataclasses.dataclass(frozen=True)
 class Subset:
-    """Those of `examples` at `indices`."""
+    """The examples at `indices`."""
 
     examples: Examples
     indices: np.ndarray
@@ -66,20 +66,20 @@ class Subset:
         return self.examples[int(self.indices[index])]
 
     def faults(self) -> dict[int, str]:
-        """Those of `examples` that are still in."""
+        """The faults of the examples that are kept."""
         found = self.examples.faults()
         return {i: found[j] for i, j in enumerate(self.indices.tolist()) if j in found}
 
 
 def scan(examples: Examples, on_error: str = "stop") -> Examples:
-    """Looks for images that can't be decoded, without decoding those that look whole.
+    """Finds images that can't be decoded, without decoding those that look intact.
 
     Args:
-      examples: of a folder; those of other sources pass.
-      on_error: "stop", or "skip" to leave such images out and report how many.
+      examples: from a folder; other sources have nothing to check.
+      on_error: "stop", or "skip" to leave such images out and report them.
 
     Raises:
-      UserError: an image is damaged and `on_error` is "stop", or none is left.
+      UserError: an image is damaged and `on_error` is "stop", or all images are damaged.
     """
     faults = examples.faults()
     _report(faults, len(examples), on_error)
@@ -91,12 +91,12 @@ def scan(examples: Examples, on_error: str = "stop") -> Examples:
 def read(
     examples: Examples, size: int = 0, on_error: str = "stop"
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Decodes everything, on all cores.
+    """Decodes all examples, on all cores.
 
     Args:
       examples: at least one.
-      size: the side to resize the shorter side to, before the centre is cut out; 0 leaves images
-        as they are, which must then have one size.
+      size: resize the shorter side to this many pixels and crop the centre square; 0 keeps the
+        images unchanged, and they must then all have the same size.
       on_error: as for `scan`.
 
     Returns:
@@ -128,22 +128,22 @@ def read(
         if image.shape != images.shape[1:]:
             raise SizesDiffer(
                 f"the images differ in size ({examples[i].name} is {_size(image)} and others "
-                f"{_size(images[0])}); set image_size and data.feed=host to bring them to one."
+                f"{_size(images[0])}); set image_size and data.feed=host to resize them."
             )
         images[kept] = image
         kept += 1
     _report(faults, len(examples), on_error)
-    assert images is not None  # _report refuses when nothing is left
+    assert images is not None  # _report raises if nothing is left
     return images[:kept], labels[:kept]
 
 
 def in_threads(function: Callable, count: int, what: str):
-    """Yields function(0), function(1), ...; a DamagedImage is yielded too, for the caller to count.
+    """Yields function(0), function(1), ... in order; a DamagedImage is yielded, not raised.
 
     Args:
-      function: of an index.
-      count: how many.
-      what: the progress bar's word; it shows only when this takes long.
+      function: called with an index.
+      count: the number of calls.
+      what: the task's name for `Progress`.
     """
 
     def safe(index: int):
@@ -155,11 +155,10 @@ def in_threads(function: Callable, count: int, what: str):
     def chunk(start: int):
         return [safe(index) for index in range(start, min(start + _CHUNK, count))]
 
-    bar = tqdm.tqdm(None, what, count, delay=_QUIET, unit=" images", leave=False)
-    with ThreadPoolExecutor() as pool, bar:
+    with ThreadPoolExecutor() as pool, Progress(what, count, "images") as progress:
         for found in pool.map(chunk, range(0, count, _CHUNK)):
             yield from found
-            bar.update(len(found))
+            progress.update(len(found))
 
 
 def _size(image: np.ndarray) -> str:
@@ -171,7 +170,7 @@ def _report(faults: Mapping[int, str], count: int, on_error: str) -> None:
         raise unknown("data.on_error", on_error, ON_ERROR)
     if not faults:
         return
-    # Each fault ends with its own remedy; there is one for all.
+    # Drop the remedy after each ";": the message ends with one for all.
     shown = [fault.partition(";")[0] for fault in list(faults.values())[:_SHOWN]]
     more = f", and {len(faults) - _SHOWN} more" if len(faults) > _SHOWN else ""
     what = f"{len(faults)} of {count} images, which are damaged: {', '.join(shown)}{more}"

@@ -1,4 +1,4 @@
-"""Folders of images: PATH/train/CLASS/*.jpg, as torchvision and timm users have them."""
+"""Folders of images: PATH/train/CLASS/*.jpg, as in torchvision and timm."""
 
 import functools
 import hashlib
@@ -16,30 +16,30 @@ from xkd_jax.errors import UserError
 
 SPLITS = ("train", "val", "validation", "test")
 EXTENSIONS = (".jpg", ".jpeg", ".png", ".webp", ".bmp")
-_TAIL = 64  # bytes at a file's end in which its end marker stands
+_TAIL = 64  # bytes at the end of a file that contain its end marker
 
 
 class ImageFolder:
-    """A folder PATH/SPLIT/CLASS/..., or PATH/CLASS/..., which is one split, "train".
+    """A folder PATH/SPLIT/CLASS/..., or PATH/CLASS/..., which is a single split, "train".
 
-    The examples of a split come in an order in which every class is spread evenly, so that any
-    slice such as train[:90%] has each class's share; within a class, by a hash of the file's name.
+    The order of a split spreads every class evenly, so that a slice such as train[:90%] is
+    stratified; within a class, files are ordered by a hash of their path.
     """
 
     mean = IMAGENET_MEAN
     std = IMAGENET_STD
 
     def __init__(self, root: Path, leaf: bool = False):
-        """Lists the files, without opening one.
+        """Lists the files without opening any.
 
         Args:
           root: the folder.
-          leaf: whether the class is the name of the folder that holds the file (CelebA-Spoof:
-            train/SUBJECT/live/*.jpg) rather than that of the split's own subfolder.
+          leaf: whether the class is the name of the innermost folder (CelebA-Spoof:
+            train/SUBJECT/live/*.jpg) instead of the split's subfolder.
 
         Raises:
-          UserError: there is no folder, no class, a class without an image, or a split with other
-            classes than "train".
+          UserError: there is no such folder, no class, a class without images, or a split whose
+            classes differ from those of the first split.
         """
         if not root.is_dir():
             raise UserError(f"there is no folder {root}; it should hold train/CLASS/*.jpg.")
@@ -66,14 +66,14 @@ class ImageFolder:
 
 
 class FolderExamples:
-    """Image files, read when asked for."""
+    """Image files, read on access."""
 
     def __init__(self, folder: Path, files: np.ndarray, labels: np.ndarray):
         """Reads nothing.
 
         Args:
-          folder: where `files` are.
-          files: relative paths, encoded: one array is small, and quickly sent to a worker.
+          folder: the folder of the split.
+          files: bytes [n], paths relative to `folder`; one array is quick to send to workers.
           labels: int32 [n].
         """
         self._folder, self._files, self.labels = folder, files, labels
@@ -90,9 +90,9 @@ class FolderExamples:
             raise DamagedImage(f"{path} can't be read ({error.strerror}).") from error
 
     def faults(self) -> dict[int, str]:
-        """Files that are empty, cut off or no images, by their first and last bytes.
+        """Files that are empty, truncated or not images, judged by their first and last bytes.
 
-        A file whose ends don't tell is decoded; damage in the middle of a file is left for later.
+        A file of another format is decoded; damage in the middle of a file is found only later.
         """
         found = enumerate(in_threads(self._check, len(self), "checking files"))
         return {i: str(error) for i, error in found if error}
@@ -132,7 +132,7 @@ def _subfolders(folder: Path) -> list[str]:
 
 @functools.lru_cache(maxsize=8)
 def _list(folder: Path, leaf: bool) -> dict[str, list[str]]:
-    """The images of each class, by paths relative to `folder`."""
+    """The images of each class, as paths relative to `folder`."""
     files: dict[str, list[str]] = {} if leaf else {name: [] for name in _subfolders(folder)}
     for first in _subfolders(folder):
         for path, subfolders, names in os.walk(folder / first, followlinks=True):
@@ -146,18 +146,18 @@ def _list(folder: Path, leaf: bool) -> dict[str, list[str]]:
             if images:
                 files.setdefault(os.path.basename(path) if leaf else first, []).extend(images)
     if not files:
-        raise UserError(f"{folder} has no folder of a class; put images in {folder}/CLASS/*.jpg.")
+        raise UserError(f"{folder} has no class folders; put images in {folder}/CLASS/*.jpg.")
     empty = sorted(name for name, images in files.items() if not images)
     if empty:
         raise UserError(
-            f"{folder / empty[0]} has no image ({', '.join(EXTENSIONS)}); add some, or delete the "
+            f"{folder / empty[0]} has no images ({', '.join(EXTENSIONS)}); add some or delete the "
             f"folder."
         )
     return files
 
 
 def _spread(files: Mapping[str, list[str]]) -> tuple[np.ndarray, np.ndarray]:
-    """All paths, and int32 labels, in the order that `ImageFolder` describes."""
+    """All paths, and int32 labels, in the order described in `ImageFolder`."""
     paths, labels, places = [], [], []
     for label, name in enumerate(sorted(files)):
         ordered = sorted(files[name], key=_hash)

@@ -1,4 +1,4 @@
-"""Folders of idx files, the format of MNIST and its relatives (Fashion-MNIST, KMNIST, ...)."""
+"""Folders of idx files, the format of MNIST, Fashion-MNIST, KMNIST, ..."""
 
 import gzip
 import math
@@ -30,14 +30,14 @@ _STEMS = {"train": "train", "test": "t10k"}
 
 
 class IdxFolder:
-    """The four idx files of a folder, greyscale turned into three equal channels."""
+    """The four idx files of a folder; greyscale is repeated into three channels."""
 
     def __init__(self, folder: Path):
-        """Looks for the files, without reading the images.
+        """Finds the files and reads the labels.
 
         Args:
-          folder: holds train-images-idx3-ubyte, train-labels-idx1-ubyte, t10k-images-idx3-ubyte
-            and t10k-labels-idx1-ubyte, each plain or with .gz.
+          folder: contains train-images-idx3-ubyte, train-labels-idx1-ubyte,
+            t10k-images-idx3-ubyte and t10k-labels-idx1-ubyte, each plain or with .gz.
 
         Raises:
           UserError: a file is missing or damaged.
@@ -79,22 +79,22 @@ def read_pair(folder: Path, split: str) -> tuple[np.ndarray, np.ndarray]:
     """Reads all images and labels of a split.
 
     Args:
-      folder: holds the idx files.
+      folder: the folder of the idx files.
       split: "train" or "test".
 
     Returns:
       uint8 [n, H, W] and uint8 [n].
 
     Raises:
-      UserError: a file is missing or damaged, or the two disagree in length.
+      UserError: a file is missing or damaged, or the numbers of images and labels differ.
     """
     images_path = _find(folder, f"{_STEMS[split]}-images-idx3-ubyte")
     images = _read(images_path, dimensions=3)
     labels = _read(_find(folder, f"{_STEMS[split]}-labels-idx1-ubyte"), dimensions=1)
     if len(images) != len(labels):
         raise UserError(
-            f"{images_path} holds {len(images)} images, but the file beside it "
-            f"holds {len(labels)} labels; download both again."
+            f"{images_path} has {len(images)} images, but its label file has {len(labels)} labels; "
+            f"download both again."
         )
     return images, labels
 
@@ -109,7 +109,7 @@ def _find(folder: Path, name: str) -> Path:
         if path.is_file():
             return path
     raise UserError(
-        f"no {name} (plain or .gz) in {folder}; an idx folder holds "
+        f"no {name} (plain or .gz) in {folder}; an idx folder contains "
         f"{{train,t10k}}-images-idx3-ubyte and {{train,t10k}}-labels-idx1-ubyte, e.g. "
         f"/usr/share/datasets/fashion-mnist after `apt-get install dataset-fashion-mnist`."
     )
@@ -132,7 +132,7 @@ def _read(path: Path, dimensions: int) -> np.ndarray:
     expected = math.prod(shape)
     if pixels.size != expected:
         raise UserError(
-            f"{path} is damaged: its header promises {expected} bytes and {pixels.size} follow; "
+            f"{path} is damaged: its header announces {expected} bytes but {pixels.size} follow; "
             f"download it again."
         )
     return pixels.reshape(shape)

@@ -1,4 +1,4 @@
-"""Which examples a training step sees, as a pure function of (seed, step)."""
+"""The order of training examples, as a pure function of seed and step."""
 
 import functools
 
@@ -10,22 +10,22 @@ def batch_indices(
 ) -> np.ndarray:
     """The example indices of a training step.
 
-    Every epoch is a fresh permutation, its remainder dropped: an example comes at most once in an
-    epoch, or `repeats` times side by side, and then fewer examples do (repeated augmentation,
-    Hoffer et al., arXiv:1901.09335). Nothing but the step is needed to resume.
+    Every epoch is a new permutation whose incomplete last batch is dropped. With `repeats` above 1,
+    an epoch has as many steps but fewer distinct examples, each repeated consecutively (repeated
+    augmentation, Hoffer et al., arXiv:1901.09335). Resuming needs only the step.
 
     Args:
       num_examples: the size of the training split.
-      batch_size: examples a step; at most `num_examples`.
+      batch_size: examples per step; at most `num_examples`.
       seed: of the run; not negative.
       step: counted from 0.
-      repeats: how often an example comes in its epoch, augmented anew each time.
+      repeats: times each example appears per epoch, augmented independently.
 
     Returns:
       int32 [batch_size].
 
     Raises:
-      ValueError: the batch is empty or bigger than the split.
+      ValueError: the batch is empty or larger than the split.
     """
     if not 0 < batch_size <= num_examples:
         raise ValueError(f"batch_size {batch_size} is not within 1..{num_examples}")
@@ -36,9 +36,9 @@ def batch_indices(
 
 @functools.lru_cache(maxsize=4)
 def _permutation(num_examples: int, seed: int, epoch: int) -> np.ndarray:
-    # Philox is counter-based: any epoch's stream is reached at once, and NumPy keeps it stable.
+    # Keyed by epoch, so that any epoch's stream is directly accessible; NumPy keeps Philox stable.
     key = np.array([seed, epoch], dtype=np.uint64)
     generator = np.random.Generator(np.random.Philox(key=key))
     permutation = generator.permutation(num_examples).astype(np.int32)
-    permutation.flags.writeable = False  # it is shared by every step of the epoch
+    permutation.flags.writeable = False  # shared by all steps of the epoch
     return permutation

@@ -1,5 +1,7 @@
-"""The packaged data set: a class-balanced subset of Fashion-MNIST, cut by
-`scripts/make_fashion_mnist_mini.py` (MIT licence, see assets/fashion_mnist_mini.LICENSE)."""
+"""The packaged data set: a class-balanced subset of Fashion-MNIST.
+
+Made by `scripts/make_fashion_mnist_mini.py`; MIT licence, see assets/fashion_mnist_mini.LICENSE.
+"""
 
 import json
 import lzma
@@ -18,9 +20,9 @@ _ASSETS = Path(__file__).parent.parent / "assets"
 
 
 class Packaged:
-    """2,000 training and 2,000 validation images (disjoint), the rest of the room for test ones.
+    """2,000 training, 2,000 validation (disjoint) and 9,600 test images.
 
-    Neighbours have different classes (0, 1, ..., 9, 0, ...): every slice is class-balanced too.
+    Classes alternate (0, 1, ..., 9, 0, ...), so that slices are class-balanced too.
     """
 
     mean = idx.FASHION_MEAN
@@ -39,7 +41,7 @@ class Packaged:
         try:
             meta = json.loads((assets / f"{NAME}.json").read_text())
             with np.load(assets / f"{NAME}_indices.npz", allow_pickle=False) as arrays:
-                # [class, image] -> image by image, the classes taking turns.
+                # [class, image] -> alternating classes.
                 self._indices = {split: arrays[split].T.ravel() for split in meta["splits"]}
         except (OSError, ValueError, KeyError, zipfile.BadZipFile) as error:
             raise _damaged(assets / f"{NAME}.json") from error
@@ -52,7 +54,7 @@ class Packaged:
         return {split: len(indices) for split, indices in self._indices.items()}
 
     def original_indices(self, split: str) -> np.ndarray:
-        """Where each example of a split stands in the original idx files: uint16 [n]."""
+        """The index of each example of a split in the original idx files: uint16 [n]."""
         return self._indices[split]
 
     def examples(self, split: str, start: int, stop: int) -> ArrayExamples:

@@ -1,4 +1,4 @@
-"""What every data source shares: the decoded split, and the one syntax for splits."""
+"""The interface of data sources, the decoded split and the syntax of splits."""
 
 import dataclasses
 import re
@@ -16,16 +16,16 @@ IMAGENET_STD = (0.229, 0.224, 0.225)
 
 @dataclasses.dataclass(frozen=True)
 class Split:
-    """The examples of one split, decoded and in memory.
+    """The examples of a split, decoded and in memory.
 
     Attributes:
       images: uint8 [n, H, W, 3].
       labels: int32 [n], 0..num_classes-1.
-      class_names: the name of each class, by label.
-      mean: per channel, in units of [0, 1], for `views.normalize`.
+      class_names: the name of each class, indexed by label.
+      mean: per channel, in units of [0, 1], for `augment.ops.normalize`.
       std: per channel, in the same units.
-      crop_pct: the share of the shorter side that evaluation cuts out of the centre, for
-        `views.resize_crop`; 0 takes images whole.
+      crop_pct: the share of the shorter side that evaluation crops from the centre, for
+        `augment.ops.resize_crop`; 0 crops nothing.
     """
 
     images: np.ndarray
@@ -37,7 +37,7 @@ class Split:
 
     @property
     def num_classes(self) -> int:
-        """The number of classes of the data set, those absent from this split included."""
+        """The number of classes of the data set, including any that this split lacks."""
         return len(self.class_names)
 
     def __len__(self) -> int:
@@ -45,12 +45,12 @@ class Split:
 
 
 class Example(NamedTuple):
-    """One image, not decoded yet.
+    """An image that is not decoded yet.
 
     Attributes:
-      image: JPEG, PNG, ... bytes, or pixels: uint8 [h, w, 3].
+      image: JPEG, PNG, ... bytes, or decoded pixels: uint8 [h, w, 3].
       label: 0..num_classes-1.
-      name: what a message calls it.
+      name: of the image, for messages.
     """
 
     image: bytes | np.ndarray
@@ -59,11 +59,11 @@ class Example(NamedTuple):
 
 
 class Examples(Protocol):
-    """Random access to a part of a split; picklable, so that worker processes can read."""
+    """Random access to a part of a split; picklable, for use in worker processes."""
 
     @property
     def labels(self) -> np.ndarray:
-        """int32 [n]; a TFDS set reads all its records for it, once."""
+        """int32 [n]; a TFDS set reads all its records on first access."""
         ...
 
     def __len__(self) -> int: ...
@@ -71,12 +71,12 @@ class Examples(Protocol):
     def __getitem__(self, index: int) -> Example: ...
 
     def faults(self) -> dict[int, str]:
-        """What a quick look finds wrong: by index, a sentence's part that names the image."""
+        """Damage found without decoding: by index, a message that names the image."""
         ...
 
 
 class Source(Protocol):
-    """A data set that was found on disk but not decoded yet."""
+    """A data set found on disk, not decoded yet."""
 
     @property
     def sizes(self) -> Mapping[str, int]:
@@ -85,7 +85,7 @@ class Source(Protocol):
 
     @property
     def class_names(self) -> tuple[str, ...]:
-        """The name of each class, by label."""
+        """The name of each class, indexed by label."""
         ...
 
     @property
@@ -107,25 +107,25 @@ _SPLIT = re.compile(r"(\w+)(?:\[(?:(-?\d+)(%?))?:(?:(-?\d+)(%?))?\])?")
 
 
 def parse_split(spec: str, sizes: Mapping[str, int]) -> tuple[str, int, int]:
-    """Reads TFDS's slicing syntax: `train`, `train[:1000]`, `train[45000:]`, `test[10%:20%]`.
+    """Parses TFDS's slicing syntax: `train`, `train[:1000]`, `train[45000:]`, `test[10%:20%]`.
 
     Negative bounds count from the end; percentages round to the nearest example, as TFDS does.
 
     Args:
-      spec: what the user wrote.
+      spec: the split, as the user wrote it.
       sizes: the number of examples of each named split.
 
     Returns:
-      The named split, and the bounds of the half-open range in it.
+      The named split and the bounds of the half-open range in it.
 
     Raises:
-      UserError: the syntax is wrong, the split does not exist, or the range is empty or too big.
+      UserError: the syntax is invalid, the split does not exist, or the range is empty or too big.
     """
     match = _SPLIT.fullmatch(spec.strip())
     known = ", ".join(f"{name} ({size})" for name, size in sizes.items())
     if match is None or match[1] not in sizes:
         raise UserError(
-            f"unknown split {spec!r}; known: {known}, or a part such as "
+            f"unknown split {spec!r}; known: {known}, or a slice such as "
             f"'{next(iter(sizes))}[:1000]' or '{next(iter(sizes))}[90%:]'."
         )
     name, size = match[1], sizes[match[1]]
@@ -139,7 +139,7 @@ def parse_split(spec: str, sizes: Mapping[str, int]) -> tuple[str, int, int]:
     start, stop = bound(match[2], match[3], 0), bound(match[4], match[5], size)
     if not 0 <= start < stop <= size:
         raise UserError(
-            f"split {spec!r} asks for the examples {start} to {stop}, but {name!r} holds {size} "
-            f"and a part must hold at least one."
+            f"split {spec!r} is the range {start} to {stop}, but {name!r} has {size} examples, and "
+            f"a slice needs at least one."
         )
     return name, start, stop

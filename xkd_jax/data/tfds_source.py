@@ -22,17 +22,17 @@ _STATISTICS = {
 
 
 class TfdsFolder:
-    """A set that TFDS prepared: DATA_DIR/NAME/VERSION with its array_record files."""
+    """A prepared TFDS set: DATA_DIR/NAME/VERSION with array_record files."""
 
     def __init__(self, name: str, data_dir: str = ""):
-        """Looks for the prepared set, by its files: TFDS itself would ask the network, for minutes.
+        """Finds the prepared set by its files; TFDS itself might wait minutes for the network.
 
         Args:
-          name: TFDS's name, with a config where it has one ("cifar100", "imagenet_resized/32x32").
+          name: TFDS's name, with the config if it has any ("cifar100", "imagenet_resized/32x32").
           data_dir: TFDS's data folder; "" is its default ($TFDS_DATA_DIR, ~/tensorflow_datasets).
 
         Raises:
-          UserError: the set is not there, or is not in array_record form.
+          UserError: the set is missing, damaged or not in array_record format.
         """
         root = data_dir or prepare.default_folder()
         self._name = name
@@ -52,7 +52,7 @@ class TfdsFolder:
             raise _damaged(self._folder, "dataset_info.json", error) from error
         if info.get("fileFormat") != "array_record":
             raise UserError(
-                f"{self._folder} is in the form {info.get('fileFormat', 'tfrecord')}, which only "
+                f"{self._folder} is in {info.get('fileFormat', 'tfrecord')} format, which only "
                 f"TensorFlow reads; {_how_to_get(name, root)}"
             )
 
@@ -63,7 +63,7 @@ class TfdsFolder:
 
     @property
     def class_names(self) -> tuple[str, ...]:
-        """The name of each class, by label.
+        """The name of each class, indexed by label.
 
         Raises:
           UserError: the set is not one of labelled images.
@@ -84,7 +84,7 @@ class TfdsFolder:
         return TfdsExamples(self._folder, split, start, stop, len(self.class_names))
 
     def _builder(self) -> Any:
-        """TFDS's reader of the folder, after a look at what the set holds."""
+        """TFDS's reader of the folder, once the set is known to have images and labels."""
         import tensorflow_datasets as tfds
 
         try:
@@ -98,24 +98,24 @@ class TfdsFolder:
             and isinstance(dict(features).get("label"), tfds.features.ClassLabel)
         ):
             raise UserError(
-                f"TFDS's {self._name} does not classify images: it has no features "
+                f"TFDS's {self._name} is not an image-classification set: it lacks the features "
                 f"'image' and 'label'; use a set such as cifar100."
             )
         return builder
 
 
 class TfdsExamples:
-    """Records, read when asked for; a copy in another process opens the files anew."""
+    """Records, read on access; a copy in another process reopens the files."""
 
     def __init__(self, folder: Path, split: str, start: int, stop: int, num_classes: int):
-        """Opens nothing.
+        """Opens nothing yet.
 
         Args:
-          folder: of the prepared set.
-          split: its name.
-          start: the first example.
-          stop: the one after the last.
-          num_classes: what labels must stay below.
+          folder: the folder of the prepared set.
+          split: the name of the split.
+          start: the index of the first example.
+          stop: the index after the last example.
+          num_classes: labels must be below this.
         """
         self._folder, self._split, self._range = folder, split, range(start, stop)
         self._num_classes = num_classes
@@ -124,7 +124,7 @@ class TfdsExamples:
         return len(self._range)
 
     def __getitem__(self, index: int) -> Example:
-        # Parsed here: TFDS decodes every feature of the record, in five times the time.
+        # Parsed here: TFDS decodes every feature of the record and takes five times as long.
         from tensorflow_datasets.proto import tf_example_pb2
 
         messages: Any = tf_example_pb2
@@ -139,13 +139,13 @@ class TfdsExamples:
         if not 0 <= label < self._num_classes:
             raise UserError(
                 f"{name} has the label {label}, which is not within 0..{self._num_classes - 1}; "
-                f"take a split with labels."
+                f"use a split with labels."
             )
         return Example(image, label, name)
 
     @property
     def labels(self) -> np.ndarray:
-        """int32 [n]; reads every record, the first time."""
+        """int32 [n]; reads all records on first access."""
         return self._labels
 
     @functools.cached_property
@@ -153,7 +153,7 @@ class TfdsExamples:
         return np.array([example.label for example in self], np.int32)
 
     def faults(self) -> dict[int, str]:
-        """None: the records carry checksums of their own, which reading checks."""
+        """Always empty: records have checksums, which are verified when they are read."""
         return {}
 
     @functools.cached_property
@@ -179,7 +179,7 @@ def _version(folder: Path) -> tuple[int, ...]:
 def _how_to_get(name: str, root: str) -> str:
     if name in prepare.SETS:
         return f"prepare it with: {prepare.command(name, root)}"
-    # Decoding needs no TensorFlow, but TFDS encodes with it.
+    # Reading does not need TensorFlow, but TFDS encodes images with it.
     return (
         f"prepare it (needs the network) with: pip install tensorflow && "
         f'python -c "import tensorflow_datasets as tfds; tfds.builder({name!r}, '
