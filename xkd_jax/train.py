@@ -90,7 +90,8 @@ def train_step(
     """
     batch = batch | sharding.take(experiment.mesh, resident, batch["index"])
     layout = sharding.of_teacher(experiment.mesh, teacher_variables, experiment.config.mesh.teacher)
-    teacher_variables = sharding.gather_lazily(teacher_variables, layout)
+    teacher_gather = _block_gather(experiment, teacher_variables, layout)
+    teacher_variables = sharding.gather(experiment.mesh, teacher_variables)
     whole = dataclasses.replace(state, params=sharding.gather(experiment.mesh, state.params))
     parts = experiment.config.accumulate
     step_key = jax.random.fold_in(state.key, state.step)
@@ -98,7 +99,7 @@ def train_step(
     def part(carry: tuple, batch: dict[str, jax.Array], number: jax.Array) -> tuple:
         key = jax.random.fold_in(step_key, number) if parts > 1 else step_key
         now = dataclasses.replace(whole, batch_stats=carry[0], method_state=carry[1])
-        return gradients(experiment, now, teacher_variables, batch, key)
+        return gradients(experiment, now, teacher_variables, batch, key, teacher_gather)
 
     carry = state.batch_stats, state.method_state
     (batch_stats, method_state), (grads, metrics) = accumulate(part, carry, batch, parts)
@@ -132,12 +133,25 @@ def train_step(
     return state, metrics
 
 
+def _block_gather(
+    experiment: Experiment, variables: Any, shardings: Any
+) -> sharding.BlockGather | None:
+    """For a sharded teacher whose blocks may be a scan; None if there is nothing to gather."""
+    teacher = experiment.teacher
+    if teacher is None or teacher.module.kind != "transformer":
+        return None
+    if all(s.is_fully_replicated for s in jax.tree.leaves(shardings)):
+        return None
+    return sharding.BlockGather(variables["params"], shardings["params"])
+
+
 def gradients(
     experiment: Experiment,
     state: TrainState,
     teacher_variables: Any,
     batch: dict[str, jax.Array],
     key: jax.Array,
+    teacher_gather: sharding.BlockGather | None = None,
 ) -> tuple[tuple[Any, Any], tuple[dict[str, Any], dict[str, jax.Array]]]:
     """One pass over a batch, or over a part of one.
 
@@ -152,8 +166,9 @@ def gradients(
     batch = batch | {"target": targets}
     teacher_out, metrics = {}, {}
     if experiment.teacher:
+        options = {"gather": teacher_gather} if teacher_gather else {}
         teacher_out = apply(
-            experiment.teacher.module, teacher_variables, teacher_view, train=False
+            experiment.teacher.module, teacher_variables, teacher_view, train=False, **options
         )[1]
         metrics["teacher_accuracy"] = _accuracy(teacher_out["logits"], batch["label"])
 

@@ -78,7 +78,8 @@ def deep_forward(rule):
     layout = sharding.of_teacher(mesh, variables, rule)
 
     def forward(variables, images):
-        return module.apply(sharding.gather_lazily(variables, layout), images)[0]
+        blocks = sharding.BlockGather(variables["params"], layout["params"])
+        return module.apply(sharding.gather(mesh, variables), images, gather=blocks)[0]
 
     args = sharding.put(variables, layout), jax.device_put(images, sharding.over_batch(mesh))
     with backend.assume("tpu"):

@@ -8,6 +8,7 @@ import pytest
 from flax import linen as nn
 
 from tests.models.networks import images, init, shapes
+from xkd_jax.distributed import sharding
 from xkd_jax.errors import UserError
 from xkd_jax.models import swin
 from xkd_jax.models.swin import SwinTransformer, WindowAttention
@@ -205,6 +206,20 @@ def test_scanning_changes_nothing(monkeypatch):
     monkeypatch.setattr("xkd_jax.models.scan.pays", lambda depth, train: True)
     scan = jax.jit(lambda variables: model.apply(variables, x))(variables)
     chex.assert_trees_all_close(scan, loop, rtol=1e-4, atol=1e-4)
+
+
+def test_scanned_blocks_take_their_weights_from_the_gather(monkeypatch):
+    monkeypatch.setattr("xkd_jax.models.scan.pays", lambda depth, train: depth > 1)
+    model, x = tiny(depths=(1, 1, 3, 1)), images(32)
+    params = random_variables(model, x)["params"]
+    layout = sharding.replicated(sharding.create_mesh(1, 1, jax.devices()[:1]))
+    gather = sharding.BlockGather(params, jax.tree.map(lambda _: layout, params))
+    stage = params["layers_2"]
+    scanned = {name: jax.tree.map(np.zeros_like, stage[name]) for name in ("blocks_0", "blocks_1")}
+    without = params | {"layers_2": stage | scanned}
+    apply = jax.jit(lambda params: model.apply({"params": params}, x, gather=gather)[0])
+    expected = jax.jit(model.apply)({"params": params}, x)[0]
+    chex.assert_trees_all_close(apply(without), expected, rtol=1e-5)
 
 
 def test_drop_path_drops_whole_samples(monkeypatch):

@@ -1,8 +1,9 @@
 """The device mesh, and how arrays lie on it."""
 
 import dataclasses
+import functools
+import operator
 from collections.abc import Sequence
-from functools import partial
 from typing import Any
 
 import jax
@@ -164,58 +165,34 @@ def gather(mesh: Mesh, tree: Any) -> Any:
     return jax.lax.with_sharding_constraint(tree, replicated(mesh))
 
 
-@partial(jax.tree_util.register_dataclass, data_fields=["array"], meta_fields=["sharding"])
 @dataclasses.dataclass(frozen=True)
-class Share:
-    """A weight, or equal ones stacked, and how each of them lies on the devices."""
+class BlockGather:
+    """Gathers a network's sharded parameters one block at a time (`xkd_jax.models.scan.Gather`).
 
-    array: jax.Array
-    sharding: NamedSharding
+    Inside `jit`: a scan over blocks then holds no more than one period of whole blocks at a time.
 
-
-SHARES = "shares"
-
-
-def gather_lazily(variables: Any, shardings: Any) -> Any:
-    """Inside `jit`: `variables` gathered, and beside them their params as they lie, in `SHARES`.
-
-    Who goes through many blocks in a loop takes those, and calls `stack` and `whole`: then no more
-    than a block is whole at a time. XLA drops what nobody uses of the others.
-
-    Args:
-      variables: a network's; empty where there is none.
-      shardings: theirs.
+    Attributes:
+      params: the network's parameters, as they are sharded.
+      shardings: the sharding of every leaf of `params`.
     """
-    gathered = jax.tree.map(lambda leaf, s: gather(s.mesh, leaf), variables, shardings)
-    shares = jax.tree.map(Share, variables, shardings).get("params", {})
-    return gathered | {SHARES: shares}
 
+    params: Any
+    shardings: Any
 
-def stack(trees: Sequence[Any]) -> Any:
-    """Equal trees as one, its leaves stacked; each `Share` keeps its layout."""
+    def stack(self, paths: Sequence[tuple[str, ...]]) -> Any:
+        """The parameters at `paths`, identical trees, stacked; each leaf keeps its sharding."""
 
-    def keep(leaf: Any) -> Any:
-        if not _is_share(leaf):
-            return leaf
-        spec = PartitionSpec(None, *leaf.sharding.spec)
-        layout = NamedSharding(leaf.sharding.mesh, spec)
-        return Share(jax.lax.with_sharding_constraint(leaf.array, layout), leaf.sharding)
+        def stack_leaves(sharding: NamedSharding, *leaves: jax.Array) -> jax.Array:
+            stacked = NamedSharding(sharding.mesh, PartitionSpec(None, *sharding.spec))
+            return jax.lax.with_sharding_constraint(jnp.stack(leaves), stacked)
 
-    stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), *trees)
-    return jax.tree.map(keep, stacked, is_leaf=_is_share)
+        trees = [functools.reduce(operator.getitem, path, self.params) for path in paths]
+        shardings = functools.reduce(operator.getitem, paths[0], self.shardings)
+        return jax.tree.map(stack_leaves, shardings, *trees)
 
-
-def whole(tree: Any) -> Any:
-    """Inside `jit`: the tree with each `Share` gathered."""
-
-    def gather_share(leaf: Any) -> Any:
-        return gather(leaf.sharding.mesh, leaf.array) if _is_share(leaf) else leaf
-
-    return jax.tree.map(gather_share, tree, is_leaf=_is_share)
-
-
-def _is_share(leaf: Any) -> bool:
-    return isinstance(leaf, Share)
+    def whole(self, params: Any) -> Any:
+        """A slice of a stack, gathered onto every device."""
+        return gather(jax.tree.leaves(self.shardings)[0].mesh, params)
 
 
 def to_host(tree: Any, mesh: Mesh) -> Any:

@@ -1,14 +1,28 @@
-"""Many equal blocks, compiled once."""
+"""A stack of identical blocks as one `lax.scan`, so that XLA compiles only one of them."""
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Protocol
 
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
 from xkd_jax import backend
-from xkd_jax.distributed import sharding
+
+
+class Gather(Protocol):
+    """Access to parameters that are sharded over devices, for a scan over blocks.
+
+    `xkd_jax.distributed.sharding.BlockGather` is one.
+    """
+
+    def stack(self, paths: Sequence[tuple[str, ...]]) -> Any:
+        """The parameters at `paths`, of identical blocks, stacked along a new first axis."""
+        ...
+
+    def whole(self, params: Any) -> Any:
+        """One block's parameters, a slice of what `stack` returned, on every device."""
+        ...
 
 
 def pays(depth: int, train: bool) -> bool:
@@ -27,30 +41,29 @@ def scan_blocks(
     train: bool,
     drop_paths: Sequence[float],
     remat: bool = False,
+    gather: Gather | None = None,
 ) -> tuple[jax.Array, list[Any]]:
-    """Puts `x` through the blocks called `names`, compiling only `modules`, the first few of them.
+    """Applies the blocks called `names` to `x` in turn, compiling only one period of them.
 
-    XLA takes as long over the twentieth equal block as over the first; `lax.scan` shows it one.
-    The parameters stay with the parent, block by block, and are stacked on the way in. Split ones
-    (`sharding.gather_lazily`) are gathered by each turn of the loop.
+    Unrolled, XLA spends as long on the twentieth identical block as on the first. The parameters
+    are stored per block in `parent`, and are stacked here.
 
     Args:
-      parent: whose parameters they are; it must not be initialising.
-      modules: one for each block of a period, unbound; they are called with
-        `(x, train, drop_path)` and return their output and whatever else they want to show.
-      names: of all blocks, a whole number of periods.
+      parent: the module that holds the blocks' parameters; it must not be initialising.
+      modules: one unbound module per block of a period, called with `(x, train, drop_path)`; each
+        returns its output and any further results.
+      names: the names of all blocks, a whole number of periods.
       x: the first block's input, of the same shape as each block's output.
-      train: whether dropout is on.
-      drop_paths: the rate of stochastic depth, block by block.
-      remat: whether the backward pass computes each period anew.
+      train: whether stochastic depth is on.
+      drop_paths: the rate of stochastic depth of each block.
+      remat: whether the backward pass recomputes each period.
+      gather: for sharded parameters: each step of the scan gathers its own period's.
 
     Returns:
       The last block's output, and every block's `(output, rest)`.
     """
     period = len(modules)
-    variables = parent.variables
-    params = [variables.get(sharding.SHARES, variables["params"])[name] for name in names]
-    stacked = [sharding.stack(params[i::period]) for i in range(period)]
+    stacked = [_stack(parent, names[i::period], gather) for i in range(period)]
     rates, keys = None, None
     if train and any(drop_paths):
         rates = jnp.asarray(drop_paths).reshape(-1, period)
@@ -58,7 +71,7 @@ def scan_blocks(
 
     def body(x: jax.Array, step: tuple) -> tuple[jax.Array, list]:
         params, rates, keys = step
-        params, outs = sharding.whole(params), []
+        params, outs = params if gather is None else gather.whole(params), []
         for i, module in enumerate(modules):
             rate = 0.0 if rates is None else rates[i]
             rngs = None if keys is None else {"dropout": keys[i]}
@@ -74,3 +87,10 @@ def scan_blocks(
         jax.tree.map(lambda leaf, turn=i // period: leaf[turn], outs[i % period])
         for i in range(len(names))
     ]
+
+
+def _stack(parent: nn.Module, names: Sequence[str], gather: Gather | None) -> Any:
+    if gather is not None:
+        return gather.stack([(*parent.path, name) for name in names])
+    params = parent.variables["params"]
+    return jax.tree.map(lambda *leaves: jnp.stack(leaves), *[params[name] for name in names])

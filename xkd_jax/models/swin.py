@@ -205,7 +205,7 @@ class Stage(nn.Module):
 
     @nn.compact
     def __call__(
-        self, x: jax.Array, train: bool = False
+        self, x: jax.Array, train: bool = False, gather: scan.Gather | None = None
     ) -> list[tuple[jax.Array, tuple[jax.Array, ...]]]:
         """Maps `x` [N, T, C] to each block's output and its query, key and value."""
         if self.downsample:
@@ -218,7 +218,8 @@ class Stage(nn.Module):
             first = (depth - 1) // 2 * 2  # the last ones' taps are what methods read
             pair = [Block(*options, shifted=shifted, parent=None) for shifted in (False, True)]
             names = [f"blocks_{i}" for i in range(first)]
-            x, outs = scan.scan_blocks(self, pair, names, x, train, self.drop_paths[:first], remat)
+            rates = self.drop_paths[:first]
+            x, outs = scan.scan_blocks(self, pair, names, x, train, rates, remat, gather)
         block = recomputed(Block, remat, static=(2, 3))
         for i in range(first, depth):
             last = block(*options, shifted=i % 2 == 1, name=f"blocks_{i}")
@@ -264,8 +265,12 @@ class SwinTransformer(nn.Module):
     dtype: Any = jnp.float32
 
     @nn.compact
-    def __call__(self, images: jax.Array, train: bool = False) -> tuple[jax.Array, dict[str, Any]]:
+    def __call__(
+        self, images: jax.Array, train: bool = False, gather: scan.Gather | None = None
+    ) -> tuple[jax.Array, dict[str, Any]]:
         """Classifies `images` [N, img_size, img_size, 3], already normalised.
+
+        With sharded parameters, `gather` lets a deep stage gather them block by block.
 
         Returns:
           logits [N, num_classes] float32, and the intermediates: `tokens` [N, T, D] after the
@@ -294,7 +299,7 @@ class SwinTransformer(nn.Module):
                 self.remat,
                 self.dtype,
                 name=f"layers_{i}",
-            )(x, train)
+            )(x, train, gather)
             for x, qkv in outs:
                 block += 1
                 add_block(out, block, x, qkv)

@@ -200,8 +200,12 @@ class VisionTransformer(nn.Module):
     dtype: Any = jnp.float32
 
     @nn.compact
-    def __call__(self, images: jax.Array, train: bool = False) -> tuple[jax.Array, dict[str, Any]]:
+    def __call__(
+        self, images: jax.Array, train: bool = False, gather: scan.Gather | None = None
+    ) -> tuple[jax.Array, dict[str, Any]]:
         """Classifies `images` [N, img_size, img_size, 3], already normalised.
+
+        With sharded parameters, `gather` lets a deep network gather them block by block.
 
         Returns:
           logits [N, num_classes] float32, and the intermediates: `tokens` [N, T, D], `cls`
@@ -218,7 +222,7 @@ class VisionTransformer(nn.Module):
         prefix = self.class_token + self.distilled
         x, grid = self._embed(images)
         out: dict[str, Any] = {"grid": grid}
-        x, blocks = self._blocks(x, train)
+        x, blocks = self._blocks(x, train, gather)
         for i, (tokens, qkv) in enumerate(blocks, start=1):
             heads = tuple(head[:, :, prefix:] for head in qkv)
             add_block(out, i, tokens[:, prefix:], heads)
@@ -243,7 +247,9 @@ class VisionTransformer(nn.Module):
         out["logits"] = self._head("head", pooled, train)
         return out["logits"], out
 
-    def _blocks(self, x: jax.Array, train: bool) -> tuple[jax.Array, list]:
+    def _blocks(
+        self, x: jax.Array, train: bool, gather: scan.Gather | None
+    ) -> tuple[jax.Array, list]:
         """The last block's output, and of each its output and its query, key and value."""
         rates = [self.drop_path_rate * i / max(self.depth - 1, 1) for i in range(self.depth)]
         options = self.num_heads, self.mlp_ratio, self.qkv_bias, self.dtype
@@ -252,7 +258,7 @@ class VisionTransformer(nn.Module):
             first = self.depth - 1  # the last one's taps are what methods read
             names = [f"blocks_{i}" for i in range(first)]
             one = [Block(*options, parent=None)]
-            x, outs = scan.scan_blocks(self, one, names, x, train, rates[:first], remat)
+            x, outs = scan.scan_blocks(self, one, names, x, train, rates[:first], remat, gather)
         block = recomputed(Block, remat, static=(2, 3))
         for i in range(first, self.depth):
             x, qkv = block(*options, name=f"blocks_{i}")(x, train, rates[i])
