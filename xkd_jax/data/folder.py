@@ -11,8 +11,9 @@ import numpy as np
 
 from xkd_jax.data.decode import DamagedImage, decode
 from xkd_jax.data.examples import in_threads
-from xkd_jax.data.source import IMAGENET_MEAN, IMAGENET_STD, Example
+from xkd_jax.data.source import Example
 from xkd_jax.errors import UserError
+from xkd_jax.normalization import IMAGENET_MEAN, IMAGENET_STD
 
 SPLITS = ("train", "val", "validation", "test")
 EXTENSIONS = (".jpg", ".jpeg", ".png", ".webp", ".bmp")

@@ -12,6 +12,7 @@ import numpy as np
 from xkd_jax.data import idx
 from xkd_jax.data.examples import ArrayExamples
 from xkd_jax.errors import UserError
+from xkd_jax.normalization import FASHION_MNIST_MEAN, FASHION_MNIST_STD
 
 NAME = "fashion_mnist_mini"
 _ASSETS = Path(__file__).parent.parent / "assets"
@@ -23,8 +24,8 @@ class Packaged:
     Neighbours have different classes (0, 1, ..., 9, 0, ...): every slice is class-balanced too.
     """
 
-    mean = idx.FASHION_MEAN
-    std = idx.FASHION_STD
+    mean = FASHION_MNIST_MEAN
+    std = FASHION_MNIST_STD
 
     def __init__(self, assets: Path = _ASSETS):
         """Reads the metadata.

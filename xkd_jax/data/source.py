@@ -8,10 +8,7 @@ from typing import NamedTuple, Protocol
 import numpy as np
 
 from xkd_jax.errors import UserError
-
-Statistics = tuple[float, float, float]
-IMAGENET_MEAN = (0.485, 0.456, 0.406)
-IMAGENET_STD = (0.229, 0.224, 0.225)
+from xkd_jax.normalization import IMAGENET_MEAN, IMAGENET_STD, Statistics
 
 
 @dataclasses.dataclass(frozen=True)

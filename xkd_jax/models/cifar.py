@@ -17,7 +17,8 @@ from flax import linen as nn
 from xkd_jax import errors
 from xkd_jax.models.layers import BatchNorm, Conv, classify, max_pool, recomputed
 from xkd_jax.models.resnet import BasicBlock
-from xkd_jax.models.variant import CIFAR100_MEAN, CIFAR100_STD, Variant
+from xkd_jax.models.variant import Variant
+from xkd_jax.normalization import CIFAR100_MEAN, CIFAR100_STD
 
 
 class CifarResNet(nn.Module):

@@ -7,7 +7,8 @@ layout follows timm (Ross Wightman, Apache-2.0), whose MobileNetV2 is an `Effici
 from typing import Any, ClassVar
 
 from xkd_jax.models.efficientnet import EfficientNet, round_channels
-from xkd_jax.models.variant import CIFAR100_MEAN, CIFAR100_STD, Variant
+from xkd_jax.models.variant import Variant
+from xkd_jax.normalization import CIFAR100_MEAN, CIFAR100_STD
 
 
 class MobileNetV2(EfficientNet):
