@@ -21,8 +21,8 @@ import torch  # pyright: ignore[reportMissingImports]
 from PIL import Image
 from torch.utils.data import DataLoader  # pyright: ignore[reportMissingImports]
 
+from xkd_jax.augment.normalization import IMAGENET_MEAN, IMAGENET_STD
 from xkd_jax.data.decode import decode_crop, eval_crop, random_box
-from xkd_jax.data.source import IMAGENET_MEAN, IMAGENET_STD
 
 BATCH = 50
 SCALE, RATIO = (0.08, 1.0), (3 / 4, 4 / 3)  # RandomResizedCrop's

@@ -9,9 +9,10 @@ from pathlib import Path
 
 import numpy as np
 
+from xkd_jax.augment.normalization import IMAGENET_MEAN, IMAGENET_STD
 from xkd_jax.data.decode import DamagedImage, decode
 from xkd_jax.data.examples import in_threads
-from xkd_jax.data.source import IMAGENET_MEAN, IMAGENET_STD, Example
+from xkd_jax.data.source import Example
 from xkd_jax.errors import UserError
 
 SPLITS = ("train", "val", "validation", "test")

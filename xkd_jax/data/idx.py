@@ -8,8 +8,13 @@ from pathlib import Path
 
 import numpy as np
 
+from xkd_jax.augment.normalization import (
+    FASHION_MNIST_MEAN,
+    FASHION_MNIST_STD,
+    IMAGENET_MEAN,
+    IMAGENET_STD,
+)
 from xkd_jax.data.examples import ArrayExamples
-from xkd_jax.data.source import IMAGENET_MEAN, IMAGENET_STD
 from xkd_jax.errors import UserError
 
 FASHION_CLASSES = (
@@ -24,8 +29,6 @@ FASHION_CLASSES = (
     "Bag",
     "Ankle boot",
 )
-FASHION_MEAN = (0.2860, 0.2860, 0.2860)
-FASHION_STD = (0.3530, 0.3530, 0.3530)
 _STEMS = {"train": "train", "test": "t10k"}
 
 
@@ -53,8 +56,8 @@ class IdxFolder:
         num_classes = 1 + max(int(values.max(initial=0)) for values in labels.values())
         fashion = "fashion" in folder.resolve().name.lower() and num_classes == 10
         self.class_names = FASHION_CLASSES if fashion else tuple(str(c) for c in range(num_classes))
-        self.mean = FASHION_MEAN if fashion else IMAGENET_MEAN
-        self.std = FASHION_STD if fashion else IMAGENET_STD
+        self.mean = FASHION_MNIST_MEAN if fashion else IMAGENET_MEAN
+        self.std = FASHION_MNIST_STD if fashion else IMAGENET_STD
 
     @property
     def sizes(self) -> Mapping[str, int]:

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import numpy as np
 
+from xkd_jax.augment.normalization import FASHION_MNIST_MEAN, FASHION_MNIST_STD
 from xkd_jax.data import idx
 from xkd_jax.data.examples import ArrayExamples
 from xkd_jax.errors import UserError
@@ -25,8 +26,8 @@ class Packaged:
     Classes alternate (0, 1, ..., 9, 0, ...), so that slices are class-balanced too.
     """
 
-    mean = idx.FASHION_MEAN
-    std = idx.FASHION_STD
+    mean = FASHION_MNIST_MEAN
+    std = FASHION_MNIST_STD
 
     def __init__(self, assets: Path = _ASSETS):
         """Reads the metadata.

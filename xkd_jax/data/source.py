@@ -7,11 +7,8 @@ from typing import NamedTuple, Protocol
 
 import numpy as np
 
+from xkd_jax.augment.normalization import IMAGENET_MEAN, IMAGENET_STD, Statistics
 from xkd_jax.errors import UserError
-
-Statistics = tuple[float, float, float]
-IMAGENET_MEAN = (0.485, 0.456, 0.406)
-IMAGENET_STD = (0.229, 0.224, 0.225)
 
 
 @dataclasses.dataclass(frozen=True)

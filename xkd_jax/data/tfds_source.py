@@ -9,15 +9,16 @@ from typing import Any
 import numpy as np
 from google.protobuf.message import DecodeError
 
+from xkd_jax.augment import normalization
 from xkd_jax.data import prepare
-from xkd_jax.data.source import IMAGENET_MEAN, IMAGENET_STD, Example
+from xkd_jax.data.source import Example
 from xkd_jax.errors import UserError
 
-# Mean and standard deviation of the training images, per channel, in units of [0, 1].
+_IMAGENET = normalization.IMAGENET_MEAN, normalization.IMAGENET_STD  # for any other set
 _STATISTICS = {
-    "cifar10": ((0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)),
-    "cifar100": ((0.5071, 0.4865, 0.4409), (0.2673, 0.2564, 0.2762)),
-    "fashion_mnist": ((0.2860, 0.2860, 0.2860), (0.3530, 0.3530, 0.3530)),
+    "cifar10": (normalization.CIFAR10_MEAN, normalization.CIFAR10_STD),
+    "cifar100": (normalization.CIFAR100_MEAN, normalization.CIFAR100_STD),
+    "fashion_mnist": (normalization.FASHION_MNIST_MEAN, normalization.FASHION_MNIST_STD),
 }
 
 
@@ -40,7 +41,7 @@ class TfdsFolder:
         versions = [path.parent for path in folder.glob("*/dataset_info.json")]
         if not versions:
             raise UserError(f"TFDS's {name} is not in {root}; {_how_to_get(name, root)}")
-        self.mean, self.std = _STATISTICS.get(name, (IMAGENET_MEAN, IMAGENET_STD))
+        self.mean, self.std = _STATISTICS.get(name, _IMAGENET)
         self._folder = max(versions, key=_version)
         try:
             info = json.loads((self._folder / "dataset_info.json").read_text())

@@ -15,9 +15,10 @@ import jax.numpy as jnp
 from flax import linen as nn
 
 from xkd_jax import errors
+from xkd_jax.augment.normalization import CIFAR100_MEAN, CIFAR100_STD
 from xkd_jax.models.layers import BatchNorm, Conv, classify, max_pool, recomputed
 from xkd_jax.models.resnet import BasicBlock
-from xkd_jax.models.variant import CIFAR100_MEAN, CIFAR100_STD, Variant
+from xkd_jax.models.variant import Variant
 
 
 class CifarResNet(nn.Module):

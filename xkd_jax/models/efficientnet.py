@@ -14,8 +14,9 @@ import jax.numpy as jnp
 from flax import linen as nn
 
 from xkd_jax import errors
+from xkd_jax.augment.normalization import CIFAR100_MEAN, CIFAR100_STD, HALF_MEAN, HALF_STD
 from xkd_jax.models.layers import BatchNorm, Conv, classify, drop_path, recomputed
-from xkd_jax.models.variant import CIFAR100_MEAN, CIFAR100_STD, HALF_MEAN, HALF_STD, Variant
+from xkd_jax.models.variant import Variant
 
 _ACTIVATIONS = {"silu": nn.silu, "relu6": nn.relu6}
 # Of the stem, then of the stages. "cifar" removes the first two, so that 32x32 ends at 4x4.

@@ -11,8 +11,9 @@ import jax.numpy as jnp
 from flax import linen as nn
 
 from xkd_jax import errors
+from xkd_jax.augment.normalization import HALF_MEAN, HALF_STD
 from xkd_jax.models.layers import BatchNorm, Conv, classify, max_pool, recomputed
-from xkd_jax.models.variant import HALF_MEAN, HALF_STD, Variant
+from xkd_jax.models.variant import Variant
 
 # timm truncates at +-2 in absolute terms: at these deviations that is a plain normal.
 _weight_init = nn.initializers.normal(0.1)

@@ -6,8 +6,9 @@ layout follows timm (Ross Wightman, Apache-2.0), whose MobileNetV2 is an `Effici
 
 from typing import Any, ClassVar
 
+from xkd_jax.augment.normalization import CIFAR100_MEAN, CIFAR100_STD
 from xkd_jax.models.efficientnet import EfficientNet, round_channels
-from xkd_jax.models.variant import CIFAR100_MEAN, CIFAR100_STD, Variant
+from xkd_jax.models.variant import Variant
 
 
 class MobileNetV2(EfficientNet):

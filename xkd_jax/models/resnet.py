@@ -13,8 +13,9 @@ import jax.numpy as jnp
 from flax import linen as nn
 
 from xkd_jax import errors
+from xkd_jax.augment.normalization import CIFAR100_MEAN, CIFAR100_STD
 from xkd_jax.models.layers import BatchNorm, Conv, classify, drop_path, max_pool, recomputed
-from xkd_jax.models.variant import CIFAR100_MEAN, CIFAR100_STD, Variant
+from xkd_jax.models.variant import Variant
 
 
 def _shortcut(x: jax.Array, features: int, stride: int, dtype: Any, train: bool) -> jax.Array:

@@ -13,9 +13,10 @@ import jax.numpy as jnp
 from flax import linen as nn
 
 from xkd_jax import errors
+from xkd_jax.augment.normalization import HALF_MEAN, HALF_STD
 from xkd_jax.models import scan
 from xkd_jax.models.layers import classify, drop_path, layer_norm, recomputed, torch_default
-from xkd_jax.models.variant import HALF_MEAN, HALF_STD, Variant
+from xkd_jax.models.variant import Variant
 
 # torch's trunc_normal_ cuts at +-2 in absolute terms: at std .02 that is a plain normal.
 _weight_init = nn.initializers.normal(0.02)

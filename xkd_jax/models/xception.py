@@ -12,8 +12,9 @@ import jax.numpy as jnp
 from flax import linen as nn
 
 from xkd_jax import errors
+from xkd_jax.augment.normalization import HALF_MEAN, HALF_STD
 from xkd_jax.models.layers import BatchNorm, Conv, classify, max_pool, recomputed
-from xkd_jax.models.variant import HALF_MEAN, HALF_STD, Variant
+from xkd_jax.models.variant import Variant
 
 # Channels and stride of block1 ... block12.
 _BLOCKS = ((128, 2), (256, 2), (728, 2), *((728, 1),) * 8, (1024, 2))
