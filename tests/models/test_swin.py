@@ -212,7 +212,7 @@ def test_scanned_blocks_take_their_weights_from_the_gather(monkeypatch):
     monkeypatch.setattr("xkd_jax.models.scan.pays", lambda depth, train: depth > 1)
     model, x = tiny(depths=(1, 1, 3, 1)), images(32)
     params = random_variables(model, x)["params"]
-    layout = sharding.replicated(sharding.create_mesh(1, 1, jax.devices()[:1]))
+    layout = sharding.replicated(sharding.create_mesh(jax.devices()[:1]))
     gather = sharding.BlockGather(params, jax.tree.map(lambda _: layout, params))
     stage = params["layers_2"]
     scanned = {name: jax.tree.map(np.zeros_like, stage[name]) for name in ("blocks_0", "blocks_1")}

@@ -23,9 +23,10 @@ def check_images(images: Any) -> None:
     Raises:
       UserError: the shape or the type is another.
     """
-    shape, dtype = jnp.shape(images), jnp.result_type(images)
+    shape = list(jnp.shape(images))
     if len(shape) != 4 or shape[-1] != 3:
-        raise UserError(f"images have the shape {list(shape)}, but must be [N, H, W, 3].")
+        raise UserError(f"images have the shape {shape}, but must be [N, H, W, 3].")
+    dtype = images.dtype  # of NumPy or JAX: jnp.asarray would narrow it
     if dtype != jnp.uint8 and not jnp.issubdtype(dtype, jnp.floating):
         raise UserError(f"images are {dtype}, but must be uint8, or float in [0, 1].")
 
