@@ -91,7 +91,7 @@ def gradient_fn(method, teacher, student, state=None):
     def run(params, teacher, student, progress):
         def loss_fn(params, teacher, student):
             outs = teacher | grids[0], student | grids[1]
-            return method.loss(params, state or {}, *outs, batch, jax.random.key(0), progress)[0]
+            return method.loss(params, state or {}, *outs, batch, jax.random.key(0), progress).value
 
         return jax.value_and_grad(loss_fn, (0, 1, 2))(params, teacher, student)
 

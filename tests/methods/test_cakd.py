@@ -394,11 +394,13 @@ def method_params(method, teacher, student):
     return random_like(shapes), random_like(adversary, seed=1)
 
 
-def run_loss(method, teacher, student, seed=0):
+def full_loss(method, teacher, student, seed=0):
     params, adversary = method_params(method, teacher, student)
-    loss, state, metrics = method.loss(
-        params, {}, teacher, student, {}, key(seed), jnp.zeros(()), adversary
-    )
+    return method.loss(params, {}, teacher, student, {}, key(seed), jnp.zeros(()), adversary)
+
+
+def run_loss(method, teacher, student, seed=0):
+    loss, state, metrics, _ = full_loss(method, teacher, student, seed)
     assert state == {}
     return loss, metrics
 
@@ -457,9 +459,9 @@ def test_loss_draws_masks_and_dropout_from_its_key():
 def test_the_adversary_sees_the_tokens_of_the_students_loss():
     """L_MAD + L_MVG = -log D(h_T), which has no dropout, only if both drop the same."""
     teacher, student = outputs()
-    params, adversary = method_params(CAKD(), teacher, student)
-    _, metrics = run_loss(CAKD(), teacher, student)
-    loss, _ = CAKD().adversary_loss(adversary, params, teacher, student, key(0))
+    _, adversary = method_params(CAKD(), teacher, student)
+    _, _, metrics, judged = full_loss(CAKD(), teacher, student)
+    loss, _ = CAKD().adversary_loss(adversary, judged)
     expected = -np.mean(np.log(np_sigmoid(np_discriminator(adversary, teacher["tokens"]))))
     np.testing.assert_allclose(loss + metrics["generator"], expected, rtol=1e-5)
 
@@ -501,14 +503,17 @@ def gradients(request):
     zeros = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape), shapes)
     variables["method"], variables["adversary"] = method_params(method, *zeros)
 
-    def loss(variables, weights):
+    def method_loss(variables, weights):
         weighted, rest = dataclasses.replace(method, **weights), ({}, key(0), jnp.float32(100))
         params, adversary = variables["method"], variables["adversary"]
-        return weighted.loss(params, {}, *forward(variables), *rest, adversary)[0]
+        return weighted.loss(params, {}, *forward(variables), *rest, adversary)
+
+    def loss(variables, weights):
+        return method_loss(variables, weights).value
 
     def adversary_loss(variables):
-        params, adversary = variables["method"], variables["adversary"]
-        return method.adversary_loss(adversary, params, *forward(variables), key(0))[0]
+        judged = method_loss(variables, {}).judged
+        return method.adversary_loss(variables["adversary"], judged)[0]
 
     names = [f.name for f in dataclasses.fields(method) if f.name.endswith("_weight")]
     alone = dict.fromkeys(names, 0.0) | {"adversarial_weight": 1.0}

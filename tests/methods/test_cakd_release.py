@@ -60,11 +60,15 @@ def all_params(method):
     return random_like(shapes)
 
 
-def run_loss(method, progress=0.0, outs=None):
+def full_loss(method, progress=0.0, outs=None):
     params, adversary = all_params(method)
     outs = outs or outputs()
     key, progress = jax.random.key(0), jnp.float32(progress)
-    loss, _, metrics = method.loss(params, {}, *outs, {}, key, progress, adversary)
+    return method.loss(params, {}, *outs, {}, key, progress, adversary)
+
+
+def run_loss(method, progress=0.0, outs=None):
+    loss, _, metrics, _ = full_loss(method, progress, outs)
     return loss, jax.device_get(metrics)
 
 
@@ -216,7 +220,8 @@ def test_the_adversary_judges_score_maps():
     real = patch_gan(adversary, mean_scores(teacher["query"], teacher["key"]))
     fake = patch_gan(adversary, mean_scores(q, k))
     expected = np.mean(np.log1p(np.exp(-real)) + np.log1p(np.exp(fake)))
-    loss, _ = CAKDRelease().adversary_loss(adversary, params, teacher, student, jax.random.key(0))
+    judged = full_loss(CAKDRelease()).judged
+    loss, _ = CAKDRelease().adversary_loss(adversary, judged)
     np.testing.assert_allclose(loss, expected, rtol=1e-5)
 
 

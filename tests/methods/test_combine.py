@@ -10,7 +10,7 @@ import pytest
 from xkd_jax.config import default_config
 from xkd_jax.errors import UserError
 from xkd_jax.methods import METHODS, create_method
-from xkd_jax.methods.base import Method, PairError
+from xkd_jax.methods.base import Method, MethodLoss, PairError
 from xkd_jax.methods.cakd import CAKD
 from xkd_jax.methods.combine import Sum
 from xkd_jax.methods.logits import Logits
@@ -49,12 +49,12 @@ def test_a_sum_is_the_sum_of_its_parts(order):
     params, state = method.init(key, *outputs())
     adversary = method.init_adversary(key, *outputs())
     assert params.keys() == state.keys() == set(order)
-    loss, new_state, metrics = run_loss(method, params, state, key, adversary)
+    loss, new_state, metrics, _ = run_loss(method, params, state, key, adversary)
     total, expected_metrics = 0, {}
     for i, name in enumerate(order):
         part_key = jax.random.fold_in(key, i)
-        part_loss, _, part_metrics = run_loss(PARTS[name], params[name], {}, part_key, adversary)
-        total, expected_metrics = total + part_loss, expected_metrics | part_metrics
+        part = run_loss(PARTS[name], params[name], {}, part_key, adversary)
+        total, expected_metrics = total + part.value, expected_metrics | part.metrics
     np.testing.assert_allclose(loss, total, rtol=1e-6)
     assert metrics == expected_metrics
     assert {"tokens", "tokens_weighted", "logits_kl"} < metrics.keys()
@@ -67,13 +67,15 @@ def test_the_adversary_is_cakds(name):
     assert method.adversary_period == 5
     assert method.needs_teacher
     assert method.multi_view
-    params, _ = method.init(key, *outputs())
+    params, state = method.init(key, *outputs())
     adversary = method.init_adversary(key, *outputs())
     ours = PARTS["cakd"].init_adversary(key, *outputs())
     assert jax.tree.all(jax.tree.map(jnp.array_equal, adversary, ours))
-    loss, metrics = method.adversary_loss(adversary, params, *outputs(), key)
+    judged = run_loss(method, params, state, key, adversary).judged
+    loss, metrics = method.adversary_loss(adversary, judged)
     part_key = jax.random.fold_in(key, name.split("+").index("cakd"))
-    expected, _ = PARTS["cakd"].adversary_loss(adversary, params["cakd"], *outputs(), part_key)
+    part = run_loss(PARTS["cakd"], params["cakd"], {}, part_key, adversary)
+    expected, _ = PARTS["cakd"].adversary_loss(adversary, part.judged)
     assert loss == expected == metrics["discriminator"]
 
 
@@ -86,11 +88,11 @@ def test_the_adversarys_clock_is_cakds():
 def test_parts_get_keys_of_their_own():
     class Keyed(Method):
         def loss(self, params, state, teacher_out, student_out, batch, key, progress, adversary):
-            return jax.random.uniform(key), {"count": state["count"] + 1}, {}
+            return MethodLoss(jax.random.uniform(key), {"count": state["count"] + 1}, {})
 
     method = Sum(parts=(("a", Keyed()), ("b", Keyed())))
     key, state = jax.random.key(0), {"a": {"count": 1}, "b": {"count": 5}}
-    loss, new_state, _ = run_loss(method, {"a": {}, "b": {}}, state, key, {})
+    loss, new_state, *_ = run_loss(method, {"a": {}, "b": {}}, state, key, {})
     one, two = (Sum(parts=(part,)) for part in method.parts)
     alone = run_loss(one, {"a": {}}, state, key, {})[0]
     assert alone == run_loss(two, {"b": {}}, state, key, {})[0]  # both are first
@@ -115,15 +117,15 @@ def test_the_longest_first_phase_is_the_sums():
 
 
 @pytest.mark.parametrize(("progress", "first"), [(-1.0, True), (0.0, False)])
-def test_parts_freeze_what_is_theirs_and_the_student_if_all_at_work_agree(progress, first):
-    parts = {"paraphraser": not first, "translator": False}
-    student, params = create_method("logits+ft", {}).freeze(jnp.float32(progress))
-    assert bool(student) == first
-    assert params == {"logits": False, "ft": parts}
-    student, params = create_method("ft+ab", {}).freeze(jnp.float32(progress))
-    assert not bool(student)  # ab trains it from the start
-    assert params == {"ft": parts, "ab": False}
-    assert create_method("cakd+logits", {}).freeze(progress)[0] is False
+def test_parts_freeze_what_is_theirs_and_the_student_if_all_active_ones_agree(progress, first):
+    parts = {"paraphraser": first, "translator": True}
+    moves = create_method("logits+ft", {}).moves(jnp.float32(progress))
+    assert bool(moves["student"]) == (not first)
+    assert moves["method"] == {"logits": True, "ft": parts}
+    moves = create_method("ft+ab", {}).moves(jnp.float32(progress))
+    assert bool(moves["student"])  # ab trains it from the start
+    assert moves["method"] == {"ft": parts, "ab": True}
+    assert create_method("cakd+logits", {}).moves(progress)["student"] is True
 
 
 def test_every_part_sees_the_training_labels():

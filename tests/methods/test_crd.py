@@ -86,7 +86,7 @@ def test_four_steps_are_those_of_a_simulation():
         batch, groups = {"index": index, "label": LABELS[index]}, group_by_class(LABELS, 5)
         drawn = np.asarray(draw_negatives(key, **groups, labels=LABELS[index], number=16))
         expected = expected_step(embed(params, outs), bank, normalizer, index, drawn)
-        loss, state, metrics = step(params, state, *outs, batch, key, 0.0)
+        loss, state, metrics, _ = step(params, state, *outs, batch, key, 0.0)
         for name in SIDES:
             np.testing.assert_allclose(metrics[f"crd_{name}"], expected[name], rtol=1e-5)
             np.testing.assert_allclose(state["bank"][name], bank[name], atol=1e-6)

@@ -51,7 +51,7 @@ def test_only_the_distillation_head_learns_and_from_any_teacher(teacher, variant
     heads = {k: v for k, v in student_out.items() if k.endswith("logits")}
 
     def loss_fn(teacher_logits, heads):
-        return run(method, {"logits": teacher_logits}, heads)[0]
+        return run(method, {"logits": teacher_logits}, heads).value
 
     gradient = jax.value_and_grad(loss_fn, (0, 1))
     loss, (to_teacher, to_heads) = gradient(teacher_out["logits"], heads)
@@ -63,14 +63,14 @@ def test_only_the_distillation_head_learns_and_from_any_teacher(teacher, variant
 
 def test_the_term_is_weighed_and_the_label_term_has_the_class_token():
     method, teacher_out, student_out = DeiT(weight=0.25), cnn(0), student()
-    loss, state, metrics = run(method, teacher_out, student_out)
+    loss, state, metrics, _ = run(method, teacher_out, student_out)
     expected = hard_loss(student_out["dist_logits"], teacher_out["logits"])
     np.testing.assert_allclose(loss, 0.25 * expected, rtol=1e-6)
     np.testing.assert_allclose(metrics["deit_hard"], expected, rtol=1e-6)
     assert state == {}
     assert method.label_logits(student_out) is student_out["cls_logits"]
     assert (DeiT().label_weight, DeiT().weight) == (0.5, 0.5)
-    assert "deit_soft" in run(DeiT(variant="soft"), teacher_out, student_out)[2]
+    assert "deit_soft" in run(DeiT(variant="soft"), teacher_out, student_out).metrics
 
 
 @pytest.mark.parametrize("other", [cnn, vit, swin])

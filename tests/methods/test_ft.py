@@ -108,8 +108,9 @@ def test_first_the_paraphraser_learns_and_then_the_student(trained):
 
 
 def test_each_phase_keeps_what_is_not_its_own():
-    assert FT().freeze(np.float32(-0.1)) == (True, {"paraphraser": False, "translator": False})
-    assert FT().freeze(np.float32(0)) == (False, {"paraphraser": True, "translator": False})
+    first, then = (FT().moves(np.float32(progress)) for progress in (-0.1, 0))
+    assert first == {"student": False, "method": {"paraphraser": True, "translator": True}}
+    assert then == {"student": True, "method": {"paraphraser": False, "translator": True}}
     assert FT(first_epochs=7).first_phase == 7
 
 
@@ -119,9 +120,9 @@ def test_the_terms_are_weighed_and_reported():
     params, _ = init(method, *outs)
     assert params["translator"]["params"]["ConvNorm_2"]["conv"]["kernel"].shape[-1] == 6  # of 8
     run = jax.jit(lambda progress: method.loss(params, {}, *outs, {}, jax.random.key(0), progress))
-    loss, _, metrics = run(1.0)
+    loss, _, metrics, _ = run(1.0)
     np.testing.assert_allclose(loss, 3 * metrics["ft_factors"], rtol=1e-6)
-    loss, _, metrics = run(-1.0)
+    loss, _, metrics, _ = run(-1.0)
     np.testing.assert_allclose(loss, metrics["ft_reconstruction"], rtol=1e-6)
 
 

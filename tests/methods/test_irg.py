@@ -65,7 +65,7 @@ def test_a_step_down_the_gradient_lowers_the_loss(learnt):
 def test_the_terms_are_reported_plain_and_weighted():
     name = "ViT to CNN"
     method = IRG(vertex_weight=2.0, edge_weight=3.0, transform_weight=4.0)
-    loss, state, metrics = method.loss({}, {}, *pair(name), {}, jax.random.key(0), jnp.zeros(()))
+    loss, state, metrics, _ = method.loss({}, {}, *pair(name), {}, jax.random.key(0), jnp.zeros(()))
     terms = dict(
         zip(("irg_vertex", "irg_edge", "irg_transform"), expected_terms(name), strict=True)
     )
@@ -101,7 +101,7 @@ def test_transforms_are_squared_changes():
 
 def test_a_single_level_has_edges_but_no_transforms():
     outs = vit(0, depth=1), cnn(1)
-    metrics = IRG().loss({}, {}, *outs, {}, jax.random.key(0), jnp.zeros(()))[2]
+    metrics = IRG().loss({}, {}, *outs, {}, jax.random.key(0), jnp.zeros(())).metrics
     assert "irg_edge" in metrics
     assert "irg_transform" not in metrics
     assert all(np.isfinite(value) for value in metrics.values())

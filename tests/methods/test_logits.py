@@ -73,7 +73,7 @@ def test_method_weighs_the_term_and_reports_it_plain(variant):
     method = Logits(weight=0.3, temperature=2.0, variant=variant)
     method.check(teacher, student)
     args = {}, jax.random.key(0), jnp.zeros(())
-    loss, state, metrics = method.loss({}, {}, teacher, student, *args)
+    loss, state, metrics, _ = method.loss({}, {}, teacher, student, *args)
     kl, mse = soft_cross_entropy(logits(0), logits(1), 2.0), np.mean((logits(0) - logits(1)) ** 2)
     name, term = f"logits_{variant}", kl if variant == "kl" else mse
     assert metrics.keys() == {name, f"{name}_weighted"}

@@ -78,7 +78,7 @@ def test_the_method_carries_the_margins_from_batch_to_batch():
     params, state = init(method, vit(0), student)
     for seed in (0, 1):
         rest = student, {}, jax.random.key(0), jnp.zeros(())
-        _, state, metrics = method.loss(params, state, vit(seed), *rest)
+        _, state, metrics, _ = method.loss(params, state, vit(seed), *rest)
     for block in LEVELS["ViT to CNN"][0]:
         both = np.concatenate([level_map(vit(seed), block) for seed in (0, 1)])
         np.testing.assert_allclose(margin(state[block]), mean_of_negatives(both), rtol=1e-5)

@@ -10,7 +10,7 @@ import pytest
 
 from tests.test_train import changed, run, tiny_experiment
 from xkd_jax.methods import Sum
-from xkd_jax.methods.base import Method
+from xkd_jax.methods.base import Method, MethodLoss
 from xkd_jax.optim import create_learning_rate_fn
 from xkd_jax.train import init_state, train_step
 
@@ -28,10 +28,10 @@ class Phased(Method):
         """Half of an epoch of four steps."""
         return 0.5
 
-    def freeze(self, progress):
-        """See `Method.freeze`."""
-        waits = progress < 0 if self.student_waits else False
-        return waits, {"first": progress >= 0, "then": progress < 0}
+    def moves(self, progress):
+        """See `Method.moves`."""
+        student = progress >= 0 if self.student_waits else True
+        return {"student": student, "method": {"first": progress < 0, "then": progress >= 0}}
 
     def init(self, key, teacher_out, student_out, labels=()):
         """See `Method.init`."""
@@ -40,7 +40,8 @@ class Phased(Method):
     def loss(self, params, state, teacher_out, student_out, batch, key, progress, adversary=None):
         """See `Method.loss`."""
         value = jnp.sum(params["first"]["a"] ** 2) + jnp.sum(params["then"] ** 2)
-        return value + 1e-3 * jnp.mean(student_out["logits"] ** 2), state, {"progress": progress}
+        value = value + 1e-3 * jnp.mean(student_out["logits"] ** 2)
+        return MethodLoss(value, state, {"progress": progress})
 
 
 def steps(method, n=4):
@@ -106,7 +107,7 @@ class Plain(Method):
 
     def loss(self, params, state, teacher_out, student_out, batch, key, progress, adversary=None):
         """See `Method.loss`."""
-        return jnp.ones(()), state, {}
+        return MethodLoss(jnp.ones(()), state, {})
 
 
 @pytest.mark.parametrize(("progress", "added"), [(-0.1, 0.0), (0.0, 1.0)])
@@ -124,9 +125,9 @@ def test_in_a_sum_the_student_learns_if_one_method_wants_it_to():
     waits, learns = Phased(), Phased(student_waits=False)
     for parts, frozen in (((waits, waits), True), ((waits, learns), False)):
         method = Sum(parts=tuple(zip("ab", parts, strict=True)))
-        student, params = method.freeze(early)
-        assert bool(student) == frozen
-        assert bool(params["a"]["then"])
+        moves = method.moves(early)
+        assert bool(moves["student"]) == (not frozen)
+        assert not bool(moves["method"]["a"]["then"])
 
 
 def test_the_label_term_reads_the_logits_that_the_method_names():

@@ -7,7 +7,7 @@ live in the training state.
 
 import dataclasses
 from collections.abc import Mapping
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NamedTuple
 
 import jax
 from flax import linen as nn
@@ -20,6 +20,22 @@ Tree = Any  # a pytree of arrays
 
 class PairError(UserError):
     """A method can't learn from this teacher, or with this student; the message says why."""
+
+
+class MethodLoss(NamedTuple):
+    """What `Method.loss` returns.
+
+    Attributes:
+      value: the term added to the label term, a float32 scalar.
+      state: the method's new state.
+      metrics: scalars by name.
+      judged: what the adversary judges; handed to `Method.adversary_loss` without gradient.
+    """
+
+    value: jax.Array
+    state: Tree
+    metrics: dict[str, jax.Array]
+    judged: Any = None
 
 
 def apply(module: nn.Module, variables: Tree, *args, **kwargs) -> Any:
@@ -55,15 +71,18 @@ class Method:
         """
         return 0
 
-    def freeze(self, progress: jax.Array) -> tuple[Any, Tree]:
-        """What stays as it is in this phase.
+    def moves(self, progress: jax.Array) -> dict[str, Any]:
+        """Which parameters are trained at this point; the others are frozen.
+
+        Args:
+          progress: as for `loss`.
 
         Returns:
-          Whether the student does; and the same for the method's parameters: one boolean, or a
-          tree of them that is a prefix of the parameters' tree.
+          "student": a boolean, which may be traced; "method": a boolean, or a tree of booleans
+          that is a prefix of the tree of the method's parameters.
         """
         del progress
-        return False, False
+        return {"student": True, "method": True}
 
     def label_logits(self, student_out: Outputs) -> jax.Array:
         """The logits [N, K] that the label term is about."""
@@ -105,7 +124,7 @@ class Method:
         key: jax.Array,
         progress: jax.Array,
         adversary: Tree = None,
-    ) -> tuple[jax.Array, Tree, dict[str, jax.Array]]:
+    ) -> MethodLoss:
         """The term that is added to the label term.
 
         Args:
@@ -117,12 +136,9 @@ class Method:
           key: this step's key.
           progress: epochs trained so far, fractional; negative in the first phase.
           adversary: the adversary's parameters, without gradient.
-
-        Returns:
-          The loss (a float32 scalar), the new state, metrics by name.
         """
         del params, teacher_out, student_out, batch, key, progress, adversary
-        return jax.numpy.zeros(()), state, {}
+        return MethodLoss(jax.numpy.zeros(()), state, {})
 
     def init_adversary(self, key: jax.Array, teacher_out: Outputs, student_out: Outputs) -> Tree:
         """The adversary's parameters."""
@@ -130,22 +146,22 @@ class Method:
         return {}
 
     def adversary_loss(
-        self,
-        adversary: Tree,
-        params: Tree,
-        teacher_out: Outputs,
-        student_out: Outputs,
-        key: jax.Array,
+        self, adversary: Tree, judged: Any
     ) -> tuple[jax.Array, dict[str, jax.Array]]:
-        """The adversary's own loss and its metrics; only `adversary` receives a gradient."""
+        """The adversary's own loss and its metrics.
+
+        Args:
+          adversary: its parameters, which alone receive a gradient.
+          judged: from the `MethodLoss` of the same step.
+        """
         raise TypeError(f"{type(self).__name__} has no adversary")
 
 
 def weighted_sum(
-    terms: dict[str, tuple[Any, jax.Array]], state: Tree
-) -> tuple[jax.Array, Tree, dict[str, jax.Array]]:
-    """What `Method.loss` returns; every (weight, term) is reported plain and weighted."""
+    terms: dict[str, tuple[Any, jax.Array]], state: Tree, judged: Any = None
+) -> MethodLoss:
+    """The sum of `terms`, (weight, term) by name, each of them reported plain and weighted."""
     metrics = {name: value for name, (_, value) in terms.items()}
     metrics |= {f"{name}_weighted": weight * value for name, (weight, value) in terms.items()}
     total = sum((weight * value for weight, value in terms.values()), jax.numpy.zeros(()))
-    return total, state, metrics
+    return MethodLoss(total, state, metrics, judged)

@@ -302,13 +302,9 @@ class CAKD(Method):
             "tokens": (self.token_weight, token_loss(teacher_tokens, tokens)),
             "generator": (self.adversarial_weight, generator_loss(logits, self.generator)),
         }
-        return weighted_sum(terms, state)
+        return weighted_sum(terms, state, judged=(teacher_tokens, tokens))
 
-    def adversary_loss(self, adversary, params, teacher_out, student_out, key):
-        """See `Method.adversary_loss`; the tokens are those that the student's loss saw."""
-        _, gl, discriminator = self._modules(teacher_out)
-        _, teacher_tokens = teacher_taps(teacher_out, self.teacher_block)
-        features = self._student_map(teacher_out, student_out)
-        dropout_key = jax.random.split(key)[1]
-        tokens = apply(gl, params["gl"], features, rngs={"dropout": dropout_key})
-        return judge(discriminator, adversary, teacher_tokens, jax.lax.stop_gradient(tokens))
+    def adversary_loss(self, adversary, judged):
+        """See `Method.adversary_loss`; L_MAD of h_T and h'_S."""
+        teacher_tokens, tokens = jax.lax.stop_gradient(judged)
+        return judge(Discriminator(tokens.shape[-1]), adversary, teacher_tokens, tokens)

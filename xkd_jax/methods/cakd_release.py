@@ -107,7 +107,7 @@ class CAKDRelease(cakd.CAKD):
         (query, keys, value), teacher_tokens = cakd.teacher_taps(teacher_out, self.teacher_block)
         features = self._student_map(teacher_out, student_out)
         q, k, v = apply(pca, params["pca"], features)
-        scores = mean_scores(q, k)
+        teacher_scores, scores = mean_scores(query, keys), mean_scores(q, k)
         tokens = apply(gl, params["gl"], features, rngs={"dropout": key})
         # Scaled on the student's side alone: the released code's slip.
         relation = mean_scores(v, v) - mean_scores(value, value) * value.shape[-1] ** 0.5
@@ -120,10 +120,7 @@ class CAKDRelease(cakd.CAKD):
         fooled = apply(PatchGAN(), jax.lax.stop_gradient(adversary), jax.lax.stop_gradient(scores))
         ramp = jnp.clip((progress - self.ramp_start) / (self.ramp_end - self.ramp_start), 0, 1)
         terms = {
-            "attention": (
-                self.attention_weight,
-                jnp.mean((mean_scores(query, keys) - scores) ** 2),
-            ),
+            "attention": (self.attention_weight, jnp.mean((teacher_scores - scores) ** 2)),
             "value_relation": (self.value_weight, jnp.mean(relation**2)),
             "tokens": (self.token_weight, cakd.token_loss(teacher_tokens, tokens)),
             "logits_mse": (
@@ -136,12 +133,8 @@ class CAKDRelease(cakd.CAKD):
                 cakd.generator_loss(fooled, self.generator),
             ),
         }
-        return weighted_sum(terms, state)
+        return weighted_sum(terms, state, judged=(teacher_scores, scores))
 
-    def adversary_loss(self, adversary, params, teacher_out, student_out, key):
+    def adversary_loss(self, adversary, judged):
         """See `Method.adversary_loss`."""
-        (query, keys, _), _ = cakd.teacher_taps(teacher_out, self.teacher_block)
-        features = self._student_map(teacher_out, student_out)
-        q, k, _ = apply(self._release_modules(teacher_out)[0], params["pca"], features)
-        student_scores = jax.lax.stop_gradient(mean_scores(q, k))
-        return cakd.judge(PatchGAN(), adversary, mean_scores(query, keys), student_scores)
+        return cakd.judge(PatchGAN(), adversary, *jax.lax.stop_gradient(judged))

@@ -5,7 +5,7 @@ import dataclasses
 import jax
 
 from xkd_jax.errors import UserError
-from xkd_jax.methods.base import Method
+from xkd_jax.methods.base import Method, MethodLoss
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,14 +50,14 @@ class Sum(Method):
         """The longest of the parts'; those without one wait until it is over."""
         return max(method.first_phase for _, method in self.parts)
 
-    def freeze(self, progress):
-        """See `Method.freeze`; the student stays only where all who are at work want it to."""
-        parts = {name: method.freeze(progress) for name, method in self.parts}
-        early = [parts[name][0] for name, method in self.parts if method.first_phase]
-        return (
-            jax.numpy.all(jax.numpy.asarray(early)) if early else False,
-            {name: params for name, (_, params) in parts.items()},
-        )
+    def moves(self, progress):
+        """See `Method.moves`; the student is frozen only if every active method freezes it."""
+        moves = {name: method.moves(progress) for name, method in self.parts}
+        early = [moves[name]["student"] for name, method in self.parts if method.first_phase]
+        return {
+            "student": jax.numpy.any(jax.numpy.asarray(early)) if early else True,
+            "method": {name: part["method"] for name, part in moves.items()},
+        }
 
     def label_logits(self, student_out):
         """Those of the first part that reads others than the usual ones."""
@@ -79,29 +79,20 @@ class Sum(Method):
 
     def loss(self, params, state, teacher_out, student_out, batch, key, progress, adversary=None):
         """See `Method.loss`."""
-        total, new_state, metrics = jax.numpy.zeros(()), {}, {}
-        for name, method in self.parts:
-            value, new_state[name], part_metrics = method.loss(
-                params[name],
-                state[name],
-                teacher_out,
-                student_out,
-                batch,
-                self._part_key(key, name),
-                progress,
-                adversary,
-            )
+        total, new_state, metrics, judged = jax.numpy.zeros(()), {}, {}, None
+        for i, (name, method) in enumerate(self.parts):
+            part_key = jax.random.fold_in(key, i)
+            inputs = teacher_out, student_out, batch, part_key, progress, adversary
+            part = method.loss(params[name], state[name], *inputs)
+            value = part.value
             if self.first_phase and not method.first_phase:
                 value = jax.numpy.where(progress < 0, 0.0, value)
-            total, metrics = total + value, metrics | part_metrics
-        return total, new_state, metrics
+            total, metrics = total + value, metrics | part.metrics
+            new_state[name] = part.state
+            if method.adversary_period:
+                judged = part.judged
+        return MethodLoss(total, new_state, metrics, judged)
 
-    def adversary_loss(self, adversary, params, teacher_out, student_out, key):
+    def adversary_loss(self, adversary, judged):
         """See `Method.adversary_loss`."""
-        name, method = next(part for part in self.parts if part[1].adversary_period)
-        key = self._part_key(key, name)
-        return method.adversary_loss(adversary, params[name], teacher_out, student_out, key)
-
-    def _part_key(self, key: jax.Array, name: str) -> jax.Array:
-        """The part's key: the adversary must see the dropout that the student's loss saw."""
-        return jax.random.fold_in(key, [part for part, _ in self.parts].index(name))
+        return self._adversarial().adversary_loss(adversary, judged)

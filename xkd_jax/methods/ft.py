@@ -96,9 +96,10 @@ class FT(Method):
         """See `Method.first_phase`."""
         return self.first_epochs
 
-    def freeze(self, progress):
-        """See `Method.freeze`."""
-        return progress < 0, {"paraphraser": progress >= 0, "translator": False}
+    def moves(self, progress):
+        """See `Method.moves`."""
+        parts = {"paraphraser": progress < 0, "translator": True}
+        return {"student": progress >= 0, "method": parts}
 
     def check(self, teacher_out, student_out):
         """See `Method.check`."""
