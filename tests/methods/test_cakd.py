@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from xkd_jax import backend
 from xkd_jax.augment import multiview
 from xkd_jax.errors import UserError
 from xkd_jax.methods import align, cakd
@@ -157,15 +158,15 @@ def np_sigmoid(x):
 # ---- Proj_1 and attention
 
 
-@pytest.mark.parametrize("backend", ["cpu", "gpu"])
-def test_eq_1_is_three_3x3_convolutions(backend):
+@pytest.mark.parametrize("platform", ["cpu", "gpu"])
+def test_eq_1_is_three_3x3_convolutions(platform):
     module, features = PCAProjector(HEADS, HEAD_DIM), normal(2, 4, 5, 7)
     params = random_params(module, features)
     shapes = {name: p.shape for name, p in params["params"].items()}
     assert shapes == {f"{m}_kernel": (3, 3, 7, WIDTH) for m in ("query", "key", "value")} | {
         f"{m}_bias": (WIDTH,) for m in ("query", "key", "value")
     }
-    with backend.assume(backend):
+    with backend.assume(platform):
         ours = module.apply(params, features)
     for one, expected in zip(ours, np_proj_1(params, features), strict=True):
         np.testing.assert_allclose(one, expected, atol=1e-5)
@@ -175,13 +176,13 @@ def test_both_convolutions_have_the_same_gradients():
     x, kernel, weight = normal(2, 4, 5, 3), normal(3, 3, 3, 6), normal(2, 4, 5, 6)
 
     grads = {}
-    for backend in ("cpu", "gpu"):
-        with backend.assume(backend):
+    for platform in ("cpu", "gpu"):
+        with backend.assume(platform):
             # A function of its own for each: JAX keeps the trace of one that it has seen.
             function = jax.grad(lambda *args: jnp.sum(cakd._conv3x3(*args) * weight), (0, 1))
             convolves = "conv_general_dilated" in str(jax.make_jaxpr(function)(x, kernel))
-            assert convolves == (backend == "gpu")
-            grads[backend] = function(x, kernel)
+            assert convolves == (platform == "gpu")
+            grads[platform] = function(x, kernel)
     for a, b in zip(grads["cpu"], grads["gpu"], strict=True):
         np.testing.assert_allclose(a, b, atol=1e-4)
     # d loss / d kernel[1, 1] needs no padding: the product of the map and the weight.
