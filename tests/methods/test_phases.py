@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from typing_extensions import override
 
 from tests.test_train import changed, run, tiny_experiment
 from xkd_jax.methods import Sum
@@ -24,21 +25,22 @@ class Phased(Method):
     student_waits: bool = True
 
     @property
+    @override
     def first_phase(self):
         """Half of an epoch of four steps."""
         return 0.5
 
+    @override
     def moves(self, progress):
-        """See `Method.moves`."""
         student = progress >= 0 if self.student_waits else True
         return {"student": student, "method": {"first": progress < 0, "then": progress >= 0}}
 
+    @override
     def init(self, key, teacher_out, student_out, labels=()):
-        """See `Method.init`."""
         return {"first": {"a": jnp.ones(3)}, "then": jnp.ones(2)}, {}
 
+    @override
     def loss(self, params, state, teacher_out, student_out, batch, key, progress, adversary=None):
-        """See `Method.loss`."""
         value = jnp.sum(params["first"]["a"] ** 2) + jnp.sum(params["then"] ** 2)
         value = value + 1e-3 * jnp.mean(student_out["logits"] ** 2)
         return MethodLoss(value, state, {"progress": progress})
@@ -105,8 +107,8 @@ def test_the_rate_is_the_highest_before_the_schedule_begins():
 class Plain(Method):
     """Adds 1."""
 
+    @override
     def loss(self, params, state, teacher_out, student_out, batch, key, progress, adversary=None):
-        """See `Method.loss`."""
         return MethodLoss(jnp.ones(()), state, {})
 
 
@@ -133,6 +135,7 @@ def test_in_a_sum_the_student_learns_if_one_method_wants_it_to():
 def test_the_label_term_reads_the_logits_that_the_method_names():
     @dataclasses.dataclass(frozen=True)
     class Second(Method):
+        @override
         def label_logits(self, student_out):
             return 3 * student_out["logits"]
 

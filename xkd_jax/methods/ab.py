@@ -8,6 +8,7 @@ import dataclasses
 
 import jax
 import jax.numpy as jnp
+from typing_extensions import override
 
 from xkd_jax.errors import UserError
 from xkd_jax.methods.align import paired_maps
@@ -55,20 +56,21 @@ class AB(Method):
     needs_teacher = True
 
     @property
+    @override
     def first_phase(self) -> float:
-        """See `Method.first_phase`."""
         return self.first_epochs
 
+    @override
     def check(self, teacher_out, student_out):
-        """See `Method.check`."""
         if self.first_epochs < 1:
             raise UserError(
                 f"method.ab.first_epochs={self.first_epochs} must be at least 1: ab learns from "
                 "its teacher in the first phase only."
             )
 
+    @override
     def init(self, key, teacher_out, student_out, labels=()):
-        """See `Method.init`; one connector for each level that needs it."""
+        """One connector for each level that needs it."""
         params = {}
         for name, (teacher, student) in paired_maps(teacher_out, student_out).items():
             if student.shape != teacher.shape:
@@ -76,8 +78,8 @@ class AB(Method):
                 params[name] = ConvNorm(teacher.shape[-1]).init(level_key, student)
         return params, {}
 
+    @override
     def loss(self, params, state, teacher_out, student_out, batch, key, progress, adversary=None):
-        """See `Method.loss`."""
         total = jnp.zeros(())
         for name, (teacher, student) in paired_maps(teacher_out, student_out).items():
             if name in params:

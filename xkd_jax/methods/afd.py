@@ -10,6 +10,7 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
+from typing_extensions import override
 
 from xkd_jax.methods.align import level_map, on_smaller_grid, paired_levels
 from xkd_jax.methods.base import Method, Outputs, apply, weighted_sum
@@ -66,8 +67,8 @@ class AFD(Method):
 
     needs_teacher = True
 
+    @override
     def init(self, key, teacher_out, student_out, labels=()):
-        """See `Method.init`."""
         params = {}
         for name, teacher, student in _maps(teacher_out, student_out):
             key, attention_key, regressor_key = jax.random.split(key, 3)
@@ -77,8 +78,8 @@ class AFD(Method):
                 params[name]["regressor"] = regressor.init(regressor_key, student)
         return params, {}
 
+    @override
     def loss(self, params, state, teacher_out, student_out, batch, key, progress, adversary=None):
-        """See `Method.loss`."""
         maps = _maps(teacher_out, student_out)
         total = jnp.zeros(())
         for name, teacher, student in maps:

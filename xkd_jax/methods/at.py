@@ -8,6 +8,7 @@ import dataclasses
 
 import jax
 import jax.numpy as jnp
+from typing_extensions import override
 
 from xkd_jax.methods.align import level_map, on_smaller_grid, paired_levels
 from xkd_jax.methods.base import Method, weighted_sum
@@ -50,8 +51,8 @@ class AT(Method):
 
     needs_teacher = True
 
+    @override
     def loss(self, params, state, teacher_out, student_out, batch, key, progress, adversary=None):
-        """See `Method.loss`."""
         total = jnp.zeros(())
         for of_teacher, of_student in paired_levels(teacher_out, student_out):
             # A standardised token would have the same energy everywhere.

@@ -11,6 +11,7 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
+from typing_extensions import override
 
 from xkd_jax import backend
 from xkd_jax.errors import UserError, unknown
@@ -232,12 +233,12 @@ class CAKD(Method):
     needs_teacher = True
 
     @property
+    @override
     def adversary_period(self) -> int:
-        """See `Method`; Algorithm 1 has 5."""
         return self.adversary_every
 
+    @override
     def check(self, teacher_out, student_out):
-        """See `Method.check`."""
         if "query" not in teacher_out:
             raise PairError(
                 "cakd taps a Transformer's query, key and value, and this teacher is a CNN"
@@ -270,8 +271,8 @@ class CAKD(Method):
         stage = choose_stage(student_out, teacher_out["grid"], self.student_stage)
         return resize_map(student_out[stage].astype(jnp.float32), teacher_out["grid"])
 
+    @override
     def init(self, key, teacher_out, student_out, labels=()):
-        """See `Method.init`."""
         pca, gl, _ = self._modules(teacher_out)
         features = self._student_map(teacher_out, student_out)
         keys = jax.random.split(key)
@@ -281,10 +282,11 @@ class CAKD(Method):
         }
         return params, {}
 
+    @override
     def init_adversary(self, key, teacher_out, student_out):
-        """See `Method.init_adversary`."""
         return self._modules(teacher_out)[2].init(key, teacher_out["tokens"].astype(jnp.float32))
 
+    @override
     def loss(self, params, state, teacher_out, student_out, batch, key, progress, adversary=None):
         """L_total (Eq. 10): L_proj1 + L_proj2 + lambda L_MVG; the loop adds the label term."""
         pca, gl, discriminator = self._modules(teacher_out)
@@ -304,7 +306,8 @@ class CAKD(Method):
         }
         return weighted_sum(terms, state, judged=(teacher_tokens, tokens))
 
+    @override
     def adversary_loss(self, adversary, judged):
-        """See `Method.adversary_loss`; L_MAD of h_T and h'_S."""
+        """L_MAD of h_T and h'_S."""
         teacher_tokens, tokens = jax.lax.stop_gradient(judged)
         return judge(Discriminator(tokens.shape[-1]), adversary, teacher_tokens, tokens)

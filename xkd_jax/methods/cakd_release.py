@@ -10,6 +10,7 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
+from typing_extensions import override
 
 from xkd_jax.errors import UserError
 from xkd_jax.methods import cakd
@@ -73,8 +74,8 @@ class CAKDRelease(cakd.CAKD):
     logit_weight: float = 1.0
     class_token_weight: float = 1.0
 
+    @override
     def check(self, teacher_out, student_out):
-        """See `Method.check`."""
         super().check(teacher_out, student_out)
         if self.ramp_end <= self.ramp_start:
             raise UserError(
@@ -85,8 +86,8 @@ class CAKDRelease(cakd.CAKD):
         width = teacher_out["tokens"].shape[-1]
         return LinearProjector(width), cakd.GLProjector(width, self.token_dropout), nn.Dense(width)
 
+    @override
     def init(self, key, teacher_out, student_out, labels=()):
-        """See `Method.init`."""
         pca, gl, class_token = self._release_modules(teacher_out)
         features = self._student_map(teacher_out, student_out)
         keys = jax.random.split(key, 3)
@@ -97,12 +98,12 @@ class CAKDRelease(cakd.CAKD):
         }
         return params, {}
 
+    @override
     def init_adversary(self, key, teacher_out, student_out):
-        """See `Method.init_adversary`."""
         return PatchGAN().init(key, mean_scores(teacher_out["query"], teacher_out["key"]))
 
+    @override
     def loss(self, params, state, teacher_out, student_out, batch, key, progress, adversary=None):
-        """See `Method.loss`."""
         pca, gl, class_token = self._release_modules(teacher_out)
         (query, keys, value), teacher_tokens = cakd.teacher_taps(teacher_out, self.teacher_block)
         features = self._student_map(teacher_out, student_out)
@@ -135,6 +136,6 @@ class CAKDRelease(cakd.CAKD):
         }
         return weighted_sum(terms, state, judged=(teacher_scores, scores))
 
+    @override
     def adversary_loss(self, adversary, judged):
-        """See `Method.adversary_loss`."""
         return cakd.judge(PatchGAN(), adversary, *jax.lax.stop_gradient(judged))

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
 from jax.nn import logsumexp
+from typing_extensions import override
 
 from xkd_jax.errors import UserError
 from xkd_jax.methods.base import Method, apply, weighted_sum
@@ -121,8 +122,8 @@ class CRD(Method):
 
     needs_teacher = True
 
+    @override
     def check(self, teacher_out, student_out):
-        """See `Method.check`."""
         for name, fits, right in (
             ("temperature", self.temperature > 0, "above 0"),
             ("negatives", self.negatives >= 1, "at least 1"),
@@ -132,8 +133,9 @@ class CRD(Method):
             if not fits:
                 raise UserError(f"method.crd.{name}={getattr(self, name)} must be {right}.")
 
+    @override
     def init(self, key, teacher_out, student_out, labels=()):
-        """See `Method.init`.
+        """A linear embedding and a memory bank for each of the two networks.
 
         Raises:
           UserError: the training set has but one class, or nothing.
@@ -158,8 +160,9 @@ class CRD(Method):
         state = {"bank": bank, "log_normalizer": unset}
         return params, state | group_by_class(labels, student_out["logits"].shape[-1])
 
+    @override
     def loss(self, params, state, teacher_out, student_out, batch, key, progress, adversary=None):
-        """See `Method.loss`; the new state's banks hold this batch's features."""
+        """The new state's banks hold this batch's features."""
         pooled = {
             "student": student_out["pooled"],
             "teacher": jax.lax.stop_gradient(teacher_out["pooled"]),

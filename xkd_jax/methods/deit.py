@@ -9,6 +9,7 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 import optax
+from typing_extensions import override
 
 from xkd_jax.errors import UserError, unknown
 from xkd_jax.methods.base import Method, PairError, weighted_sum
@@ -72,8 +73,8 @@ class DeiT(Method):
 
     needs_teacher = True
 
+    @override
     def check(self, teacher_out, student_out):
-        """See `Method.check`."""
         if self.variant not in VARIANTS:
             raise unknown("variant of deit", self.variant, VARIANTS)
         if self.temperature <= 0:
@@ -84,12 +85,12 @@ class DeiT(Method):
                 "deit_tiny_distilled_patch16_224"
             )
 
+    @override
     def label_logits(self, student_out):
-        """See `Method.label_logits`."""
         return student_out["cls_logits"]
 
+    @override
     def loss(self, params, state, teacher_out, student_out, batch, key, progress, adversary=None):
-        """See `Method.loss`."""
         logits = student_out["dist_logits"], teacher_out["logits"]
         if self.variant == "hard":
             term = hard_loss(*logits)

@@ -7,6 +7,7 @@ import dataclasses
 
 import jax
 import jax.numpy as jnp
+from typing_extensions import override
 
 from xkd_jax.errors import UserError
 from xkd_jax.methods.align import is_transformer, level_map, paired_levels, resize_map
@@ -49,12 +50,12 @@ class FitNet(Method):
     needs_teacher = True
 
     @property
+    @override
     def first_phase(self) -> float:
-        """See `Method.first_phase`."""
         return self.hint_epochs
 
+    @override
     def check(self, teacher_out, student_out):
-        """See `Method.check`."""
         count = len(paired_levels(teacher_out, student_out))
         if not 0 <= self.level <= count:
             raise UserError(
@@ -71,13 +72,13 @@ class FitNet(Method):
         hint, guided = level_map(teacher_out, names[0]), level_map(student_out, names[1])
         return hint, resize_map(guided, hint.shape[1:3])
 
+    @override
     def init(self, key, teacher_out, student_out, labels=()):
-        """See `Method.init`."""
         hint, guided = self._maps(teacher_out, student_out)
         return ConvNorm(hint.shape[-1]).init(key, guided), {}
 
+    @override
     def loss(self, params, state, teacher_out, student_out, batch, key, progress, adversary=None):
-        """See `Method.loss`."""
         hint, guided = self._maps(teacher_out, student_out)
         prediction = apply(ConvNorm(hint.shape[-1]), params, guided)
         if not is_transformer(teacher_out):

@@ -10,6 +10,7 @@ from typing import ClassVar
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
+from typing_extensions import override
 
 from xkd_jax.errors import UserError, unknown
 from xkd_jax.methods.align import level_grid, level_map, levels, on_smaller_grid
@@ -92,17 +93,17 @@ class FT(Method):
     imagenet: ClassVar = {"weight": 1000.0, "variant": "factor"}
 
     @property
+    @override
     def first_phase(self) -> float:
-        """See `Method.first_phase`."""
         return self.first_epochs
 
+    @override
     def moves(self, progress):
-        """See `Method.moves`."""
         parts = {"paraphraser": progress < 0, "translator": True}
         return {"student": progress >= 0, "method": parts}
 
+    @override
     def check(self, teacher_out, student_out):
-        """See `Method.check`."""
         if self.variant not in VARIANTS:
             raise unknown("variant of ft", self.variant, VARIANTS)
         if self.p not in (1, 2):
@@ -125,8 +126,8 @@ class FT(Method):
         factors = max(1, int(self.k * teacher.shape[-1]))
         return Paraphraser(factors), Convolutions((student.shape[-1], factors, factors))
 
+    @override
     def init(self, key, teacher_out, student_out, labels=()):
-        """See `Method.init`."""
         maps = _last_map(teacher_out), _last_map(student_out)
         paraphraser, translator = self._modules(*maps)
         keys = jax.random.split(key)
@@ -136,8 +137,8 @@ class FT(Method):
         }
         return params, {}
 
+    @override
     def loss(self, params, state, teacher_out, student_out, batch, key, progress, adversary=None):
-        """See `Method.loss`."""
         teacher, student = jax.lax.stop_gradient(_last_map(teacher_out)), _last_map(student_out)
         paraphraser, translator = self._modules(teacher, student)
         factors, reconstruction = apply(paraphraser, params["paraphraser"], teacher)

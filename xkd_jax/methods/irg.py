@@ -7,6 +7,7 @@ import dataclasses
 
 import jax
 import jax.numpy as jnp
+from typing_extensions import override
 
 from xkd_jax.methods.align import level_map, paired_levels
 from xkd_jax.methods.base import Method, Outputs, weighted_sum
@@ -49,8 +50,8 @@ class IRG(Method):
 
     needs_teacher = True
 
+    @override
     def loss(self, params, state, teacher_out, student_out, batch, key, progress, adversary=None):
-        """See `Method.loss`."""
         teacher_levels, student_levels = zip(*paired_levels(teacher_out, student_out), strict=True)
         target = jax.lax.stop_gradient(_graphs(teacher_out, teacher_levels))
         graphs = _graphs(student_out, student_levels)

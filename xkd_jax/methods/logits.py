@@ -8,6 +8,7 @@ from typing import ClassVar
 
 import jax
 import jax.numpy as jnp
+from typing_extensions import override
 
 from xkd_jax.errors import UserError, unknown
 from xkd_jax.methods.base import Method, weighted_sum
@@ -60,15 +61,15 @@ class Logits(Method):
     needs_teacher = True
     imagenet: ClassVar = {"label_weight": 0.5, "weight": 0.5, "temperature": 1.0}
 
+    @override
     def check(self, teacher_out, student_out):
-        """See `Method.check`."""
         if self.variant not in VARIANTS:
             raise unknown("variant of logits", self.variant, VARIANTS)
         if self.temperature <= 0:
             raise UserError(f"method.logits.temperature={self.temperature} must be above 0.")
 
+    @override
     def loss(self, params, state, teacher_out, student_out, batch, key, progress, adversary=None):
-        """See `Method.loss`."""
         logits = student_out["logits"], teacher_out["logits"]
         if self.variant == "mse":
             term = mean_squared_distance(*logits)

@@ -9,6 +9,7 @@ from typing import ClassVar
 
 import jax
 import jax.numpy as jnp
+from typing_extensions import override
 
 from xkd_jax.methods.align import on_smaller_grid, paired_levels
 from xkd_jax.methods.base import PairError, weighted_sum
@@ -84,13 +85,13 @@ class LONDON(OFD):
     # 2000 / (batch * 10^4), with the authors' batches of 96.
     imagenet: ClassVar = {"weight": 1e-4, "spectral_weight": 0.2 / 96}
 
+    @override
     def check(self, teacher_out, student_out):
-        """See `Method.check`."""
         if len(paired_levels(teacher_out, student_out)) < 2:
             raise PairError("london compares what lies between levels, and this pair has but one")
 
+    @override
     def loss(self, params, state, teacher_out, student_out, batch, key, progress, adversary=None):
-        """See `Method.loss`."""
         maps = self.connected_maps(params, teacher_out, student_out)
         distance, state = self.distance(state, maps)
         spectral = spectral_distance(key, list(maps.values()))

@@ -9,6 +9,7 @@ import dataclasses
 
 import jax
 import jax.numpy as jnp
+from typing_extensions import override
 
 from xkd_jax.errors import UserError, unknown
 from xkd_jax.methods.align import is_transformer
@@ -73,8 +74,8 @@ class MiniLM(Method):
 
     needs_teacher = True
 
+    @override
     def check(self, teacher_out, student_out):
-        """See `Method.check`."""
         if self.variant not in RELATIONS:
             raise unknown("variant of minilm", self.variant, RELATIONS)
         for role, out in (("teacher", teacher_out), ("student", student_out)):
@@ -110,8 +111,8 @@ class MiniLM(Method):
             taps = {name: regroup(tap, self.relation_heads) for name, tap in taps.items()}
         return taps
 
+    @override
     def loss(self, params, state, teacher_out, student_out, batch, key, progress, adversary=None):
-        """See `Method.loss`."""
         teacher, student = self._taps(teacher_out), self._taps(student_out)
         terms = {
             name: (

@@ -8,6 +8,7 @@ from typing import ClassVar
 
 import jax
 import jax.numpy as jnp
+from typing_extensions import override
 
 from xkd_jax.methods.align import paired_maps
 from xkd_jax.methods.base import Method, Outputs, Tree, apply, weighted_sum
@@ -74,8 +75,9 @@ class OFD(Method):
     needs_teacher = True
     imagenet: ClassVar = {"weight": 1e-4}
 
+    @override
     def init(self, key, teacher_out, student_out, labels=()):
-        """See `Method.init`: a connector for every level, and the negative responses."""
+        """A connector for every level, and the negative responses."""
         params, state = {}, {}
         for level, (teacher, student) in paired_maps(teacher_out, student_out).items():
             key, level_key = jax.random.split(key)
@@ -101,8 +103,8 @@ class OFD(Method):
             total = total / 2 + partial_distance(teacher, student, margin(new_state[level]))
         return total, new_state
 
+    @override
     def loss(self, params, state, teacher_out, student_out, batch, key, progress, adversary=None):
-        """See `Method.loss`."""
         maps = self.connected_maps(params, teacher_out, student_out)
         distance, state = self.distance(state, maps)
         return weighted_sum({"partial_distance": (self.weight, distance)}, state)

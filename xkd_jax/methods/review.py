@@ -9,6 +9,7 @@ from typing import ClassVar
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
+from typing_extensions import override
 
 from xkd_jax.errors import UserError
 from xkd_jax.methods.align import level_map, paired_levels, resize_map
@@ -108,18 +109,18 @@ class ReviewKD(Method):
     needs_teacher = True
     imagenet: ClassVar = {"warmup_epochs": 1}
 
+    @override
     def check(self, teacher_out, student_out):
-        """See `Method.check`."""
         if self.warmup_epochs < 0:
             raise UserError(f"method.review.warmup_epochs={self.warmup_epochs} must be at least 0.")
 
+    @override
     def init(self, key, teacher_out, student_out, labels=()):
-        """See `Method.init`."""
         teacher, student = _maps(teacher_out, student_out)
         return Review(tuple(x.shape[-1] for x in teacher)).init(key, student), {}
 
+    @override
     def loss(self, params, state, teacher_out, student_out, batch, key, progress, adversary=None):
-        """See `Method.loss`."""
         teacher, student = _maps(teacher_out, student_out)
         reviewed = apply(Review(tuple(x.shape[-1] for x in teacher)), params, student)
         losses = map(context_loss, teacher, reviewed)

@@ -8,6 +8,7 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 import optax
+from typing_extensions import override
 
 from xkd_jax.methods.base import Method, weighted_sum
 
@@ -60,8 +61,8 @@ class RKD(Method):
 
     needs_teacher = True
 
+    @override
     def loss(self, params, state, teacher_out, student_out, batch, key, progress, adversary=None):
-        """See `Method.loss`."""
         distances, angles = relations(student_out["pooled"])
         targets = relations(jax.lax.stop_gradient(teacher_out["pooled"]))
         terms = {
