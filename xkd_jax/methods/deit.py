@@ -13,7 +13,7 @@ from typing_extensions import override
 
 from xkd_jax.errors import UserError, unknown
 from xkd_jax.methods.base import Method, PairError, weighted_sum
-from xkd_jax.methods.logits import soft_cross_entropy
+from xkd_jax.methods.logits import softened_kl
 
 VARIANTS = ("hard", "soft")
 
@@ -49,7 +49,7 @@ def soft_loss(
       temperature: what both are divided by before the softmax.
     """
     teacher_logits = jax.lax.stop_gradient(teacher_logits)
-    divergence = soft_cross_entropy(student_logits, teacher_logits, temperature)
+    divergence = softened_kl(student_logits, teacher_logits, temperature)
     return divergence / student_logits.shape[-1]
 
 

@@ -16,7 +16,7 @@ from xkd_jax.methods.base import Method, weighted_sum
 VARIANTS = ("kl", "mse")
 
 
-def soft_cross_entropy(
+def softened_kl(
     student_logits: jax.Array, teacher_logits: jax.Array, temperature: float
 ) -> jax.Array:
     """KL(teacher || student) of the softened probabilities, times the squared temperature.
@@ -74,5 +74,5 @@ class Logits(Method):
         if self.variant == "mse":
             term = mean_squared_distance(*logits)
         else:
-            term = soft_cross_entropy(*logits, self.temperature)
+            term = softened_kl(*logits, self.temperature)
         return weighted_sum({f"logits_{self.variant}": (self.weight, term)}, state)

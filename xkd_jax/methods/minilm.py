@@ -14,7 +14,7 @@ from typing_extensions import override
 from xkd_jax.errors import UserError, unknown
 from xkd_jax.methods.align import is_transformer
 from xkd_jax.methods.base import Method, Outputs, PairError, weighted_sum
-from xkd_jax.methods.logits import soft_cross_entropy
+from xkd_jax.methods.logits import softened_kl
 
 # What is multiplied with what, for each term.
 RELATIONS = {
@@ -41,7 +41,7 @@ def relation_loss(student: jax.Array, teacher: jax.Array) -> jax.Array:
       student: its relation [N, H, T, T]; see `relation`.
       teacher: the teacher's [N, H, T, T], without gradient.
     """
-    return soft_cross_entropy(student, jax.lax.stop_gradient(teacher), temperature=1.0)
+    return softened_kl(student, jax.lax.stop_gradient(teacher), temperature=1.0)
 
 
 def regroup(x: jax.Array, heads: int) -> jax.Array:
