@@ -57,7 +57,7 @@ def key(seed):
 
 
 def record_attention(monkeypatch):
-    """The Q, K and V of every call of `attention`: first the teacher's, then the mixed ones."""
+    """The Q, K and V of each call of `attention`: first the teacher's, then the mixed ones."""
     calls, attention = [], cakd.attention
 
     def recorder(*args):
@@ -178,7 +178,7 @@ def test_both_convolutions_have_the_same_gradients():
     grads = {}
     for platform in ("cpu", "gpu"):
         with backend.assume(platform):
-            # A function of its own for each: JAX keeps the trace of one that it has seen.
+            # A new function for each platform: JAX caches traces by function.
             function = jax.grad(lambda *args: jnp.sum(cakd._conv3x3(*args) * weight), (0, 1))
             convolves = "conv_general_dilated" in str(jax.make_jaxpr(function)(x, kernel))
             assert convolves == (platform == "gpu")
@@ -211,8 +211,8 @@ def test_eq_3_takes_every_element_from_one_or_the_other():
         assert abs(agree - (len(flat) - lag) / 2) < 5 * math.sqrt(len(flat) / 4)
 
 
-def test_eq_3_draws_afresh_with_every_key():
-    student, teacher = jnp.zeros((7, 11, 13)), jnp.ones((7, 11, 13))  # 1001: no multiple of 32
+def test_eq_3_draws_new_masks_with_every_key():
+    student, teacher = jnp.zeros((7, 11, 13)), jnp.ones((7, 11, 13))  # 1001: not a multiple of 32
     one, same, other = (cakd.partly_replace(key(s), student, teacher) for s in (0, 0, 1))
     np.testing.assert_array_equal(one, same)
     assert abs(np.sum(np.asarray(one) == other) - 500.5) < 5 * math.sqrt(1001 / 4)
@@ -248,7 +248,7 @@ def test_eq_4_with_the_recovered_masks(monkeypatch):
     mixed = [np.where(m, t, s) for m, s, t in zip(masks, student, teacher, strict=True)]
     difference = np_attention(*teacher) - np_attention(*mixed)
     np.testing.assert_allclose(attention_loss, np.mean(difference**2), rtol=1e-5)
-    # The student's own value: nothing of the teacher's is in it.
+    # The student's own value, without any of the teacher's elements.
     difference = np_relation(teacher[2]) - np_relation(student[2])
     np.testing.assert_allclose(relation_loss, np.mean(difference**2), rtol=1e-5)
 
@@ -458,7 +458,7 @@ def test_loss_draws_masks_and_dropout_from_its_key():
 
 
 def test_the_adversary_sees_the_tokens_of_the_students_loss():
-    """L_MAD + L_MVG = -log D(h_T), which has no dropout, only if both drop the same."""
+    """L_MAD + L_MVG = -log D(h_T), which has no dropout, only if both losses see the same h'_S."""
     teacher, student = outputs()
     _, adversary = method_params(CAKD(), teacher, student)
     _, _, metrics, judged = full_loss(CAKD(), teacher, student)
@@ -468,7 +468,7 @@ def test_the_adversary_sees_the_tokens_of_the_students_loss():
 
 
 def test_every_equation_is_named_once():
-    """Other methods' files name their own papers' equations."""
+    """Other methods' files refer to the equations of their own papers."""
     sources = (Path(module.__file__) for module in (cakd, multiview))
     text = "\n".join(path.read_text("utf-8") for path in sources)
     numbers = collections.Counter(int(n) for n in re.findall(r"\bEq\.\s(\d+)\b", text))
@@ -544,7 +544,7 @@ def test_the_students_loss_reaches_neither_teacher_nor_adversary(gradients):
     assert not reached(grads["adversary"])
     assert reached(grads["method"]) == paths(grads["method"])
     blind = set()
-    if type(gradients["method"]) is CAKD:  # without the label term, nothing moves the classifier
+    if type(gradients["method"]) is CAKD:  # without the label term, nothing trains the classifier
         blind = {"['params']['fc']['bias']", "['params']['fc']['kernel']"}
     assert reached(grads["student"]) == paths(grads["student"]) - blind
 

@@ -31,7 +31,7 @@ def test_loss_is_the_divergence_of_softened_probabilities(temperature):
 def test_equal_logits_cost_nothing():
     x = logits(0)
     np.testing.assert_allclose(softened_kl(x, x, 4.0), 0, atol=1e-6)
-    # A shift of all logits changes no probability.
+    # Shifting all logits changes no probability.
     np.testing.assert_allclose(softened_kl(x + 5, x, 4.0), 0, atol=1e-5)
     assert softened_kl(logits(1), x, 4.0) > 0.1
 
@@ -68,7 +68,7 @@ def test_the_mse_is_over_images_and_classes():
 
 
 @pytest.mark.parametrize("variant", ["kl", "mse"])
-def test_method_weighs_the_term_and_reports_it_plain(variant):
+def test_the_method_weights_the_term_and_reports_it_unweighted_too(variant):
     teacher, student = {"logits": logits(1)}, {"logits": logits(0)}
     method = Logits(weight=0.3, temperature=2.0, variant=variant)
     method.check(teacher, student)

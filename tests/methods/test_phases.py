@@ -72,7 +72,7 @@ def test_the_label_term_waits_for_the_first_phase_to_end(waiting):
         assert 0 < added < 6  # the method's own
 
 
-def test_a_frozen_student_stays_bit_for_bit(waiting):
+def test_a_frozen_student_is_bit_identical(waiting):
     """Weights, running statistics and momentum too."""
     before, middle, after = (waiting.states[i] for i in (0, 2, 3))
     for part in ("params", "batch_stats", "opt_state"):
@@ -80,7 +80,7 @@ def test_a_frozen_student_stays_bit_for_bit(waiting):
         assert changed(getattr(middle, part), getattr(after, part)), part
 
 
-def test_each_of_the_methods_parameters_moves_in_its_phase(waiting):
+def test_each_of_the_methods_parameters_is_trained_in_its_phase(waiting):
     moved = [
         changed(a.method_params, b.method_params)
         for a, b in zip(waiting.states, waiting.states[1:], strict=False)
@@ -122,7 +122,7 @@ def test_in_a_sum_methods_without_a_first_phase_wait(progress, added):
     assert method.first_phase == 0.5
 
 
-def test_in_a_sum_the_student_learns_if_one_method_wants_it_to():
+def test_in_a_sum_the_student_is_trained_if_one_method_trains_it():
     early = jnp.asarray(-0.1)
     waits, learns = Phased(), Phased(student_waits=False)
     for parts, frozen in (((waits, waits), True), ((waits, learns), False)):

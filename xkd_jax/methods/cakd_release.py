@@ -1,8 +1,8 @@
-"""The method as the first author's released PyTorch code has it, where it departs from the paper.
+"""The method as in the first author's released PyTorch code, which departs from the paper.
 
-Source: github.com/yufanLIU/CrossArch_KD. What differs from `cakd.py` and why it matters is listed
-in docs/method.md. The released code's TrivialAugment, label smoothing, mixup and EMA belong to the
-recipe, not to the method.
+Source: github.com/yufanLIU/CrossArch_KD. docs/method.md lists the differences from `cakd.py` and
+why they matter. The released code's TrivialAugment, label smoothing, mixup and EMA are part of the
+recipe, not of the method.
 """
 
 import dataclasses
@@ -19,7 +19,7 @@ from xkd_jax.methods.logits import mean_squared_distance
 
 
 class LinearProjector(nn.Module):
-    """One linear layer to Q, K and V with a head count of its own."""
+    """One linear layer to Q, K and V with its own number of heads."""
 
     width: int
     heads: int = 16
@@ -35,11 +35,11 @@ class LinearProjector(nn.Module):
 
 
 class PatchGAN(nn.Module):
-    """A discriminator of attention maps: strided convolutions to one logit a patch (pix2pix)."""
+    """A discriminator of attention maps: strided convolutions to one logit per patch (pix2pix)."""
 
     @nn.compact
     def __call__(self, scores: jax.Array) -> jax.Array:
-        """[N, T, T] -> patch logits averaged to [N]."""
+        """[N, T, T] -> logits [N], averaged over patches."""
         x = scores[..., None]
         for channels in (32, 64, 128):
             x = nn.leaky_relu(nn.Conv(channels, (4, 4), (2, 2))(x), 0.2)
@@ -56,11 +56,12 @@ class CAKDRelease(cakd.CAKD):
     """The preset `cakd_release`.
 
     Attributes:
-      adversarial_weight: reached at the end of the ramp.
+      adversarial_weight: lambda at the end of its linear ramp.
       ramp_start: epoch at which lambda begins to grow from 0.
-      ramp_end: epoch at which it has grown to `adversarial_weight`.
-      logit_weight: of the mean squared distance of the logits.
-      class_token_weight: of that between the class token and a linear map of the pooled student.
+      ramp_end: epoch at which lambda reaches `adversarial_weight`.
+      logit_weight: weight of the mean squared distance of the logits.
+      class_token_weight: weight of the mean squared distance between the class token and a linear
+        map of the student's pooled features.
     """
 
     multi_view: bool = False
@@ -110,14 +111,14 @@ class CAKDRelease(cakd.CAKD):
         q, k, v = apply(pca, params["pca"], features)
         teacher_scores, scores = mean_scores(query, keys), mean_scores(q, k)
         tokens = apply(gl, params["gl"], features, rngs={"dropout": key})
-        # Scaled on the student's side alone: the released code's slip.
+        # Scaled on the student's side only: a slip in the released code, reproduced here.
         relation = mean_scores(v, v) - mean_scores(value, value) * value.shape[-1] ** 0.5
         pooled = apply(
             class_token, params["class_token"], student_out["pooled"].astype(jnp.float32)
         )
         target = jax.lax.stop_gradient(teacher_out.get("cls", teacher_out["pooled"]))
         teacher_logits = jax.lax.stop_gradient(teacher_out["logits"])
-        # The released code detaches the map, so that this term never reaches the student.
+        # The released code detaches the map, so that the student gets no gradient from this term.
         fooled = apply(PatchGAN(), jax.lax.stop_gradient(adversary), jax.lax.stop_gradient(scores))
         ramp = jnp.clip((progress - self.ramp_start) / (self.ramp_end - self.ramp_start), 0, 1)
         terms = {

@@ -16,7 +16,7 @@ class Sum(Method):
     The label term's weight is the smallest of the parts'.
 
     Attributes:
-      parts: the methods by name.
+      parts: the methods with their names.
     """
 
     parts: tuple[tuple[str, Method], ...] = ()
@@ -24,19 +24,19 @@ class Sum(Method):
     @property
     @override
     def needs_teacher(self) -> bool:
-        """Whether any part does."""
+        """Whether any part needs one."""
         return any(method.needs_teacher for _, method in self.parts)
 
     @property
     @override
     def adversary_period(self) -> int:
-        """That of the one part which has an adversary."""
+        """The period of the only part with an adversary; 0 if there is none."""
         return max(method.adversary_period for _, method in self.parts)
 
     @property
     @override
     def adversary_clock(self) -> str:
-        """Likewise."""
+        """The clock of the only part with an adversary."""
         return self._adversarial().adversary_clock
 
     def _adversarial(self) -> Method:
@@ -52,7 +52,7 @@ class Sum(Method):
     @property
     @override
     def first_phase(self) -> float:
-        """The longest of the parts'; those without one wait until it is over."""
+        """The longest first phase of any part; parts without one are inactive during it."""
         return max(method.first_phase for _, method in self.parts)
 
     @override
@@ -67,7 +67,7 @@ class Sum(Method):
 
     @override
     def label_logits(self, student_out):
-        """Those of the first part that reads others than the usual ones."""
+        """The logits of the first part that overrides the default ones."""
         usual = student_out["logits"]
         found = (method.label_logits(student_out) for _, method in self.parts)
         return next((logits for logits in found if logits is not usual), usual)

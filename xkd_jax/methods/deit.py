@@ -19,10 +19,10 @@ VARIANTS = ("hard", "soft")
 
 
 def hard_loss(student_logits: jax.Array, teacher_logits: jax.Array) -> jax.Array:
-    """The cross-entropy with the teacher's decision as the label (Eq. 3, second term).
+    """The cross-entropy with the teacher's predicted class as the label (Eq. 3, second term).
 
     Args:
-      student_logits: of the distillation token's head [N, K].
+      student_logits: the distillation head's [N, K].
       teacher_logits: [N, K].
 
     Returns:
@@ -41,12 +41,12 @@ def soft_loss(
     """KL(teacher || student) at `temperature`, times its square (Eq. 2), divided by K.
 
     Eq. 2 has no such division. The released code averages over the K classes as well as over the
-    batch, and the published results are its (github.com/facebookresearch/deit, issue 61).
+    batch, and gave the published results (github.com/facebookresearch/deit, issue 61).
 
     Args:
-      student_logits: of the distillation token's head [N, K].
+      student_logits: the distillation head's [N, K].
       teacher_logits: [N, K], without gradient.
-      temperature: what both are divided by before the softmax.
+      temperature: divides both before the softmax.
     """
     teacher_logits = jax.lax.stop_gradient(teacher_logits)
     divergence = softened_kl(student_logits, teacher_logits, temperature)
@@ -57,13 +57,13 @@ def soft_loss(
 class DeiT(Method):
     """DeiT's distillation, for students with a distillation token and any teacher.
 
-    The label term is about the class token's head alone. The released code's balance, 0.5 and 0.5,
-    serves both variants; the paper's section 6 names 0.9 and 0.1 for "soft".
+    The label term uses the class token's head only. The weights, 0.5 and 0.5, are the released
+    code's for both variants; section 6 of the paper has 0.9 and 0.1 for "soft".
 
     Attributes:
-      weight: of this term.
+      weight: weight of this term.
       variant: "hard" or "soft".
-      temperature: of "soft"; nothing in "hard".
+      temperature: softmax temperature of "soft"; unused by "hard".
     """
 
     label_weight: float = 0.5
@@ -81,7 +81,7 @@ class DeiT(Method):
             raise UserError(f"method.deit.temperature={self.temperature} must be above 0.")
         if "dist_logits" not in student_out:
             raise PairError(
-                "deit teaches a distillation token, and this student has none, unlike "
+                "deit trains a distillation token, but this student has none, unlike "
                 "deit_tiny_distilled_patch16_224"
             )
 

@@ -24,7 +24,7 @@ def softened_kl(
     Args:
       student_logits: [N, K].
       teacher_logits: [N, K].
-      temperature: what both are divided by before the softmax.
+      temperature: divides both before the softmax.
 
     Returns:
       The batch mean, a float32 scalar.
@@ -44,12 +44,12 @@ def mean_squared_distance(student_logits: jax.Array, teacher_logits: jax.Array) 
 class Logits(Method):
     """Hinton's distillation.
 
-    The paper's section 2 and RepDistiller's weights; `variant="mse"` is what the released code of
+    Section 2 of the paper with RepDistiller's weights; `variant="mse"` is what the released code of
     the cross-architecture paper calls "Logits": the mean squared distance of the logits.
 
     Attributes:
-      weight: of this term.
-      temperature: of both softmaxes; nothing in "mse".
+      weight: weight of this term.
+      temperature: temperature of both softmaxes; unused by "mse".
       variant: "kl" or "mse".
     """
 
