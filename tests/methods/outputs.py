@@ -1,4 +1,4 @@
-"""Random outputs of networks, for tests of methods: dicts as the four interfaces have them."""
+"""Random network outputs for tests of methods, with the keys of real networks."""
 
 import jax
 import jax.numpy as jnp
@@ -21,7 +21,7 @@ def cnn(seed, n=4, sides=(8, 4, 2, 1), widths=(3, 4, 5, 6), classes=5):
 
 
 def vit(seed, n=4, side=4, width=8, depth=3, heads=2, classes=5, distilled=False):
-    """Patch tokens on a square grid; with a class token, DeiT's second one on demand."""
+    """Patch tokens on a square grid, a class token and, if `distilled`, a distillation token."""
     t, head = side * side, (n, heads, side * side, width // heads)
     shapes = {"tokens": (n, t, width), "cls": (n, width), "pooled": (n, width)}
     shapes |= {f"block{i:02d}": (n, t, width) for i in range(1, depth + 1)}
@@ -72,7 +72,7 @@ def pair(name):
 
 
 def init(method, teacher, student):
-    """What the method's `init` gives for these outputs; compiled whole, which is quicker."""
+    """The method's `init` on these outputs, compiled as a whole, which is faster."""
     return jax.jit(lambda key: method.init(key, teacher, student))(jax.random.key(0))
 
 
@@ -80,8 +80,8 @@ def gradient_fn(method, teacher, student, state=None):
     """The method's loss for a state, compiled once for outputs of these shapes.
 
     Returns:
-      A function of the parameters, the two outputs and the progress (0 if left out), which gives
-      the loss and its gradients for the parameters, the teacher's and the student's outputs.
+      A function of the parameters, the two outputs and the progress (default 0). It returns the
+      loss and its gradients: of the parameters, the teacher's outputs and the student's.
     """
     grids = [{k: v for k, v in out.items() if k == "grid"} for out in (teacher, student)]
     n = len(student["logits"])
@@ -103,7 +103,7 @@ def gradient_fn(method, teacher, student, state=None):
 
 
 def reached(gradients):
-    """The names of the outputs with a gradient that is not zero."""
+    """The names of the outputs with a nonzero gradient."""
     return {name for name, gradient in gradients.items() if np.any(np.asarray(gradient) != 0)}
 
 
@@ -121,15 +121,15 @@ def learn(method, name, progress=0.0):
 
 
 def step_down(params, gradients, loss):
-    """Parameters a small step down the gradient, which promises to take 1% off the loss."""
+    """One gradient descent step, sized to reduce the loss by 1% to first order."""
     rate = 1e-2 * loss / sum(np.sum(leaf**2) for leaf in jax.tree.leaves(gradients))
     return jax.tree.map(lambda p, g: p - rate * g, params, gradients)
 
 
 def assert_levels_learn(name, levels, gradients):
-    """Every parameter and the student's `levels` get a gradient, before the activation in a CNN.
+    """Checks that all parameters and the student's `levels` (a CNN's before the activation) learn.
 
-    The teacher gets none. `gradients` are those of `learn` on PAIRS[name].
+    The teacher gets no gradient. `gradients` are those of `learn` on PAIRS[name].
     """
     of_params, of_teacher, of_student = gradients
     assert reached(of_teacher) == set()

@@ -1,4 +1,4 @@
-"""Tiny networks of every kind that can teach and learn, and experiments made of a pair of them."""
+"""Tiny networks of every kind, and experiments with pairs of them."""
 
 from xkd_jax.config import default_config
 from xkd_jax.experiment import create_experiment
@@ -15,7 +15,7 @@ NETWORKS = {
     "small_resnet": ("resnet8", {"channels": (4, 4, 8, 8)}),
     "mobilenetv2": ("mobilenetv2_100", {"width": 0.1, "depth": 0.3, "stem": "cifar"}),
 }
-# The four that every method must run on, where it can.
+# Every method must train or refuse each of these.
 PAIRS = {
     "ViT to ResNet": ("vit", "resnet"),
     "Swin to MobileNetV2": ("swin", "mobilenetv2"),
@@ -25,7 +25,7 @@ PAIRS = {
 
 
 def pair_experiment(name, pair, **changes):
-    """64 images, four steps an epoch, on the networks that `pair` of NETWORKS names."""
+    """An experiment on 64 images, four steps per epoch; `pair` names two of NETWORKS."""
     config = default_config()
     config.batch_size = 16
     config.epochs = 3

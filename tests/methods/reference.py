@@ -1,4 +1,4 @@
-"""What the tests of methods share in NumPy, float64: levels as maps, grids, connectors."""
+"""NumPy float64 references for tests of methods: levels as maps, resizing, connectors."""
 
 import jax
 import numpy as np
@@ -6,7 +6,7 @@ import numpy as np
 from tests.methods.outputs import pair
 from tests.methods.test_align import adaptive_average, bilinear
 
-# Of the pairs in `outputs`, the levels that belong together, shallow to deep.
+# The matching levels of the pairs in `outputs`, shallow to deep.
 _STAGES, _BLOCKS = ("stage2", "stage3", "stage4"), ("block01", "block02", "block03")
 LEVELS = {
     "CNN to CNN": (_STAGES, _STAGES),
@@ -18,7 +18,7 @@ LEVELS = {
 
 
 def level_map(out, name, before_activation=False, standardize=True):
-    """[N, h, w, C]; a CNN's before the activation, a Transformer's standardised, on demand."""
+    """[N, h, w, C]; optionally before a CNN's activation, optionally with standardised tokens."""
     if "tokens" not in out:
         return np.float64(out[f"{name}_pre" if before_activation else name])
     x = np.float64(out[name])
@@ -47,7 +47,7 @@ def on_grid(x, grid):
 
 
 def conv_norm(params, x):
-    """A 1x1 convolution, and each of its channels normalised over the batch and the places."""
+    """A 1x1 convolution; each channel is normalised over the batch and the positions."""
     params = jax.tree.map(np.float64, params["params"])
     x = x @ params["conv"]["kernel"][0, 0]
     x = (x - x.mean((0, 1, 2))) / np.sqrt(x.var((0, 1, 2)) + 1e-5)

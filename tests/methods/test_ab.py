@@ -35,7 +35,7 @@ def boundaries(student, teacher):
 
 
 def expected(name, params):
-    """3 / 1000 times the levels' losses, the deepest whole, the one before it half, and so on."""
+    """3 / 1000 times the sum of the levels' losses, weighted 1, 1/2, 1/4, ... from the deepest."""
     maps, total = level_maps(name, before_activation=True), 0.0
     for k, (teacher, student) in enumerate(reversed(maps)):
         student = on_grid(student, teacher.shape[1:3])
@@ -97,7 +97,7 @@ def test_only_the_side_counts_and_beyond_the_margin_nothing_is_lost():
     side = jnp.where(teacher > 0, 1.0, -1.0)
     assert boundary_loss(1.01 * side, teacher) == 0
     assert boundary_loss(side * (1 + jnp.abs(student)), teacher) == 0
-    # In the middle and on the wrong side it costs 1 and 4 a neuron.
+    # At 0 the loss is 1 per neuron, at the wrong side's margin it is 4.
     neurons = student[0].size
     np.testing.assert_allclose(boundary_loss(0 * side, teacher), neurons)
     np.testing.assert_allclose(boundary_loss(-side, teacher), 4 * neurons)

@@ -20,7 +20,7 @@ def expected_distance(student, teacher, rho):
     for s, t, weights in zip(np.float64(student), np.float64(teacher), rho, strict=True):
         for c, weight in enumerate(weights):
             lengths = (np.sqrt(np.sum(m[..., c] ** 2)) for m in (s, t))
-            # A channel of zeros, where a ReLU is shut, stays so.
+            # An all-zero channel (after a ReLU) stays zero.
             a, b = (m[..., c] / (n or 1) for m, n in zip((s, t), lengths, strict=True))
             total += weight * np.mean((a - b) ** 2)
     return total / len(student)
@@ -34,12 +34,12 @@ def expected_rho(teacher, params):
     return gates / gates.sum(-1, keepdims=True)
 
 
-def test_channels_are_compared_at_length_1_and_weighed():
+def test_channels_are_compared_at_length_1_and_weighted():
     student, teacher = draw(0, 3, 2, 4, 5), draw(1, 3, 2, 4, 5)
     rho = np.random.default_rng(2).dirichlet(np.ones(5), 3)
     expected = expected_distance(student, teacher, rho)
     np.testing.assert_allclose(attended_distance(student, teacher, rho), expected, rtol=1e-5)
-    # The scale of a channel is nothing, but its sign is.
+    # The scale of a channel doesn't matter, but its sign does.
     scaled = student * np.array([1, 5, 0.1, 2, 3], np.float32)
     np.testing.assert_allclose(attended_distance(scaled, teacher, rho), expected, rtol=1e-5)
     np.testing.assert_allclose(attended_distance(teacher, teacher, rho), 0, atol=1e-12)
@@ -53,7 +53,7 @@ def test_a_channel_without_attention_may_differ():
     assert attended_distance(student, teacher, np.eye(2)[[0, 0]]) > 0.01
 
 
-def test_attention_is_squeeze_and_excitation_of_sum_1():
+def test_attention_is_squeeze_and_excitation_with_sum_1():
     teacher, module = 10 * draw(0, 3, 2, 2, 5), ChannelAttention()
     variables = module.init(jax.random.key(0), teacher)
     rho = module.apply(variables, teacher)

@@ -1,4 +1,4 @@
-"""Levels of networks of every kind, and maps brought to another grid, against NumPy."""
+"""Levels of every kind of network, and resized maps, against NumPy."""
 
 import math
 
@@ -71,7 +71,7 @@ def test_up_is_bilinear(size, target):
     np.testing.assert_allclose(resize_map(x, (target, target)), expected, atol=1e-6)
 
 
-def test_each_axis_goes_its_own_way():
+def test_each_axis_is_resized_independently():
     x = features(7, 4)
     expected = bilinear(adaptive_average(x, 1, 4), 2, 7)
     np.testing.assert_allclose(resize_map(x, (4, 7)), expected, atol=1e-6)
@@ -105,7 +105,7 @@ def test_levels_go_from_shallow_to_deep(out, names):
     assert levels(out) == names
 
 
-def test_a_single_stage_is_no_stem():
+def test_a_single_stage_is_not_a_stem():
     assert levels({"stage4": cnn(0)["stage4"]}) == ["stage4"]
 
 
@@ -143,7 +143,7 @@ def test_a_transformers_tokens_are_standardised(out, name):
     token = plain[1, 0, 1]
     expected = (token - token.mean()) / np.sqrt(np.mean((token - token.mean()) ** 2) + 1e-6)
     np.testing.assert_allclose(found[1, 0, 1], expected, rtol=1e-5, atol=1e-6)
-    # Neither a token's scale nor its offset is left.
+    # A token's scale and offset are removed.
     scaled = level_map(out | {name: 50 * out[name] + 7}, name)
     np.testing.assert_allclose(scaled, found, atol=1e-3)
 
@@ -153,7 +153,7 @@ def test_maps_are_float32():
     assert level_map(half, "block01").dtype == jnp.float32
 
 
-def test_transformers_are_told_by_their_tokens():
+def test_transformers_are_recognised_by_their_tokens():
     assert is_transformer(vit(0))
     assert is_transformer(swin(0))
     assert not is_transformer(cnn(0))

@@ -12,7 +12,7 @@ pytestmark = pytest.mark.usefixtures("quick_compilation")
 
 
 def normalised_energy(x):
-    """sum_c x_c^2 at each place of one image [h, w, C], over its Euclidean length."""
+    """sum_c x_c^2 at each position of one image [h, w, C], divided by its Euclidean length."""
     energy = np.array([[sum(c**2 for c in place) for place in row] for row in x])
     return energy / np.sqrt(np.sum(energy**2))
 
@@ -33,7 +33,7 @@ def expected(name):
 
 @pytest.fixture(scope="module", params=PAIRS)
 def learnt(request):
-    """A pair's name, no parameters, the gradient function, loss and gradients."""
+    """A pair's name, the (empty) parameters, the gradient function, loss and gradients."""
     return request.param, *learn(AT(), request.param)
 
 
@@ -46,7 +46,7 @@ def test_every_level_of_the_student_learns_and_the_teacher_does_not(learnt):
     name, params, _, _, (_, of_teacher, of_student) = learnt
     assert params == {}
     assert reached(of_teacher) == set()
-    # A map of a single place has all its attention there, and nothing to learn but rounding.
+    # A map with a single position has all its attention there: its gradient is rounding error.
     sides = [min(t.shape[1], s.shape[1]) for t, s in level_maps(name)]
     taps = {tap for tap, side in zip(LEVELS[name][1], sides, strict=True) if side > 1}
     assert taps <= reached(of_student) <= set(LEVELS[name][1])

@@ -1,7 +1,6 @@
-"""Every equation of the paper against NumPy in float64, and where gradients go."""
+"""Every equation of the paper, against NumPy in float64."""
 
 import collections
-import dataclasses
 import math
 import re
 from pathlib import Path
@@ -11,52 +10,35 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from tests.methods.cakd_reference import (
+    HEAD_DIM,
+    HEADS,
+    WIDTH,
+    full_loss,
+    key,
+    method_params,
+    normal,
+    np_attention,
+    np_discriminator,
+    np_proj_1,
+    np_proj_2,
+    np_relation,
+    np_sigmoid,
+    outputs,
+    qkv,
+    random_params,
+    run_loss,
+)
+from xkd_jax import backend
 from xkd_jax.augment import multiview
-from xkd_jax.errors import UserError
-from xkd_jax.methods import align, cakd
-from xkd_jax.methods.base import PairError
+from xkd_jax.methods import cakd
 from xkd_jax.methods.cakd import CAKD, Discriminator, GLProjector, PCAProjector
-from xkd_jax.methods.cakd_release import CAKDRelease
-from xkd_jax.models import create_model
-
-HEADS, HEAD_DIM = 2, 3
-WIDTH = HEADS * HEAD_DIM
-
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 
 
-def normal(*shape, seed=0):
-    return np.random.default_rng([seed, *shape]).normal(size=shape).astype(np.float32)
-
-
-def qkv(seed, n=2, tokens=6):
-    return tuple(normal(n, HEADS, tokens, HEAD_DIM, seed=seed + i) for i in range(3))
-
-
-def random_like(tree, seed=0):
-    """Random values in place of a tree of arrays or shapes; variances and scales are 1."""
-    rng = np.random.default_rng(seed)
-
-    def fill(path, leaf):
-        if path[-1].key in ("scale", "var"):
-            return jnp.ones(leaf.shape)
-        fan_in = np.prod(leaf.shape[:-1]) if leaf.ndim > 1 else 1
-        return jnp.asarray((rng.normal(size=leaf.shape) * fan_in**-0.5).astype(np.float32))
-
-    return jax.tree_util.tree_map_with_path(fill, tree)
-
-
-def random_params(module, *args, **kwargs):
-    return random_like(jax.eval_shape(lambda key: module.init(key, *args, **kwargs), key(0)))
-
-
-def key(seed):
-    return jax.random.key(seed)
-
-
 def record_attention(monkeypatch):
-    """The Q, K and V of every call of `attention`: first the teacher's, then the mixed ones."""
+    """The Q, K and V of each call of `attention`: first the teacher's, then the mixed ones."""
     calls, attention = [], cakd.attention
 
     def recorder(*args):
@@ -75,97 +57,18 @@ def masks_of(monkeypatch, step_key, shape):
     return [m.astype(bool) for m in calls[1]]
 
 
-# ---- NumPy, float64, from the paper
-
-
-def np_softmax(x):
-    e = np.exp(x - x.max(-1, keepdims=True))
-    return e / e.sum(-1, keepdims=True)
-
-
-def np_attention(query, keys, value):
-    query, keys, value = (np.asarray(x, np.float64) for x in (query, keys, value))
-    out = np.zeros_like(value)
-    for n, h, i in np.ndindex(query.shape[:3]):
-        scores = np.array([query[n, h, i] @ k for k in keys[n, h]]) / math.sqrt(query.shape[-1])
-        out[n, h, i] = np_softmax(scores) @ value[n, h]
-    return out
-
-
-def np_relation(value):
-    n, heads, tokens, d = value.shape
-    out = np.zeros((n, heads, tokens, tokens))
-    for i, j, k in np.ndindex(n, heads, tokens):
-        for m in range(tokens):
-            out[i, j, k, m] = np.dot(value[i, j, k], np.float64(value[i, j, m])) / math.sqrt(d)
-    return out
-
-
-def np_conv3x3(x, kernel):
-    """Stride 1, zeros around the map."""
-    n, h, w, _ = x.shape
-    out = np.zeros((n, h, w, kernel.shape[-1]))
-    for i, row, column, down, right in np.ndindex(n, h, w, 3, 3):
-        y, z = row + down - 1, column + right - 1
-        if 0 <= y < h and 0 <= z < w:
-            out[i, row, column] += np.float64(x[i, y, z]) @ np.float64(kernel[down, right])
-    return out
-
-
-def np_heads(x):
-    """[N, h, w, D] -> [N, H, T, d]: heads are contiguous slices of the channels."""
-    n, h, w, _ = x.shape
-    out = np.zeros((n, HEADS, h * w, HEAD_DIM))
-    for i, head, row, column in np.ndindex(n, HEADS, h, w):
-        channels = slice(head * HEAD_DIM, (head + 1) * HEAD_DIM)
-        out[i, head, row * w + column] = x[i, row, column, channels]
-    return out
-
-
-def np_proj_1(params, features):
-    params = {name: np.asarray(p) for name, p in params["params"].items()}
-    return tuple(
-        np_heads(np_conv3x3(features, params[f"{m}_kernel"]) + params[f"{m}_bias"])
-        for m in ("query", "key", "value")
-    )
-
-
-def np_proj_2(params, features):
-    kernel, bias = (np.asarray(params["params"][p], np.float64) for p in ("kernel", "bias"))
-    n, h, w, _ = features.shape
-    out = np.zeros((n, h * w, kernel.shape[-1]))
-    for i, row, column in np.ndindex(n, h, w):
-        group = (row // 4) * math.ceil(w / 4) + column // 4
-        out[i, row * w + column] = features[i, row, column] @ kernel[group] + bias[group]
-    return out
-
-
-def np_discriminator(params, tokens):
-    x = np.asarray(tokens, np.float64)
-    for layer in range(3):
-        dense = params["params"][f"Dense_{layer}"]
-        x = x @ np.asarray(dense["kernel"], np.float64) + np.asarray(dense["bias"], np.float64)
-        if layer < 2:
-            x = np.where(x > 0, x, 0.2 * x)
-    return x[..., 0].mean(1)
-
-
-def np_sigmoid(x):
-    return 1 / (1 + np.exp(-np.float64(x)))
-
-
 # ---- Proj_1 and attention
 
 
-@pytest.mark.parametrize("backend", ["cpu", "gpu"])
-def test_eq_1_is_three_3x3_convolutions(backend):
+@pytest.mark.parametrize("platform", ["cpu", "gpu"])
+def test_eq_1_is_three_3x3_convolutions(platform):
     module, features = PCAProjector(HEADS, HEAD_DIM), normal(2, 4, 5, 7)
     params = random_params(module, features)
     shapes = {name: p.shape for name, p in params["params"].items()}
     assert shapes == {f"{m}_kernel": (3, 3, 7, WIDTH) for m in ("query", "key", "value")} | {
         f"{m}_bias": (WIDTH,) for m in ("query", "key", "value")
     }
-    with backend.assume(backend):
+    with backend.assume(platform):
         ours = module.apply(params, features)
     for one, expected in zip(ours, np_proj_1(params, features), strict=True):
         np.testing.assert_allclose(one, expected, atol=1e-5)
@@ -175,13 +78,13 @@ def test_both_convolutions_have_the_same_gradients():
     x, kernel, weight = normal(2, 4, 5, 3), normal(3, 3, 3, 6), normal(2, 4, 5, 6)
 
     grads = {}
-    for backend in ("cpu", "gpu"):
-        with backend.assume(backend):
-            # A function of its own for each: JAX keeps the trace of one that it has seen.
+    for platform in ("cpu", "gpu"):
+        with backend.assume(platform):
+            # A new function for each platform: JAX caches traces by function.
             function = jax.grad(lambda *args: jnp.sum(cakd._conv3x3(*args) * weight), (0, 1))
             convolves = "conv_general_dilated" in str(jax.make_jaxpr(function)(x, kernel))
-            assert convolves == (backend == "gpu")
-            grads[backend] = function(x, kernel)
+            assert convolves == (platform == "gpu")
+            grads[platform] = function(x, kernel)
     for a, b in zip(grads["cpu"], grads["gpu"], strict=True):
         np.testing.assert_allclose(a, b, atol=1e-4)
     # d loss / d kernel[1, 1] needs no padding: the product of the map and the weight.
@@ -210,8 +113,8 @@ def test_eq_3_takes_every_element_from_one_or_the_other():
         assert abs(agree - (len(flat) - lag) / 2) < 5 * math.sqrt(len(flat) / 4)
 
 
-def test_eq_3_draws_afresh_with_every_key():
-    student, teacher = jnp.zeros((7, 11, 13)), jnp.ones((7, 11, 13))  # 1001: no multiple of 32
+def test_eq_3_draws_new_masks_with_every_key():
+    student, teacher = jnp.zeros((7, 11, 13)), jnp.ones((7, 11, 13))  # 1001: not a multiple of 32
     one, same, other = (cakd.partly_replace(key(s), student, teacher) for s in (0, 0, 1))
     np.testing.assert_array_equal(one, same)
     assert abs(np.sum(np.asarray(one) == other) - 500.5) < 5 * math.sqrt(1001 / 4)
@@ -247,7 +150,7 @@ def test_eq_4_with_the_recovered_masks(monkeypatch):
     mixed = [np.where(m, t, s) for m, s, t in zip(masks, student, teacher, strict=True)]
     difference = np_attention(*teacher) - np_attention(*mixed)
     np.testing.assert_allclose(attention_loss, np.mean(difference**2), rtol=1e-5)
-    # The student's own value: nothing of the teacher's is in it.
+    # The student's own value, without any of the teacher's elements.
     difference = np_relation(teacher[2]) - np_relation(student[2])
     np.testing.assert_allclose(relation_loss, np.mean(difference**2), rtol=1e-5)
 
@@ -373,38 +276,6 @@ def test_judge_counts_both_kinds():
 # ---- the whole loss
 
 
-def outputs(grid=(4, 5), channels=4):
-    """A teacher of three blocks and a student whose `stage2` has the teacher's grid."""
-    tokens = grid[0] * grid[1]
-    teacher: dict = {"grid": grid, "tokens": normal(2, tokens, WIDTH, seed=1)}
-    for i in (1, 2, 3):
-        teacher[f"block{i:02d}"] = normal(2, tokens, WIDTH, seed=10 * i)
-        for name, x in zip(("query", "key", "value"), qkv(10 * i + 1, 2, tokens), strict=True):
-            teacher[name] = teacher[f"block{i:02d}_{name}"] = x
-    student = {
-        f"stage{i}": normal(2, grid[0] * 4 // 2**i, grid[1] * 4 // 2**i, channels, seed=i)
-        for i in (1, 2, 3)
-    }
-    return teacher, student
-
-
-def method_params(method, teacher, student):
-    shapes = jax.eval_shape(lambda k: method.init(k, teacher, student)[0], key(0))
-    adversary = jax.eval_shape(lambda k: method.init_adversary(k, teacher, student), key(0))
-    return random_like(shapes), random_like(adversary, seed=1)
-
-
-def full_loss(method, teacher, student, seed=0):
-    params, adversary = method_params(method, teacher, student)
-    return method.loss(params, {}, teacher, student, {}, key(seed), jnp.zeros(()), adversary)
-
-
-def run_loss(method, teacher, student, seed=0):
-    loss, state, metrics, _ = full_loss(method, teacher, student, seed)
-    assert state == {}
-    return loss, metrics
-
-
 @pytest.mark.parametrize("generator", ["saturating", "non_saturating"])
 def test_eq_10_is_the_weighted_sum_of_every_term(monkeypatch, generator):
     monkeypatch.setattr(cakd, "partly_replace", lambda key, student, teacher: student)
@@ -457,7 +328,7 @@ def test_loss_draws_masks_and_dropout_from_its_key():
 
 
 def test_the_adversary_sees_the_tokens_of_the_students_loss():
-    """L_MAD + L_MVG = -log D(h_T), which has no dropout, only if both drop the same."""
+    """L_MAD + L_MVG = -log D(h_T), which has no dropout, only if both losses see the same h'_S."""
     teacher, student = outputs()
     _, adversary = method_params(CAKD(), teacher, student)
     _, _, metrics, judged = full_loss(CAKD(), teacher, student)
@@ -467,200 +338,8 @@ def test_the_adversary_sees_the_tokens_of_the_students_loss():
 
 
 def test_every_equation_is_named_once():
-    """Other methods' files name their own papers' equations."""
+    """Other methods' files refer to the equations of their own papers."""
     sources = (Path(module.__file__) for module in (cakd, multiview))
     text = "\n".join(path.read_text("utf-8") for path in sources)
     numbers = collections.Counter(int(n) for n in re.findall(r"\bEq\.\s(\d+)\b", text))
     assert numbers == dict.fromkeys(range(1, 11), 1)
-
-
-# ---- where gradients go, through real networks
-
-
-@pytest.fixture(scope="module", params=[CAKD(), CAKDRelease(student_stage="auto")], ids=type)
-def gradients(request):
-    """Values and gradients of the whole loss, of the generator term alone, of the adversary's."""
-    method, images = request.param, normal(2, 32, 32, 3)
-    networks = {
-        "teacher": create_model(
-            "vit_tiny_patch4_32", num_classes=5, patch_size=8, embed_dim=16, depth=2, num_heads=2
-        ),
-        "student": create_model(
-            "resnet18", num_classes=5, layers=(1, 1, 1, 1), width=0.125, stem="cifar"
-        ),
-    }
-    variables = {name: random_params(module, images) for name, module in networks.items()}
-    stats = variables["student"].pop("batch_stats")
-
-    def forward(variables):
-        student = variables["student"] | {"batch_stats": stats}
-        return (
-            networks["teacher"].apply(variables["teacher"], images)[1],
-            networks["student"].apply(student, images)[1],
-        )
-
-    shapes = jax.eval_shape(forward, variables)
-    zeros = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape), shapes)
-    variables["method"], variables["adversary"] = method_params(method, *zeros)
-
-    def method_loss(variables, weights):
-        weighted, rest = dataclasses.replace(method, **weights), ({}, key(0), jnp.float32(100))
-        params, adversary = variables["method"], variables["adversary"]
-        return weighted.loss(params, {}, *forward(variables), *rest, adversary)
-
-    def loss(variables, weights):
-        return method_loss(variables, weights).value
-
-    def adversary_loss(variables):
-        judged = method_loss(variables, {}).judged
-        return method.adversary_loss(variables["adversary"], judged)[0]
-
-    names = [f.name for f in dataclasses.fields(method) if f.name.endswith("_weight")]
-    alone = dict.fromkeys(names, 0.0) | {"adversarial_weight": 1.0}
-    grad = jax.jit(jax.value_and_grad(loss))
-    return {
-        "method": method,
-        "all": grad(variables, dict.fromkeys(names, 1.0)),
-        "generator": grad(variables, alone),
-        "adversary": jax.jit(jax.value_and_grad(adversary_loss))(variables),
-    }
-
-
-def reached(tree):
-    """The paths of the leaves that have any gradient."""
-    leaves = jax.tree_util.tree_leaves_with_path(jax.device_get(tree))
-    assert all(np.isfinite(leaf).all() for _, leaf in leaves)
-    return {jax.tree_util.keystr(path) for path, leaf in leaves if leaf.any()}
-
-
-def paths(tree):
-    return {jax.tree_util.keystr(path) for path, _ in jax.tree_util.tree_leaves_with_path(tree)}
-
-
-def test_the_students_loss_reaches_neither_teacher_nor_adversary(gradients):
-    _, grads = gradients["all"]
-    assert not reached(grads["teacher"])
-    assert not reached(grads["adversary"])
-    assert reached(grads["method"]) == paths(grads["method"])
-    blind = set()
-    if type(gradients["method"]) is CAKD:  # without the label term, nothing moves the classifier
-        blind = {"['params']['fc']['bias']", "['params']['fc']['kernel']"}
-    assert reached(grads["student"]) == paths(grads["student"]) - blind
-
-
-def test_the_adversarys_loss_reaches_the_adversary_alone(gradients):
-    _, grads = gradients["adversary"]
-    assert reached(grads["adversary"]) == paths(grads["adversary"])
-    for part in ("teacher", "student", "method"):
-        assert not reached(grads[part])
-
-
-def test_the_generator_term_reaches_the_student_unless_detached(gradients):
-    value, grads = gradients["generator"]
-    assert value != 0
-    if type(gradients["method"]) is CAKD:
-        assert "['params']['conv1']['kernel']" in reached(grads["student"])
-        assert reached(grads["method"]) == {
-            "['gl']['params']['bias']",
-            "['gl']['params']['kernel']",
-        }
-    else:
-        assert not reached(grads)
-
-
-# ---- taps and checks
-
-
-def test_teacher_block_taps_an_earlier_block():
-    out, _ = outputs()
-    for block, name in ((-1, "block03"), (-2, "block02"), (-3, "block01")):
-        tapped, tokens = cakd.teacher_taps(out, block)
-        for one, m in zip(tapped, ("query", "key", "value"), strict=True):
-            np.testing.assert_array_equal(one, out[f"{name}_{m}"])
-        if block == -1:
-            np.testing.assert_array_equal(tokens, out["tokens"])
-        else:
-            x = np.float64(out[name])
-            x = (x - x.mean(-1, keepdims=True)) / np.sqrt(x.var(-1, keepdims=True) + 1e-6)
-            np.testing.assert_allclose(tokens, x, atol=1e-5)
-
-
-def test_teacher_block_counts_past_nine():
-    out = {f"block{i:02d}{m}": jnp.full((1, 1, 1, 1), 1.0 * i)
-           for i in range(1, 13) for m in ("", "_query", "_key", "_value")}  # fmt: skip
-    assert [cakd.teacher_taps(out, block)[0][0].item() for block in (-2, -4, -12)] == [11, 9, 1]
-
-
-def test_teacher_block_changes_the_loss():
-    teacher, student = outputs()
-    _, last = run_loss(CAKD(), teacher, student)
-    _, before = run_loss(CAKD(teacher_block=-2), teacher, student)
-    for name in ("attention", "value_relation", "tokens"):
-        assert last[name] != before[name]
-
-
-def test_teacher_taps_are_float32():
-    out = {name: jnp.asarray(x, jnp.bfloat16) for name, x in outputs()[0].items() if name != "grid"}
-    for block in (-1, -2):
-        assert {x.dtype for x in jax.tree.leaves(cakd.teacher_taps(out, block))} == {
-            jnp.dtype("float32")
-        }
-
-
-def stages(*grids):
-    return {f"stage{i}": np.zeros((1, *grid, 3)) for i, grid in enumerate(grids, 1)}
-
-
-@pytest.mark.parametrize(
-    ("grids", "stage"),
-    [
-        ([(56, 56), (28, 28), (14, 14), (7, 7)], "stage3"),  # the teacher's own grid
-        ([(32, 32), (16, 16), (8, 8), (4, 4)], "stage2"),  # the nearest finer one
-        ([(56, 56), (28, 28), (14, 13), (7, 7)], "stage2"),  # finer in both directions
-        ([(12, 12), (6, 6), (3, 3), (2, 2)], "stage1"),  # all are coarser
-    ],
-)
-def test_auto_chooses_the_stage_that_meets_the_grid(grids, stage):
-    assert align.choose_stage(stages(*grids), (14, 14), "auto") == stage
-
-
-def test_a_stage_can_be_named():
-    out = stages((56, 56), (28, 28), (14, 14), (7, 7))
-    assert align.choose_stage(out, (14, 14), "stage4") == "stage4"
-    teacher, student = outputs()
-    losses = [run_loss(CAKD(student_stage=s), teacher, student)[0] for s in ("stage1", "stage2")]
-    assert losses[0] != losses[1]
-    assert run_loss(CAKD(), teacher, student)[0] == losses[1]
-
-
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        (
-            {"student_stage": "stage9"},
-            "no stage 'stage9'; it has stage1, stage2, stage3, or 'auto'",
-        ),
-        ({"generator": "saturated"}, "did you mean saturating"),
-        ({"teacher_block": -4}, r"-1 \(the last\) to -3 \(the first\)"),
-        ({"teacher_block": 0}, "teacher_block=0 doesn't exist"),
-        ({"adversary_every": 0}, "at least 1"),
-        ({"adversary_clock": "epochs"}, "adversary clock 'epochs'; did you mean epoch"),
-    ],
-)
-def test_wrong_options_are_refused(options, message):
-    CAKD().check(*outputs())
-    with pytest.raises(UserError, match=message):
-        CAKD(**options).check(*outputs())
-
-
-def test_wrong_networks_are_refused():
-    teacher, student = outputs()
-    with pytest.raises(PairError, match="this teacher is a CNN"):
-        CAKD().check(student, student)
-    with pytest.raises(PairError, match="this student has none"):
-        CAKD().check(teacher, teacher)
-
-
-def test_the_adversary_moves_every_fifth_step():
-    assert (CAKD().adversary_period, CAKD().adversary_clock) == (5, "step")
-    assert CAKD(adversary_every=2).adversary_period == 2

@@ -76,7 +76,7 @@ def dense(params, x):
 
 
 def linear_heads(params, features):
-    """[N, h, w, C] -> Q, K, V [N, 16, T, 2] of one linear layer, channels Q | K | V, by head."""
+    """One linear layer, [N, h, w, C] -> Q, K, V [N, 16, T, 2]; its channels are Q | K | V."""
     n, h, w, c = features.shape
     projected = dense({"params": params["params"]["Dense_0"]}, features.reshape(n, h * w, c))
     width = projected.shape[-1] // 3
@@ -87,7 +87,7 @@ def linear_heads(params, features):
 
 
 def mean_scores(query, keys):
-    """Over heads, of Q K^T / sqrt(d)."""
+    """Q K^T / sqrt(d), averaged over heads."""
     n, heads, tokens, d = query.shape
     out = np.zeros((n, tokens, tokens))
     for i, head in np.ndindex(n, heads):
@@ -96,7 +96,7 @@ def mean_scores(query, keys):
 
 
 def same_conv4x4(x, params, stride):
-    """As TensorFlow pads: the larger half behind."""
+    """SAME padding, with the larger half at the end."""
     n, h, w, _ = x.shape
     out_h, out_w = -(-h // stride), -(-w // stride)
     pad = [(max((o - 1) * stride + 4 - s, 0)) for o, s in ((out_h, h), (out_w, w))]
@@ -163,7 +163,7 @@ def test_weights_are_options():
 @pytest.mark.parametrize(
     ("progress", "weight"), [(0, 0), (24, 0), (30, 0.1), (32.5, 0.15), (36, 0.2), (200, 0.2)]
 )
-def test_lambda_climbs_from_epoch_25_to_35(progress, weight):
+def test_lambda_grows_from_epoch_25_to_35(progress, weight):
     _, metrics = run_loss(CAKDRelease(), progress)
     np.testing.assert_allclose(
         metrics["generator_weighted"], weight * metrics["generator"], rtol=1e-5
@@ -243,7 +243,7 @@ def test_it_trains():
     states, losses = (trained := run(experiment, 12)).states, []
     for metrics, (before, after) in zip(trained.metrics, itertools.pairwise(states), strict=True):
         losses.append(metrics["loss"])
-        assert np.isfinite(metrics["discriminator"])  # the adversary moves at every step
+        assert np.isfinite(metrics["discriminator"])  # the adversary is updated at every step
         for old, new in zip(
             jax.tree.leaves(before.params["adversary"]),
             jax.tree.leaves(after.params["adversary"]),

@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from typing_extensions import override
 
 from xkd_jax.config import default_config
 from xkd_jax.errors import UserError
@@ -87,6 +88,7 @@ def test_the_adversarys_clock_is_cakds():
 
 def test_parts_get_keys_of_their_own():
     class Keyed(Method):
+        @override
         def loss(self, params, state, teacher_out, student_out, batch, key, progress, adversary):
             return MethodLoss(jax.random.uniform(key), {"count": state["count"] + 1}, {})
 
@@ -130,6 +132,7 @@ def test_parts_freeze_what_is_theirs_and_the_student_if_all_active_ones_agree(pr
 
 def test_every_part_sees_the_training_labels():
     class Counting(Method):
+        @override
         def init(self, key, teacher_out, student_out, labels=()):
             return {}, {"counts": jnp.bincount(jnp.asarray(labels), length=3)}
 

@@ -10,7 +10,7 @@ from xkd_jax.methods.crd import CRD, contrast, draw_negatives, group_by_class
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 
-# Of 30 examples the first four are the batch of `gradient_fn`; the classes differ in size.
+# 30 examples, the first four of which are the batch of `gradient_fn`; class sizes differ.
 LABELS = np.array([0, 1, 2, 3, *[4] * 6, *[0] * 9, *[2] * 7, *[1] * 4], np.int32)
 METHOD = CRD(negatives=16, width=8)
 SIDES = {"student": "teacher", "teacher": "student"}
@@ -34,7 +34,7 @@ def embed(params, outs):
 
 
 def expected_step(features, bank, normalizer, index, negatives, temperature=0.07):
-    """Both directions' losses; `bank` and `normalizer` change in place, as RepDistiller's do."""
+    """Both directions' losses; `bank` and `normalizer` are updated in place, as in RepDistiller."""
     losses, n, k = {}, len(index), negatives.shape[1]
     noise = k / len(LABELS)
     for name, other in SIDES.items():
@@ -104,7 +104,7 @@ def test_negatives_are_uniform_over_the_other_classes():
         others = label != LABELS
         assert np.all(counts[~others] == 0)
         mean, freedom = len(row) / others.sum(), others.sum() - 1
-        # Pearson's statistic has a mean of the degrees of freedom and twice that as variance.
+        # The mean of Pearson's statistic is the degrees of freedom, its variance twice that.
         statistic = np.sum((counts[others] - mean) ** 2) / mean
         assert abs(statistic - freedom) < 5 * np.sqrt(2 * freedom)
 
@@ -117,7 +117,7 @@ def test_banks_receive_no_gradient():
     assert np.any(of_anchors != 0)
 
 
-def test_classes_without_examples_have_an_empty_place():
+def test_classes_without_examples_have_an_empty_range():
     groups = group_by_class(np.array([3, 1, 3]), 5)
     np.testing.assert_array_equal(groups["by_class"], [1, 0, 2])
     np.testing.assert_array_equal(groups["starts"], [0, 0, 1, 1, 3, 3])

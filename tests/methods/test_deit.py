@@ -20,13 +20,13 @@ def run(method, teacher, student):
     return method.loss({}, {}, teacher, student, {}, jax.random.key(0), jnp.zeros(()))
 
 
-def test_hard_is_the_cross_entropy_with_the_teachers_decision():
+def test_hard_is_the_cross_entropy_with_the_teachers_prediction():
     a, b = logits(0), logits(1)
     total = 0.0
     for probabilities, teacher in zip(softmax(a), b, strict=True):
         total -= np.log(probabilities[list(teacher).index(max(teacher))])
     np.testing.assert_allclose(hard_loss(a, b), total / len(a), rtol=1e-5)
-    # Only the decision counts.
+    # Only the predicted class matters.
     np.testing.assert_allclose(hard_loss(a, 7 * b + 2), hard_loss(a, b), rtol=1e-6)
 
 
@@ -61,7 +61,7 @@ def test_only_the_distillation_head_learns_and_from_any_teacher(teacher, variant
     assert loss_fn(teacher_out["logits"], stepped) < loss
 
 
-def test_the_term_is_weighed_and_the_label_term_has_the_class_token():
+def test_the_term_is_weighted_and_the_label_term_has_the_class_token():
     method, teacher_out, student_out = DeiT(weight=0.25), cnn(0), student()
     loss, state, metrics, _ = run(method, teacher_out, student_out)
     expected = hard_loss(student_out["dist_logits"], teacher_out["logits"])
@@ -75,7 +75,7 @@ def test_the_term_is_weighed_and_the_label_term_has_the_class_token():
 
 @pytest.mark.parametrize("other", [cnn, vit, swin])
 def test_students_without_a_distillation_token_are_refused(other):
-    with pytest.raises(PairError, match="distillation token, and this student has none"):
+    with pytest.raises(PairError, match="distillation token, but this student has none"):
         DeiT().check(student(), other(0))
 
 

@@ -10,7 +10,7 @@ from xkd_jax.methods.ft import FT, Paraphraser, factor_distance
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 
-SIDES = (8, 8, 4, 2)  # "energy" needs more than one place
+SIDES = (8, 8, 4, 2)  # "energy" needs more than one position
 PAIRS = {
     "CNN to CNN": lambda: (teacher_cnn(0), cnn(1, sides=SIDES)),
     "ViT to CNN": lambda: (vit(0), cnn(1, sides=SIDES)),
@@ -23,7 +23,7 @@ def factors(seed, side=4, width=3, n=3):
 
 
 def normalized(maps, variant):
-    """A list of unit vectors, one an image."""
+    """A list of unit vectors, one per image."""
     vectors = []
     for image in np.float64(maps):
         if variant == "energy":
@@ -43,7 +43,7 @@ def test_the_distance_is_between_unit_vectors(variant, p):
     np.testing.assert_allclose(distance, total / len(student), rtol=1e-5)
 
 
-def test_the_finer_grid_is_averaged_and_the_scale_is_nothing():
+def test_the_finer_grid_is_averaged_and_the_scale_does_not_matter():
     coarse, fine = factors(0, side=2), factors(1, side=4)
     pooled = fine.reshape(3, 2, 2, 2, 2, 3).mean((2, 4))
     expected = factor_distance(coarse, pooled, "factor", 1)
@@ -107,14 +107,14 @@ def test_first_the_paraphraser_learns_and_then_the_student(trained):
         assert gradient(stepped, *outs, progress)[0] < loss
 
 
-def test_each_phase_keeps_what_is_not_its_own():
+def test_each_phase_freezes_the_other_phases_parts():
     first, then = (FT().moves(np.float32(progress)) for progress in (-0.1, 0))
     assert first == {"student": False, "method": {"paraphraser": True, "translator": True}}
     assert then == {"student": True, "method": {"paraphraser": False, "translator": True}}
     assert FT(first_epochs=7).first_phase == 7
 
 
-def test_the_terms_are_weighed_and_reported():
+def test_the_terms_are_weighted_and_reported():
     outs = PAIRS["CNN to CNN"]()
     method = FT(weight=3.0, k=0.75, variant="factor")
     params, _ = init(method, *outs)
@@ -140,7 +140,7 @@ def test_wrong_options_are_refused(options, message):
         FT(**options).check(*PAIRS["CNN to CNN"]())
 
 
-def test_energy_needs_more_than_one_place():
+def test_energy_needs_more_than_one_position():
     outs = vit(0), cnn(1)  # the CNN's last map is 1x1
     with pytest.raises(UserError, match="variant to 'factor'"):
         FT().check(*outs)

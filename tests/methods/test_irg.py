@@ -15,7 +15,7 @@ pytestmark = pytest.mark.usefixtures("quick_compilation")
 
 
 def expected_edges(x):
-    """Squared distances of a map's means [N, h, w, C] over the largest of them."""
+    """Squared distances between a map's means [N, h, w, C], divided by the largest of them."""
     x = np.float64(x).mean((1, 2))
     squares = np.array([[sum((a - b) ** 2) for b in x] for a in x])
     return squares / squares.max()
@@ -76,7 +76,7 @@ def test_the_terms_are_reported_plain_and_weighted():
     assert state == {}
 
 
-def test_moves_turns_and_scales_of_all_points_keep_the_edges():
+def test_translation_rotation_and_scaling_of_all_points_keep_the_edges():
     x = np.random.default_rng(0).normal(size=(5, 6)).astype(np.float32)
     turn, _ = np.linalg.qr(np.random.default_rng(1).normal(size=(6, 6)))
     for same in (x + 3, 7 * x, np.float32(x @ turn)):
@@ -88,7 +88,7 @@ def test_moves_turns_and_scales_of_all_points_keep_the_edges():
 def test_the_largest_distance_is_a_constant_for_the_gradient():
     x = jnp.array([[0.0], [1.0], [3.0]])
     gradient = jax.grad(lambda x: jnp.sum(edges(x)))(x)
-    # Of 2 ((a - b)^2 + (b - c)^2 + (a - c)^2) / 9, where the 9 stays.
+    # The gradient of 2 ((a - b)^2 + (b - c)^2 + (a - c)^2) / 9, with the 9 held constant.
     np.testing.assert_allclose(gradient[:, 0], [-16 / 9, -4 / 9, 20 / 9], rtol=1e-6)
 
 

@@ -17,7 +17,7 @@ pytestmark = pytest.mark.usefixtures("quick_compilation")
 
 
 def features(seed, side, width):
-    """Maps with a strong direction: the gap that makes the power iteration quick."""
+    """Maps with a dominant direction, so that the power iteration converges quickly."""
     rng = np.random.default_rng(seed)
     x = rng.normal(size=(3, side, side, width)) + 2 * rng.normal(size=width)
     return x.astype(np.float32)
@@ -75,7 +75,7 @@ def test_a_map_of_zeros_has_a_finite_gradient():
     assert np.all(np.isfinite(gradient))
 
 
-def test_the_distances_between_levels_are_weighed_by_depth():
+def test_the_distances_between_levels_are_weighted_by_depth():
     teacher, student = (
         [features(seed + i, side, 3 + i) for i, side in enumerate((4, 4, 2, 2))] for seed in (0, 9)
     )
@@ -95,7 +95,7 @@ def learnt(request):
 
 
 def power_iteration(matrix, vector):
-    """Ten rounds with M M^T: the square root of the eigenvalue that they find."""
+    """Ten iterations with M M^T: the square root of the eigenvalue that they find."""
     for _ in range(10):
         vector = matrix @ (matrix.T @ vector)
         vector /= np.linalg.norm(vector)
@@ -132,5 +132,5 @@ def test_a_step_down_the_gradient_lowers_the_loss(learnt):
 
 
 def test_two_levels_are_needed():
-    with pytest.raises(UserError, match="this pair has but one"):
+    with pytest.raises(UserError, match="this pair has only one level"):
         LONDON().check(vit(0), vit(1, depth=1))

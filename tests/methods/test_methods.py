@@ -1,4 +1,4 @@
-"""The list of methods: what every one of them says of itself, and which pairs it takes."""
+"""The registry of methods: their documentation, their options and the pairs that they support."""
 
 import dataclasses
 import re
@@ -43,20 +43,20 @@ def test_the_authors_imagenet_options_are_options(name):
         assert getattr(method, option) == value != getattr(METHODS[name], option)
 
 
-def test_methods_are_told_apart_by_value():
-    """The training step is compiled for a method; equal options must not compile it anew."""
+def test_methods_compare_by_value():
+    """The training step is compiled for a method; equal options must not recompile it."""
     for name, method in METHODS.items():
         assert hash(create_method(name, {})) == hash(method)
         assert create_method(name, {}) == method
 
 
 PAIRS = {
-    ("cakd", "CNN", "CNN"): "cakd taps a Transformer's query, key and value, and this teacher",
-    ("cakd", "ViT", "ViT"): "cakd taps the stages of a CNN student, and this student has none",
-    ("deit", "ViT", "CNN"): "deit teaches a distillation token, and this student has none",
-    ("minilm", "CNN", "ViT"): "minilm compares the attention of two Transformers, and this teacher",
-    ("minilm", "Swin", "ViT"): "minilm compares the same tokens, and the teacher's are 1x1",
-    ("logits+minilm", "ViT", "CNN"): "minilm compares .*, and this student is a CNN",
+    ("cakd", "CNN", "CNN"): "cakd taps a Transformer's query, key and value, but this teacher",
+    ("cakd", "ViT", "ViT"): "cakd taps the stages of a CNN student, but this student has none",
+    ("deit", "ViT", "CNN"): "deit trains a distillation token, but this student has none",
+    ("minilm", "CNN", "ViT"): "minilm compares the attention of two Transformers, but this teacher",
+    ("minilm", "Swin", "ViT"): "minilm compares token by token, but the teacher's grid is 1x1",
+    ("logits+minilm", "ViT", "CNN"): "minilm compares .*, but this student is a CNN",
 }
 NETWORKS = {"CNN": cnn, "ViT": vit, "Swin": swin}
 
@@ -68,7 +68,7 @@ def shapes(kind, seed):
 
 
 @pytest.mark.parametrize(("name", "teacher", "student"), PAIRS)
-def test_a_refusal_names_methods_that_take_the_pair(name, teacher, student):
+def test_a_refusal_names_methods_that_support_the_pair(name, teacher, student):
     method, outs = create_method(name, {}), (shapes(teacher, 0), shapes(student, 1))
     with pytest.raises(UserError, match=PAIRS[name, teacher, student]) as info:
         check_pair(method, *outs)

@@ -1,4 +1,4 @@
-"""Every method through the loop's own step, on every pair of networks that it takes."""
+"""Every method in the training step, on every pair of networks that it supports."""
 
 import dataclasses
 
@@ -23,7 +23,7 @@ REFUSED = {
 
 
 def step_through(experiment, count=2, first=None):
-    """From step `first`; by default the last of the method's first phase, or the first of all."""
+    """Trains from step `first`, by default the last of the method's first phase, or step 0."""
     if first is None:
         distiller = experiment.distiller
         first = max(round(distiller.method.first_phase * distiller.steps_per_epoch) - 1, 0)
@@ -46,25 +46,25 @@ def test_every_method_trains_every_pair_or_says_what_would(method, pair):
     states, metrics = step_through(experiment, steps, first)
     assert all(np.isfinite(of_step["loss"]) for of_step in metrics)
     assert changed(states[-2].params, states[-1].params)
-    if dozens:  # on real images, what the method minimises falls
+    if dozens:  # on real images, the method's loss falls
         terms = [sum(terms_of(of_step).values()) for of_step in metrics]
         start = 1 if METHODS[method].first_phase else 0
         assert np.mean(terms[-6:]) < np.mean(terms[start : start + 6])
 
 
-# A random teacher attends everywhere alike: there is little to learn from it.
+# A random teacher's attention is nearly uniform: there is little to learn from it.
 OPTIONS = {"minilm": {"method": {"minilm": {"weight": 1e4}}}}
 
 
 def terms_of(metrics):
-    """Unweighted, for ReviewKD's weight grows; what fools a discriminator needn't fall."""
+    """Unweighted, because ReviewKD's weight grows; the generator term needn't fall."""
     return {k: float(v) for k, v in metrics.items() if f"{k}_weighted" in metrics
             and k != "generator"}  # fmt: skip
 
 
 @pytest.mark.parametrize("method", ["crd", "ofd", "london", "ab", "ft"])
 def test_a_run_resumed_with_the_methods_state_ends_bit_identical(method, tmp_path):
-    """What has state, or phases: stopped in the middle of each."""
+    """Methods with a state or with phases, interrupted in the middle of each phase."""
     options = {"epochs": 1} | {"method": {name: {"first_epochs": 1} for name in ("ab", "ft")}}
     experiment = pair_experiment(method, PAIRS["ResNet to ResNet"], **options)
     unbroken, _ = train.run(experiment, tmp_path / "unbroken")

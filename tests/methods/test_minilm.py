@@ -18,7 +18,7 @@ def small_swin(seed):
     return swin(seed, sides=(16, 8, 4, 2), widths=(4, 4, 4, 8))
 
 
-# Teacher and student; for v2 of different numbers of heads.
+# Teacher and student; for v2 with different numbers of heads.
 PAIRS = {
     "v1": lambda: (vit(0, width=12), vit(1, width=8)),
     "v2": lambda: (vit(0, width=12, heads=3), vit(1, width=8)),
@@ -32,7 +32,7 @@ def method_and_pair(name):
 
 
 def split(x, heads):
-    """[H, T, d] -> a list of [T, H * d / heads], one a relation head."""
+    """[H, T, d] -> a list of [T, H * d / heads], one per relation head."""
     joined = np.concatenate(list(np.float64(x)), axis=-1)
     return np.split(joined, heads, axis=-1)
 
@@ -113,7 +113,7 @@ def test_queries_scaled_against_keys_are_the_same_attention():
     [
         (cnn(0), vit(1), "this teacher is a CNN"),
         (vit(0), cnn(1), "this student is a CNN"),
-        (vit(0, side=4), vit(1, side=2), "the teacher's are 4x4, the student's 2x2"),
+        (vit(0, side=4), vit(1, side=2), "the teacher's grid is 4x4 and the student's is 2x2"),
     ],
 )
 def test_networks_without_the_same_tokens_are_refused(teacher, student, message):
@@ -126,7 +126,7 @@ def test_networks_without_the_same_tokens_are_refused(teacher, student, message)
     ("options", "message"),
     [
         ({"variant": "v3"}, "variant of minilm 'v3'; did you mean v2 or v1"),
-        ({}, "the teacher has 4, the student 2; set method.minilm.variant to 'v2'"),
+        ({}, "the teacher has 4 heads and the student 2; set method.minilm.variant to 'v2'"),
         ({"variant": "v2"}, "relation_heads=48 must divide the teacher's width, 12, and .* 8"),
         ({"variant": "v2", "relation_heads": 0}, "relation_heads=0 must divide"),
     ],

@@ -19,7 +19,7 @@ def mean_of_negatives(teacher):
 
 
 def distance(t, s):
-    """The paper's cases, one response."""
+    """The paper's cases, for one response."""
     return 0.0 if s <= t <= 0 else (t - s) ** 2
 
 
@@ -90,7 +90,7 @@ def test_a_channel_that_is_never_negative_has_margin_0():
     np.testing.assert_array_equal(margin(update_negatives(zeros(3), teacher)), 0)
 
 
-def test_nothing_is_paid_where_neither_would_pass_a_relu():
+def test_the_distance_is_0_where_neither_would_pass_a_relu():
     teacher, student = (-1 - jnp.abs(cnn(i)["stage1_pre"]) for i in (0, 1))
     low = jnp.full(3, -1.0)  # every one of the teacher's responses is below it
     loss, gradient = jax.value_and_grad(partial_distance, 1)(teacher, student, low)
@@ -100,13 +100,13 @@ def test_nothing_is_paid_where_neither_would_pass_a_relu():
     responses = student[0].size
     np.testing.assert_allclose(partial_distance(teacher, 0 * student, low), responses)
     np.testing.assert_allclose(partial_distance(9 * teacher, 0 * student, low), responses)
-    # What the teacher lets pass is paid on both sides.
+    # Where the teacher's response is positive, deviations on both sides count.
     for response in (3.0, -1.0):
         loss = partial_distance(0 * teacher + 1, 0 * student + response, low)
         np.testing.assert_allclose(loss, 4 * responses)
 
 
-def test_what_the_margin_asks_for_costs_nothing():
+def test_responses_at_the_margin_or_equal_to_the_teachers_have_distance_0():
     teacher = cnn(0)["stage1_pre"]
     margins = jnp.asarray(mean_of_negatives(teacher), jnp.float32)
     assert partial_distance(teacher, jnp.maximum(teacher, margins), margins) == 0

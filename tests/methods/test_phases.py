@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from typing_extensions import override
 
 from tests.experiments import change, changed, run, tiny_experiment
 from xkd_jax.methods import Sum
@@ -23,21 +24,22 @@ class Phased(Method):
     student_waits: bool = True
 
     @property
+    @override
     def first_phase(self):
         """Half of an epoch of four steps."""
         return 0.5
 
+    @override
     def moves(self, progress):
-        """See `Method.moves`."""
         student = progress >= 0 if self.student_waits else True
         return {"student": student, "method": {"first": progress < 0, "then": progress >= 0}}
 
+    @override
     def init(self, key, teacher_out, student_out, labels=()):
-        """See `Method.init`."""
         return {"first": {"a": jnp.ones(3)}, "then": jnp.ones(2)}, {}
 
+    @override
     def loss(self, params, state, teacher_out, student_out, batch, key, progress, adversary=None):
-        """See `Method.loss`."""
         value = jnp.sum(params["first"]["a"] ** 2) + jnp.sum(params["then"] ** 2)
         value = value + 1e-3 * jnp.mean(student_out["logits"] ** 2)
         return MethodLoss(value, state, {"progress": progress})
@@ -63,7 +65,7 @@ def test_the_label_term_waits_for_the_first_phase_to_end(waiting):
         assert 0 < added < 6  # the method's own
 
 
-def test_a_frozen_student_stays_bit_for_bit(waiting):
+def test_a_frozen_student_is_bit_identical(waiting):
     """Weights, running statistics and momentum too."""
     before, middle, after = (waiting.states[i] for i in (0, 2, 3))
     for part in (
@@ -75,7 +77,7 @@ def test_a_frozen_student_stays_bit_for_bit(waiting):
         assert changed(part(middle), part(after))
 
 
-def test_each_of_the_methods_parameters_moves_in_its_phase(waiting):
+def test_each_of_the_methods_parameters_is_trained_in_its_phase(waiting):
     moved = [
         changed(a.params["method"], b.params["method"])
         for a, b in zip(waiting.states, waiting.states[1:], strict=False)
@@ -97,6 +99,7 @@ def test_layers_past_what_a_first_phase_learns_from_are_frozen():
 
     @dataclasses.dataclass(frozen=True)
     class Hint(Phased):
+        @override
         def loss(self, params, state, teacher_out, student_out, *rest):
             value = jnp.mean(student_out["stage1"] ** 2)
             return MethodLoss(jnp.where(rest[2] < 0, value, 0.0), state, {})
@@ -127,8 +130,8 @@ def test_the_rate_is_the_highest_before_the_schedule_begins():
 class Plain(Method):
     """Adds 1."""
 
+    @override
     def loss(self, params, state, teacher_out, student_out, batch, key, progress, adversary=None):
-        """See `Method.loss`."""
         return MethodLoss(jnp.ones(()), state, {})
 
 
@@ -142,7 +145,7 @@ def test_in_a_sum_methods_without_a_first_phase_wait(progress, added):
     assert method.first_phase == 0.5
 
 
-def test_in_a_sum_the_student_learns_if_one_method_wants_it_to():
+def test_in_a_sum_the_student_is_trained_if_one_method_trains_it():
     early = jnp.asarray(-0.1)
     waits, learns = Phased(), Phased(student_waits=False)
     for parts, frozen in (((waits, waits), True), ((waits, learns), False)):
@@ -155,6 +158,7 @@ def test_in_a_sum_the_student_learns_if_one_method_wants_it_to():
 def test_the_label_term_reads_the_logits_that_the_method_names():
     @dataclasses.dataclass(frozen=True)
     class Second(Method):
+        @override
         def label_logits(self, student_out):
             return 3 * student_out["logits"]
 

@@ -12,11 +12,11 @@ from xkd_jax.errors import UserError
 from xkd_jax.methods.review import ReviewKD, context_loss
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
-WARM = 20.0  # epochs after which the weight is whole
+WARM = 20.0  # epochs after which the weight has its full value
 
 
 def conv_norm(params, x):
-    """A convolution of stride 1 with zeros around the map, and batch normalisation."""
+    """A zero-padded convolution of stride 1, and batch normalisation."""
     kernel = np.float64(params["conv"]["kernel"])
     side, (n, h, w, _) = len(kernel), x.shape
     edge = side // 2
@@ -29,7 +29,7 @@ def conv_norm(params, x):
 
 
 def repeat(x, grid):
-    """Each place of the finer grid takes the value of the one that it lies in."""
+    """Each position of the finer grid takes the value of the one that contains it."""
     for axis, target in zip((1, 2), grid, strict=True):
         places = [i * x.shape[axis] // target for i in range(target)]
         x = np.take(x, places, axis)
@@ -127,7 +127,7 @@ def test_context_loss(side):
     expected = context(np.float64(teacher), np.float64(student))
     np.testing.assert_allclose(context_loss(teacher, student), expected, rtol=1e-5)
     assert context_loss(teacher, teacher) == 0
-    # The same error everywhere is the same in every average of it.
+    # A constant error is unchanged by averaging.
     np.testing.assert_allclose(context_loss(teacher, teacher + 3), 9, rtol=1e-5)
 
 

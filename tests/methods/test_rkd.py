@@ -15,7 +15,7 @@ def points(seed, n=5, width=6):
 
 
 def expected_relations(x):
-    """Distances over their mean, and the cosine at corner j of the triangle i, j, k."""
+    """Distances divided by their mean, and the cosine at corner j of the triangle i, j, k."""
     x, n = np.float64(x), len(x)
     distances, angles = np.zeros((n, n)), np.zeros((n, n, n))
     for j in range(n):
@@ -68,7 +68,7 @@ def test_relations_are_those_of_the_paper():
         np.testing.assert_allclose(found, right, rtol=1e-5, atol=1e-6)
 
 
-def test_moves_turns_and_scales_of_all_points_change_nothing():
+def test_translation_rotation_and_scaling_of_all_points_change_nothing():
     x = points(0)
     turn, _ = np.linalg.qr(np.random.default_rng(1).normal(size=(6, 6)))
     for same in (x + 3, 7 * x, np.float32(x @ turn), np.pad(x, ((0, 0), (0, 4)))):
@@ -84,7 +84,7 @@ def test_points_far_from_the_origin_keep_their_relations():
         np.testing.assert_allclose(found, right, atol=1e-5)
 
 
-def test_far_relations_count_linearly():
+def test_large_differences_count_linearly():
     a, b = jnp.array([0.0, 0.5, 3.0]), jnp.zeros(3)
     np.testing.assert_allclose(smooth_l1(a, b), (0.125 + 2.5) / 3)
 

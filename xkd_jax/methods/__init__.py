@@ -44,7 +44,7 @@ METHODS: dict[str, Method] = {
     "cakd_release": CAKDRelease(),
 }
 
-# What the original authors set for ImageNet, for recipes: config.method.update(IMAGENET).
+# The original authors' ImageNet settings; recipes apply them: config.method.update(IMAGENET).
 IMAGENET = {name: dict(method.imagenet) for name, method in METHODS.items()}
 
 
@@ -56,7 +56,7 @@ def create_method(name: str, options: Mapping[str, Mapping[str, Any]]) -> Method
       options: for each method the options that differ from its defaults.
 
     Raises:
-      UserError: no such method, no such option, or a value of the wrong type.
+      UserError: unknown method or option, or a value of the wrong type.
     """
     parts = tuple((part, _create(part, options.get(part, {}))) for part in name.split("+"))
     if len(parts) == 1:
@@ -71,15 +71,15 @@ def create_method(name: str, options: Mapping[str, Mapping[str, Any]]) -> Method
 
 
 def check_pair(method: Method, teacher_out: Outputs, student_out: Outputs) -> None:
-    """Refuses a teacher or a student that the method can't take, and names methods that can.
+    """Checks that the method supports this pair; the error names methods that do.
 
     Args:
       method: with its options.
-      teacher_out: the teacher's outputs, shapes are enough.
-      student_out: the student's.
+      teacher_out: the teacher's outputs; shapes suffice.
+      student_out: the student's outputs; shapes suffice.
 
     Raises:
-      UserError: why not, and what would work.
+      UserError: the pair is not supported, or an option has an invalid value.
     """
     try:
         method.check(teacher_out, student_out)

@@ -8,6 +8,7 @@ import dataclasses
 
 import jax
 import jax.numpy as jnp
+from typing_extensions import override
 
 from xkd_jax.errors import UserError
 from xkd_jax.methods.align import paired_maps
@@ -16,13 +17,13 @@ from xkd_jax.methods.layers import ConvNorm
 
 
 def boundary_loss(student: jax.Array, teacher: jax.Array) -> jax.Array:
-    """The squared hinge by which the student's neurons miss the teacher's side of 0.
+    """The squared hinge loss of student neurons that are not on the teacher's side of 0.
 
     The piecewise differentiable loss, Eq. 4, with margin 1, summed over the neurons.
 
     Args:
       student: before the activation, through the connector, [N, h, w, C].
-      teacher: before the activation, [N, h, w, C]; only its signs count.
+      teacher: before the activation, [N, h, w, C]; only the signs matter.
 
     Returns:
       The batch mean of the sums over h * w * C, a float32 scalar.
@@ -33,20 +34,21 @@ def boundary_loss(student: jax.Array, teacher: jax.Array) -> jax.Array:
 
 @dataclasses.dataclass(frozen=True)
 class AB(Method):
-    """Activation boundaries initialise the student; then it learns without its teacher.
+    """Activation boundaries initialise the student, which then trains without its teacher.
 
-    After the first phase the label term is alone, as in RepDistiller's numbers; "ab+logits" adds
-    the softened probabilities, from which the authors' students learn then. The levels count 1,
-    1/2, 1/4, ... from the deepest. A connector, 1x1 convolution and batch normalisation, stands
-    where the widths differ, as in their code; the student's maps come to the teacher's grids first.
+    After the first phase only the label term remains, as in RepDistiller's results; "ab+logits"
+    adds the softened probabilities, which the authors use in that phase. The levels are weighted 1,
+    1/2, 1/4, ... from the deepest. The student's maps are resized to the teacher's grids; where the
+    widths differ, a connector (1x1 convolution and batch normalisation) follows, as in the authors'
+    code.
 
-    The paper's neurons end in a ReLU, so the tapped maps are those before it. A Transformer's
-    counterpart would be the units before the GELU of its MLPs, which no output shows: the signs
-    here are those of its standardised tokens.
+    The paper's neurons end in a ReLU, so maps are tapped before it. The counterpart in a
+    Transformer would be the units before the GELU of its MLPs, which are not among its outputs:
+    here the signs are those of its standardised tokens.
 
     Attributes:
-      weight: of the levels' sum, the authors' 3 / 1000.
-      first_epochs: of the first phase, before the training proper.
+      weight: weight of the sum over levels; the authors' 3 / 1000.
+      first_epochs: length of the first phase in epochs.
     """
 
     weight: float = 0.003
@@ -55,20 +57,21 @@ class AB(Method):
     needs_teacher = True
 
     @property
+    @override
     def first_phase(self) -> float:
-        """See `Method.first_phase`."""
         return self.first_epochs
 
+    @override
     def check(self, teacher_out, student_out):
-        """See `Method.check`."""
         if self.first_epochs < 1:
             raise UserError(
                 f"method.ab.first_epochs={self.first_epochs} must be at least 1: ab learns from "
                 "its teacher in the first phase only."
             )
 
+    @override
     def init(self, key, teacher_out, student_out, labels=()):
-        """See `Method.init`; one connector for each level that needs it."""
+        """One connector for each level that needs it."""
         params = {}
         for name, (teacher, student) in paired_maps(teacher_out, student_out).items():
             if student.shape != teacher.shape:
@@ -76,8 +79,8 @@ class AB(Method):
                 params[name] = ConvNorm(teacher.shape[-1]).init(level_key, student)
         return params, {}
 
+    @override
     def loss(self, params, state, teacher_out, student_out, batch, key, progress, adversary=None):
-        """See `Method.loss`."""
         total = jnp.zeros(())
         for name, (teacher, student) in paired_maps(teacher_out, student_out).items():
             if name in params:

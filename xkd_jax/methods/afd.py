@@ -1,7 +1,7 @@
-"""AFD: the student imitates the teacher's maps, above all the channels that attention picks.
+"""AFD: the student imitates the teacher's maps, with attention over the channels.
 
 Wang, Gao, Zhao, Li, Dou, Xu: Pay Attention to Features, Transfer Learn Faster CNNs, ICLR 2020
-(openreview.net/forum?id=ryxyCeHtPB), section 3. The paper's name of it is attentive feature
+(openreview.net/forum?id=ryxyCeHtPB), section 3. The paper calls it attentive feature
 distillation; "Show, Attend and Distill" (arXiv:2102.02973), also called AFD, is another method.
 """
 
@@ -10,6 +10,7 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
+from typing_extensions import override
 
 from xkd_jax.methods.align import level_map, on_smaller_grid, paired_levels
 from xkd_jax.methods.base import Method, Outputs, apply, weighted_sum
@@ -18,29 +19,29 @@ from xkd_jax.models.layers import kaiming_fan_out
 
 
 class ChannelAttention(nn.Module):
-    """rho: what each of the teacher's channels is worth for an image, from their means.
+    """rho: the attention to each of the teacher's channels for an image, from their means.
 
-    Squeeze and excitation, its sigmoids divided by their sum, as in the code behind the published
-    CIFAR-100 result (AberHu's Knowledge-Distillation-Zoo), whose author found the paper's own
-    attention unstable.
+    Squeeze-and-excitation with its sigmoids divided by their sum, as in the code behind the
+    published CIFAR-100 result (AberHu's Knowledge-Distillation-Zoo), whose author found the paper's
+    own attention unstable.
     """
 
     @nn.compact
     def __call__(self, teacher: jax.Array) -> jax.Array:
-        """[N, h, w, C] -> [N, C], positive and of sum 1."""
+        """[N, h, w, C] -> [N, C], positive, with sum 1."""
         channels = teacher.shape[-1]
         x = jnp.mean(teacher, axis=(1, 2))
         x = nn.relu(nn.Dense(channels, kernel_init=kaiming_fan_out)(x))
         x = nn.Dense(channels, kernel_init=kaiming_fan_out)(x)
-        # Sigmoids over their sum, but safe where all of them vanish.
+        # Sigmoids divided by their sum, but finite when all of them underflow.
         return nn.softmax(nn.log_sigmoid(x))
 
 
 def attended_distance(student: jax.Array, teacher: jax.Array, rho: jax.Array) -> jax.Array:
-    """sum_c rho_c (f_S,c - f_T,c)^2, the mean over places and images.
+    """sum_c rho_c (f_S,c - f_T,c)^2, the mean over positions and images.
 
-    Each channel of an image is first scaled to length 1 over its places, as in the same code; of a
-    map with one place, only signs are left, and it teaches the student nothing.
+    Each channel of an image is first scaled to unit length over its positions, as in the same code;
+    a map with a single position is thereby reduced to signs, and gives the student no gradient.
 
     Args:
       student: [N, h, w, C].
@@ -53,21 +54,21 @@ def attended_distance(student: jax.Array, teacher: jax.Array, rho: jax.Array) ->
 
 @dataclasses.dataclass(frozen=True)
 class AFD(Method):
-    """Attentive feature distillation at every level, the mean over levels.
+    """Attentive feature distillation, averaged over all levels.
 
-    Where the widths differ, a 1x1 convolution with batch normalisation brings the student's map to
-    the teacher's.
+    Where the widths differ, a 1x1 convolution with batch normalisation maps the student's channels
+    to the teacher's.
 
     Attributes:
-      weight: of this term.
+      weight: weight of this term.
     """
 
     weight: float = 500.0
 
     needs_teacher = True
 
+    @override
     def init(self, key, teacher_out, student_out, labels=()):
-        """See `Method.init`."""
         params = {}
         for name, teacher, student in _maps(teacher_out, student_out):
             key, attention_key, regressor_key = jax.random.split(key, 3)
@@ -77,8 +78,8 @@ class AFD(Method):
                 params[name]["regressor"] = regressor.init(regressor_key, student)
         return params, {}
 
+    @override
     def loss(self, params, state, teacher_out, student_out, batch, key, progress, adversary=None):
-        """See `Method.loss`."""
         maps = _maps(teacher_out, student_out)
         total = jnp.zeros(())
         for name, teacher, student in maps:

@@ -1,7 +1,7 @@
-"""What two networks of different kinds have in common: levels of maps, and grids that match.
+"""Feature maps of networks of different kinds: corresponding levels and matching grids.
 
-A CNN's maps are its stages. A Transformer's tokens become maps: its class token is left out, its
-patch tokens stand on their grid.
+A CNN's maps are its stages. A Transformer's maps are its patch tokens on their grid, without the
+class token.
 """
 
 import jax
@@ -12,15 +12,15 @@ from xkd_jax.errors import UserError
 from xkd_jax.methods.base import Outputs, PairError
 
 STAGES = ("stage1", "stage2", "stage3", "stage4")
-# Of a ViT's blocks, the 2nd, 4th, 10th and 12th of twelve, as ReviewKD's authors advise.
+# Relative depths of a ViT's levels: blocks 2, 4, 10 and 12 of 12, as ReviewKD's authors advise.
 _DEPTHS = (1 / 6, 1 / 3, 5 / 6, 1)
 
 
 def levels(out: Outputs) -> list[str]:
     """The names of a network's maps from shallow to deep; see `level_map`.
 
-    They are the stages of a CNN or a Swin, without the first where it is but the stem (a ResNet of
-    the CIFAR kind), and four blocks of a ViT. Shapes are enough.
+    They are the stages of a CNN or a Swin, except a first stage that is only the stem (as in CIFAR
+    ResNets), or four blocks of a ViT. Shapes suffice.
     """
     stages = [name for name in STAGES if name in out]
     if stages:
@@ -31,9 +31,9 @@ def levels(out: Outputs) -> list[str]:
 
 
 def paired_levels(teacher_out: Outputs, student_out: Outputs) -> list[tuple[str, str]]:
-    """The teacher's and the student's levels side by side, shallow to deep.
+    """Pairs of the teacher's and the student's levels, shallow to deep.
 
-    The deepest belong together; where one network has more, its shallowest are left out.
+    Levels are matched from the deepest up; if one network has more, its shallowest are left out.
     """
     teacher, student = levels(teacher_out), levels(student_out)
     n = min(len(teacher), len(student))
@@ -41,7 +41,7 @@ def paired_levels(teacher_out: Outputs, student_out: Outputs) -> list[tuple[str,
 
 
 def level_grid(out: Outputs, name: str) -> tuple[int, int]:
-    """Rows and columns of one of a network's `levels`. Shapes are enough."""
+    """Rows and columns of one of a network's `levels`. Shapes suffice."""
     shape = out[name].shape
     return tuple(shape[1:3]) if len(shape) == 4 else tuple(out["grid"])
 
@@ -53,11 +53,11 @@ def level_map(
 
     Args:
       out: the network's outputs.
-      name: of the level.
+      name: the level.
       before_activation: whether to take a CNN's stage before its last activation; a Transformer's
         tokens have none.
-      standardize: whether each token of a Transformer gets mean 0 and variance 1, as its next
-        LayerNorm would do: what blocks add up grows with depth and is ruled by a few channels.
+      standardize: whether to give each token of a Transformer mean 0 and variance 1, as the next
+        LayerNorm would: the residual stream grows with depth and is dominated by a few channels.
     """
     if before_activation:
         name = f"{name}_pre" if f"{name}_pre" in out else name
@@ -74,10 +74,10 @@ def level_map(
 def paired_maps(
     teacher_out: Outputs, student_out: Outputs
 ) -> dict[str, tuple[jax.Array, jax.Array]]:
-    """Of each of the student's `paired_levels`, shallow to deep, the teacher's map and its own.
+    """The teacher's and the student's map at each of the `paired_levels`, by the student's level.
 
-    Both are before the activation and on the teacher's grid: [N, h, w, C], without gradient, and
-    [N, h, w, c].
+    Both are taken before the activation and are on the teacher's grid: [N, h, w, C], without
+    gradient, and [N, h, w, c].
     """
     maps = {}
     for of_teacher, of_student in paired_levels(teacher_out, student_out):
@@ -100,10 +100,10 @@ def is_transformer(out: Outputs) -> bool:
 
 
 def choose_stage(student_out: Outputs, grid: tuple[int, int], stage: str) -> str:
-    """The student's stage that meets a teacher whose tokens lie on `grid`.
+    """The student's stage to compare with a teacher whose tokens form `grid`.
 
     Args:
-      student_out: outputs of a CNN; `stage*` are [N, h, w, C]. Shapes are enough.
+      student_out: outputs of a CNN; `stage*` are [N, h, w, C]. Shapes suffice.
       grid: rows and columns of the teacher's tokens.
       stage: "auto" takes the stage with the same grid or, if there is none, the nearest finer one;
         any other value names the stage itself.
@@ -113,7 +113,7 @@ def choose_stage(student_out: Outputs, grid: tuple[int, int], stage: str) -> str
     """
     stages = [name for name in STAGES if name in student_out]
     if not stages:
-        raise PairError("cakd taps the stages of a CNN student, and this student has none")
+        raise PairError("cakd taps the stages of a CNN student, but this student has none")
     if stage == "auto":
         fine = [s for s in stages if min(np.subtract(student_out[s].shape[1:3], grid)) >= 0]
         return fine[-1] if fine else stages[0]
@@ -137,7 +137,7 @@ def _average_matrix(size: int, target: int) -> np.ndarray:
 
 
 def resize_map(features: jax.Array, grid: tuple[int, ...]) -> jax.Array:
-    """Brings a map [N, h, w, C] to [N, *grid, C]: averages down, interpolates bilinearly up."""
+    """Resizes a map [N, h, w, C] to [N, *grid, C]: averages down, interpolates bilinearly up."""
     for axis, target in ((1, grid[0]), (2, grid[1])):
         size = features.shape[axis]
         if size > target:

@@ -1,8 +1,8 @@
 """The interface of a distillation method.
 
-A method is a frozen dataclass: its fields are the options that `config.method.<name>` can set, its
-methods are pure functions. It keeps nothing: what it trains and what it carries from step to step
-live in the training state.
+A method is a frozen dataclass: its fields are the options that `config.method.<name>` can set, and
+its methods are pure functions. Its parameters, and the state that it carries from step to step, are
+part of the training state.
 """
 
 import dataclasses
@@ -19,7 +19,7 @@ Tree = Any  # a pytree of arrays
 
 
 class PairError(UserError):
-    """A method can't learn from this teacher, or with this student; the message says why."""
+    """The method does not support this teacher or this student; the message says why."""
 
 
 class MethodLoss(NamedTuple):
@@ -39,7 +39,7 @@ class MethodLoss(NamedTuple):
 
 
 def apply(module: nn.Module, variables: Tree, *args, **kwargs) -> Any:
-    """`module.apply`, for a module with immutable variables: returns what the module returns."""
+    """`module.apply`, whose return type depends on its arguments, typed as Any."""
     return module.apply(variables, *args, **kwargs)
 
 
@@ -48,26 +48,26 @@ class Method:
     """A method that adds nothing to the label term: plain supervised training.
 
     Attributes:
-      multi_view: whether the student sees the multi-view generator's images (`views.multi_view`).
-      label_weight: of the label term, the cross-entropy, beside this method's own.
+      multi_view: whether the student sees the views of `multiview.multi_view`.
+      label_weight: weight of the label term, the cross-entropy that is added to this method's loss.
     """
 
     multi_view: bool = False
     label_weight: float = 1.0
 
-    # What the loop needs to know before it traces anything; not options.
+    # Static properties that the training loop reads before tracing; not options.
     needs_teacher = False
-    # What the original authors set for ImageNet, where it differs from the defaults, which are
-    # theirs for CIFAR-100.
+    # The original authors' ImageNet settings, where they differ from the defaults, which are their
+    # CIFAR-100 settings.
     imagenet: ClassVar[Mapping[str, Any]] = {}
-    adversary_period = 0  # the adversary is updated when the clock is a multiple of it; 0: none
+    adversary_period = 0  # the adversary is updated when the clock is a multiple; 0: no adversary
     adversary_clock = "step"  # or "epoch": at every step of such an epoch
 
     @property
     def first_phase(self) -> float:
-        """Epochs before the training proper in which the method works without the label term.
+        """The number of initial epochs without the label term.
 
-        They come on top of `config.epochs`, and `progress` is negative in them.
+        They are added to `config.epochs`, and `progress` is negative during them.
         """
         return 0
 
@@ -85,31 +85,31 @@ class Method:
         return {"student": True, "method": True}
 
     def label_logits(self, student_out: Outputs) -> jax.Array:
-        """The logits [N, K] that the label term is about."""
+        """The logits [N, K] that the label term is computed from."""
         return student_out["logits"]
 
     def check(self, teacher_out: Outputs, student_out: Outputs) -> None:
-        """Says whether this teacher and this student can take part; outputs are shapes.
+        """Checks this teacher, this student and the options; the outputs may be shapes.
 
         Raises:
-          PairError: they can't, with this method.
-          UserError: an option has a wrong value.
+          PairError: the method does not support this teacher or this student.
+          UserError: an option has an invalid value.
         """
 
     def init(
         self, key: jax.Array, teacher_out: Outputs, student_out: Outputs, labels: Any = ()
     ) -> tuple[Tree, Tree]:
-        """What the method trains beside the student, and the state that it carries.
+        """The method's own parameters and its initial state.
 
         Args:
-          key: for random values.
-          teacher_out: the teacher's outputs for one image, zeros.
-          student_out: the student's.
-          labels: of the training set, an array or the like [n].
+          key: for random initialisation.
+          teacher_out: the teacher's outputs for one image; zeros.
+          student_out: the student's outputs for one image; zeros.
+          labels: the training set's labels, array-like [n].
 
         Returns:
-          The parameters and the state. The arrays under a key `bank` anywhere in the state have
-          a row for each example and are split over the devices.
+          The parameters and the state. Arrays under a key `bank` anywhere in the state have one
+          row per example and are sharded over the devices.
         """
         del key, teacher_out, student_out, labels
         return {}, {}
@@ -128,11 +128,11 @@ class Method:
         """The term that is added to the label term.
 
         Args:
-          params: what the method trains.
-          state: what it carries.
+          params: the method's parameters.
+          state: the method's state.
           teacher_out: the teacher's outputs, without gradient.
           student_out: the student's outputs.
-          batch: `label` [N] and `index` [N], the examples' places in the data set.
+          batch: `label` [N] and `index` [N], the examples' indices in the training set.
           key: this step's key.
           progress: epochs trained so far, fractional; negative in the first phase.
           adversary: the adversary's parameters, without gradient.
@@ -141,7 +141,7 @@ class Method:
         return MethodLoss(jax.numpy.zeros(()), state, {})
 
     def init_adversary(self, key: jax.Array, teacher_out: Outputs, student_out: Outputs) -> Tree:
-        """The adversary's parameters."""
+        """The adversary's initial parameters."""
         del key, teacher_out, student_out
         return {}
 
@@ -151,8 +151,8 @@ class Method:
         """The adversary's own loss and its metrics.
 
         Args:
-          adversary: its parameters, which alone receive a gradient.
-          judged: from the `MethodLoss` of the same step.
+          adversary: its parameters; nothing else receives a gradient.
+          judged: from this step's `MethodLoss`.
         """
         raise TypeError(f"{type(self).__name__} has no adversary")
 

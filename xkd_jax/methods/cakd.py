@@ -1,9 +1,9 @@
 """Cross-architecture knowledge distillation: a Transformer teaches a CNN.
 
-Liu, Cao, Li, Hu, Ding, Li: Cross-Architecture Knowledge Distillation, ACCV 2022. Every equation of
-the paper but the multi-view generator's (`xkd_jax/views.py`) is here, in the paper's order;
-docs/method.md maps them. N images, a grid of T = h * w tokens, H heads of width d, D = H * d; the
-student's tapped map has C channels.
+Liu, Cao, Li, Hu, Ding, Li: Cross-Architecture Knowledge Distillation, ACCV 2022. All
+equations of the paper except the multi-view generator's (`xkd_jax/augment/multiview.py`) are here,
+in the paper's order; docs/method.md maps them. N images, a grid of T = h * w tokens, H heads of
+width d, D = H * d; the student's tapped map has C channels.
 """
 
 import dataclasses
@@ -11,13 +11,14 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
+from typing_extensions import override
 
 from xkd_jax import backend
 from xkd_jax.errors import UserError, unknown
 from xkd_jax.methods.align import choose_stage, resize_map
 from xkd_jax.methods.base import Method, Outputs, PairError, Tree, apply, weighted_sum
 
-TILE = 4  # a neighbourhood of 4 x 4 tokens shares one linear map
+TILE = 4  # each tile of 4x4 tokens shares one linear layer
 
 
 def _conv3x3(x: jax.Array, kernel: jax.Array) -> jax.Array:
@@ -50,7 +51,7 @@ class PCAProjector(nn.Module):
         names = ("query", "key", "value")
         kernels = [self.param(f"{m}_kernel", init, (3, 3, channels, width)) for m in names]
         biases = [self.param(f"{m}_bias", nn.initializers.zeros, (width,)) for m in names]
-        # The three share their input: one convolution with three times the filters.
+        # All three have the same input: one convolution with three times the filters.
         projected = _conv3x3(features, jnp.concatenate(kernels, -1)) + jnp.concatenate(biases)
         q, k, v = jnp.moveaxis(projected.reshape(n, h * w, 3, self.heads, -1), (2, 3), (0, 2))
         return q, k, v
@@ -66,11 +67,11 @@ def partly_replace(key: jax.Array, student: jax.Array, teacher: jax.Array) -> ja
     """g (Eq. 3): each element is the teacher's with probability 1/2, else the student's.
 
     Args:
-      key: a key of its own for every matrix and step.
+      key: must differ for every matrix and step.
       student: Q_S, K_S or V_S, any shape.
       teacher: the teacher's, of the same shape; it receives no gradient.
     """
-    # One random bit an element: 32 times fewer random numbers than a uniform draw.
+    # One random bit per element: 32 times fewer random numbers than a uniform draw.
     words = jax.random.bits(key, (-(-student.size // 32), 1), jnp.uint32)
     bits = (words >> jnp.arange(32, dtype=jnp.uint32)) & 1
     mask = bits.reshape(-1)[: student.size].reshape(student.shape).astype(bool)
@@ -85,7 +86,7 @@ def value_relation(value: jax.Array) -> jax.Array:
 def pca_losses(
     key: jax.Array, student: tuple[jax.Array, ...], teacher: tuple[jax.Array, ...]
 ) -> tuple[jax.Array, jax.Array]:
-    """L_proj1 (Eq. 4), its two terms apart: attention and value relation, means over elements.
+    """The two terms of L_proj1 (Eq. 4), attention and value relation: means over elements.
 
     Args:
       key: for the partial replacement.
@@ -101,10 +102,9 @@ def pca_losses(
 
 
 class GLProjector(nn.Module):
-    """Proj_2 (Eq. 5): every 4x4 tile of the map has a linear layer of its own, in one einsum.
+    """Proj_2 (Eq. 5): each 4x4 tile of the map has its own linear layer, all in one einsum.
 
-    14 x 14 tokens make 16 tiles, the last row and column of them smaller; 7 x 7 make 4, 24 x 24
-    make 36.
+    A 14x14 grid has 16 tiles, with a smaller last row and column; 7x7 has 4, 24x24 has 36.
     """
 
     width: int
@@ -129,14 +129,14 @@ class GLProjector(nn.Module):
 
 
 def token_loss(teacher_tokens: jax.Array, student_tokens: jax.Array) -> jax.Array:
-    """L_proj2 (Eq. 6): the mean squared distance of h_T and h'_S, both [N, T, D]."""
+    """L_proj2 (Eq. 6): the mean squared distance between h_T and h'_S, both [N, T, D]."""
     return jnp.mean((jax.lax.stop_gradient(teacher_tokens) - student_tokens) ** 2)
 
 
 class Discriminator(nn.Module):
     """D: three fully connected layers on each token, their logits averaged to one per image.
 
-    A positive logit says "teacher".
+    A positive logit means "teacher".
     """
 
     width: int
@@ -180,10 +180,10 @@ def teacher_taps(out: Outputs, block: int) -> tuple[tuple[jax.Array, ...], jax.A
     """(Q_T, K_T, V_T), each [N, H, T, d], and h_T [N, T, D], all float32 without gradient.
 
     Args:
-      out: a Transformer's outputs; class and distillation tokens are not among the tokens.
-      block: -1 taps the last block and the network's final tokens, after the last LayerNorm where
-        that stands before the pooling; -2 the block before it, and so on, whose tokens are
-        normalised without learned scale.
+      out: a Transformer's outputs; the tokens exclude class and distillation tokens.
+      block: -1 taps the last block and the network's final tokens, after the last LayerNorm if that
+        precedes the pooling; -2 taps the block before it, and so on, with its tokens standardised
+        without a learned scale.
     """
     if block == -1:
         names, tokens = ("query", "key", "value"), out["tokens"]
@@ -205,16 +205,16 @@ class CAKD(Method):
     """The paper's method.
 
     Attributes:
-      attention_weight: of the attention term of L_proj1.
-      value_weight: of its value-relation term.
-      token_weight: of L_proj2.
+      attention_weight: weight of the attention term of L_proj1.
+      value_weight: weight of the value-relation term of L_proj1.
+      token_weight: weight of L_proj2.
       adversarial_weight: lambda. The paper doesn't state it; docs/quickstart.md has the sweep.
-      generator: "saturating", the paper's, or "non_saturating".
-      token_dropout: on the input of Proj_2.
-      adversary_every: e in Algorithm 1's "e % 5 = 0".
-      adversary_clock: what e counts: every "step", or "epoch".
-      student_stage: where the student is tapped, see `align.choose_stage`.
-      teacher_block: where the teacher is tapped, see `teacher_taps`.
+      generator: "saturating", as in the paper, or "non_saturating".
+      token_dropout: dropout rate on the input of Proj_2.
+      adversary_every: the 5 in Algorithm 1's "e % 5 = 0".
+      adversary_clock: what e counts, "step" or "epoch".
+      student_stage: where the student is tapped; see `align.choose_stage`.
+      teacher_block: where the teacher is tapped; see `teacher_taps`.
     """
 
     multi_view: bool = True
@@ -232,15 +232,15 @@ class CAKD(Method):
     needs_teacher = True
 
     @property
+    @override
     def adversary_period(self) -> int:
-        """See `Method`; Algorithm 1 has 5."""
         return self.adversary_every
 
+    @override
     def check(self, teacher_out, student_out):
-        """See `Method.check`."""
         if "query" not in teacher_out:
             raise PairError(
-                "cakd taps a Transformer's query, key and value, and this teacher is a CNN"
+                "cakd taps a Transformer's query, key and value, but this teacher is a CNN"
             )
         choose_stage(student_out, teacher_out["grid"], self.student_stage)
         if self.generator not in GENERATORS:
@@ -270,8 +270,8 @@ class CAKD(Method):
         stage = choose_stage(student_out, teacher_out["grid"], self.student_stage)
         return resize_map(student_out[stage].astype(jnp.float32), teacher_out["grid"])
 
+    @override
     def init(self, key, teacher_out, student_out, labels=()):
-        """See `Method.init`."""
         pca, gl, _ = self._modules(teacher_out)
         features = self._student_map(teacher_out, student_out)
         keys = jax.random.split(key)
@@ -281,17 +281,18 @@ class CAKD(Method):
         }
         return params, {}
 
+    @override
     def init_adversary(self, key, teacher_out, student_out):
-        """See `Method.init_adversary`."""
         return self._modules(teacher_out)[2].init(key, teacher_out["tokens"].astype(jnp.float32))
 
+    @override
     def loss(self, params, state, teacher_out, student_out, batch, key, progress, adversary=None):
         """L_total (Eq. 10): L_proj1 + L_proj2 + lambda L_MVG; the loop adds the label term."""
         pca, gl, discriminator = self._modules(teacher_out)
         teacher_qkv, teacher_tokens = teacher_taps(teacher_out, self.teacher_block)
         features = self._student_map(teacher_out, student_out)
         replace_key, dropout_key = jax.random.split(key)
-        # Without the barrier XLA fuses the projection into every one of its readers on a CPU.
+        # Without the barrier, XLA fuses the projection into each of its consumers on a CPU.
         student_qkv = jax.lax.optimization_barrier(apply(pca, params["pca"], features))
         tokens = apply(gl, params["gl"], features, rngs={"dropout": dropout_key})
         attention_loss, relation_loss = pca_losses(replace_key, student_qkv, teacher_qkv)
@@ -304,7 +305,8 @@ class CAKD(Method):
         }
         return weighted_sum(terms, state, judged=(teacher_tokens, tokens))
 
+    @override
     def adversary_loss(self, adversary, judged):
-        """See `Method.adversary_loss`; L_MAD of h_T and h'_S."""
+        """L_MAD of h_T and h'_S."""
         teacher_tokens, tokens = jax.lax.stop_gradient(judged)
         return judge(Discriminator(tokens.shape[-1]), adversary, teacher_tokens, tokens)

@@ -1,8 +1,8 @@
-"""The method as the first author's released PyTorch code has it, where it departs from the paper.
+"""The method as in the first author's released PyTorch code, which departs from the paper.
 
-Source: github.com/yufanLIU/CrossArch_KD. What differs from `cakd.py` and why it matters is listed
-in docs/method.md. The released code's TrivialAugment, label smoothing, mixup and EMA belong to the
-recipe, not to the method.
+Source: github.com/yufanLIU/CrossArch_KD. docs/method.md lists the differences from `cakd.py` and
+why they matter. The released code's TrivialAugment, label smoothing, mixup and EMA are part of the
+recipe, not of the method.
 """
 
 import dataclasses
@@ -10,6 +10,7 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
+from typing_extensions import override
 
 from xkd_jax.errors import UserError
 from xkd_jax.methods import cakd
@@ -18,7 +19,7 @@ from xkd_jax.methods.logits import mean_squared_distance
 
 
 class LinearProjector(nn.Module):
-    """One linear layer to Q, K and V with a head count of its own."""
+    """One linear layer to Q, K and V with its own number of heads."""
 
     width: int
     heads: int = 16
@@ -34,11 +35,11 @@ class LinearProjector(nn.Module):
 
 
 class PatchGAN(nn.Module):
-    """A discriminator of attention maps: strided convolutions to one logit a patch (pix2pix)."""
+    """A discriminator of attention maps: strided convolutions to one logit per patch (pix2pix)."""
 
     @nn.compact
     def __call__(self, scores: jax.Array) -> jax.Array:
-        """[N, T, T] -> patch logits averaged to [N]."""
+        """[N, T, T] -> logits [N], averaged over patches."""
         x = scores[..., None]
         for channels in (32, 64, 128):
             x = nn.leaky_relu(nn.Conv(channels, (4, 4), (2, 2))(x), 0.2)
@@ -55,11 +56,12 @@ class CAKDRelease(cakd.CAKD):
     """The preset `cakd_release`.
 
     Attributes:
-      adversarial_weight: reached at the end of the ramp.
+      adversarial_weight: lambda at the end of its linear ramp.
       ramp_start: epoch at which lambda begins to grow from 0.
-      ramp_end: epoch at which it has grown to `adversarial_weight`.
-      logit_weight: of the mean squared distance of the logits.
-      class_token_weight: of that between the class token and a linear map of the pooled student.
+      ramp_end: epoch at which lambda reaches `adversarial_weight`.
+      logit_weight: weight of the mean squared distance of the logits.
+      class_token_weight: weight of the mean squared distance between the class token and a linear
+        map of the student's pooled features.
     """
 
     multi_view: bool = False
@@ -73,8 +75,8 @@ class CAKDRelease(cakd.CAKD):
     logit_weight: float = 1.0
     class_token_weight: float = 1.0
 
+    @override
     def check(self, teacher_out, student_out):
-        """See `Method.check`."""
         super().check(teacher_out, student_out)
         if self.ramp_end <= self.ramp_start:
             raise UserError(
@@ -85,8 +87,8 @@ class CAKDRelease(cakd.CAKD):
         width = teacher_out["tokens"].shape[-1]
         return LinearProjector(width), cakd.GLProjector(width, self.token_dropout), nn.Dense(width)
 
+    @override
     def init(self, key, teacher_out, student_out, labels=()):
-        """See `Method.init`."""
         pca, gl, class_token = self._release_modules(teacher_out)
         features = self._student_map(teacher_out, student_out)
         keys = jax.random.split(key, 3)
@@ -97,26 +99,26 @@ class CAKDRelease(cakd.CAKD):
         }
         return params, {}
 
+    @override
     def init_adversary(self, key, teacher_out, student_out):
-        """See `Method.init_adversary`."""
         return PatchGAN().init(key, mean_scores(teacher_out["query"], teacher_out["key"]))
 
+    @override
     def loss(self, params, state, teacher_out, student_out, batch, key, progress, adversary=None):
-        """See `Method.loss`."""
         pca, gl, class_token = self._release_modules(teacher_out)
         (query, keys, value), teacher_tokens = cakd.teacher_taps(teacher_out, self.teacher_block)
         features = self._student_map(teacher_out, student_out)
         q, k, v = apply(pca, params["pca"], features)
         teacher_scores, scores = mean_scores(query, keys), mean_scores(q, k)
         tokens = apply(gl, params["gl"], features, rngs={"dropout": key})
-        # Scaled on the student's side alone: the released code's slip.
+        # Scaled on the student's side only: a slip in the released code, reproduced here.
         relation = mean_scores(v, v) - mean_scores(value, value) * value.shape[-1] ** 0.5
         pooled = apply(
             class_token, params["class_token"], student_out["pooled"].astype(jnp.float32)
         )
         target = jax.lax.stop_gradient(teacher_out.get("cls", teacher_out["pooled"]))
         teacher_logits = jax.lax.stop_gradient(teacher_out["logits"])
-        # The released code detaches the map, so that this term never reaches the student.
+        # The released code detaches the map, so that the student gets no gradient from this term.
         fooled = apply(PatchGAN(), jax.lax.stop_gradient(adversary), jax.lax.stop_gradient(scores))
         ramp = jnp.clip((progress - self.ramp_start) / (self.ramp_end - self.ramp_start), 0, 1)
         terms = {
@@ -135,6 +137,6 @@ class CAKDRelease(cakd.CAKD):
         }
         return weighted_sum(terms, state, judged=(teacher_scores, scores))
 
+    @override
     def adversary_loss(self, adversary, judged):
-        """See `Method.adversary_loss`."""
         return cakd.judge(PatchGAN(), adversary, *jax.lax.stop_gradient(judged))

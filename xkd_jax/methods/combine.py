@@ -3,6 +3,7 @@
 import dataclasses
 
 import jax
+from typing_extensions import override
 
 from xkd_jax.errors import UserError
 from xkd_jax.methods.base import Method, MethodLoss
@@ -15,43 +16,48 @@ class Sum(Method):
     The label term's weight is the smallest of the parts'.
 
     Attributes:
-      parts: the methods by name.
+      parts: the methods with their names.
     """
 
     parts: tuple[tuple[str, Method], ...] = ()
 
     @property
+    @override
     def needs_teacher(self) -> bool:
-        """Whether any part does."""
+        """Whether any part needs one."""
         return any(method.needs_teacher for _, method in self.parts)
 
     @property
+    @override
     def adversary_period(self) -> int:
-        """That of the one part which has an adversary."""
+        """The period of the only part with an adversary; 0 if there is none."""
         return max(method.adversary_period for _, method in self.parts)
 
     @property
+    @override
     def adversary_clock(self) -> str:
-        """Likewise."""
+        """The clock of the only part with an adversary."""
         return self._adversarial().adversary_clock
 
     def _adversarial(self) -> Method:
         return next(method for _, method in self.parts if method.adversary_period)
 
+    @override
     def check(self, teacher_out, student_out):
-        """See `Method.check`."""
         if sum(method.adversary_period > 0 for _, method in self.parts) > 1:
             raise UserError("two methods with an adversary can't be combined; keep one of them.")
         for _, method in self.parts:
             method.check(teacher_out, student_out)
 
     @property
+    @override
     def first_phase(self) -> float:
-        """The longest of the parts'; those without one wait until it is over."""
+        """The longest first phase of any part; parts without one are inactive during it."""
         return max(method.first_phase for _, method in self.parts)
 
+    @override
     def moves(self, progress):
-        """See `Method.moves`; the student is frozen only if every active method freezes it."""
+        """The student is frozen only if every active method freezes it."""
         moves = {name: method.moves(progress) for name, method in self.parts}
         early = [moves[name]["student"] for name, method in self.parts if method.first_phase]
         return {
@@ -59,26 +65,27 @@ class Sum(Method):
             "method": {name: part["method"] for name, part in moves.items()},
         }
 
+    @override
     def label_logits(self, student_out):
-        """Those of the first part that reads others than the usual ones."""
+        """The logits of the first part that overrides the default ones."""
         usual = student_out["logits"]
         found = (method.label_logits(student_out) for _, method in self.parts)
         return next((logits for logits in found if logits is not usual), usual)
 
+    @override
     def init(self, key, teacher_out, student_out, labels=()):
-        """See `Method.init`."""
         params, state = {}, {}
         for i, (name, method) in enumerate(self.parts):
             part_key = jax.random.fold_in(key, i)
             params[name], state[name] = method.init(part_key, teacher_out, student_out, labels)
         return params, state
 
+    @override
     def init_adversary(self, key, teacher_out, student_out):
-        """See `Method.init_adversary`."""
         return self._adversarial().init_adversary(key, teacher_out, student_out)
 
+    @override
     def loss(self, params, state, teacher_out, student_out, batch, key, progress, adversary=None):
-        """See `Method.loss`."""
         total, new_state, metrics, judged = jax.numpy.zeros(()), {}, {}, None
         for i, (name, method) in enumerate(self.parts):
             part_key = jax.random.fold_in(key, i)
@@ -93,6 +100,6 @@ class Sum(Method):
                 judged = part.judged
         return MethodLoss(total, new_state, metrics, judged)
 
+    @override
     def adversary_loss(self, adversary, judged):
-        """See `Method.adversary_loss`."""
         return self._adversarial().adversary_loss(adversary, judged)

@@ -1,7 +1,7 @@
-"""CRD: the student's and the teacher's features of an image find each other among many others.
+"""CRD: a contrastive loss matches the student's and the teacher's features of the same image.
 
 Tian, Krishnan, Isola: Contrastive Representation Distillation, ICLR 2020, arXiv:1910.10699.
-M examples, K negatives for each of the N in a batch, features of D numbers.
+M training examples, K negatives for each of the N examples in a batch, D-dimensional features.
 """
 
 import dataclasses
@@ -11,21 +11,22 @@ import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
 from jax.nn import logsumexp
+from typing_extensions import override
 
 from xkd_jax.errors import UserError
 from xkd_jax.methods.base import Method, apply, weighted_sum
 from xkd_jax.methods.layers import unit
 from xkd_jax.models.layers import torch_default
 
-ROWS = 1024  # the banks have a multiple of so many rows, which any usual mesh divides
+ROWS = 1024  # the number of rows in a bank is a multiple, which common meshes divide
 
 
 def group_by_class(labels: np.ndarray, num_classes: int) -> dict[str, jax.Array]:
-    """What `draw_negatives` needs to know about a training set's labels [M].
+    """Groups a training set's labels [M] by class, for `draw_negatives`.
 
     Returns:
-      `by_class` int32 [M], the examples in the order of their classes, and `starts` int32
-      [num_classes + 1], where each class begins in it.
+      `by_class`, int32 [M], the examples sorted by class, and `starts`, int32 [num_classes + 1],
+      where each class starts in it.
     """
     order = np.argsort(labels, kind="stable")
     starts = np.searchsorted(labels[order], np.arange(num_classes + 1))
@@ -35,9 +36,9 @@ def group_by_class(labels: np.ndarray, num_classes: int) -> dict[str, jax.Array]
 def draw_negatives(
     key: jax.Array, by_class: jax.Array, starts: jax.Array, labels: jax.Array, number: int
 ) -> jax.Array:
-    """Examples of other classes than `labels` [N], uniform and with repetition: int32 [N, number].
+    """Draws examples of classes other than `labels` [N], with replacement: int32 [N, number].
 
-    See `group_by_class` for `by_class` and `starts`.
+    `by_class` and `starts` are from `group_by_class`.
     """
     start = starts[labels][:, None]
     size = starts[labels + 1][:, None] - start
@@ -59,11 +60,11 @@ def contrast(
 
     Args:
       anchors: one network's features, unit vectors [N, D].
-      bank: the other's features of all examples [rows, D]; they receive no gradient.
-      index: the anchors' own places in the bank [N], their positives.
-      drawn: how often an example is a negative of an anchor, float32 [N, rows]; each row sums to K.
-      log_normalizer: log Z of exp(score / temperature), which Eq. 19 leaves out and the authors'
-        code has; -inf to estimate it from these scores as M times their mean.
+      bank: the other network's features of all examples [rows, D], without gradient.
+      index: the bank's row for each anchor [N], its positive.
+      drawn: how often each example is a negative of each anchor, float32 [N, rows]; rows sum to K.
+      log_normalizer: log Z of exp(score / temperature), which is not in Eq. 19 but in the authors'
+        code; -inf to estimate it from these scores as M times their mean.
       examples: M.
       temperature: tau.
 
@@ -73,9 +74,9 @@ def contrast(
     bank = jax.lax.stop_gradient(bank)
     negatives = jnp.sum(drawn[0])
     positive = jnp.sum(anchors * bank[index], -1) / temperature
-    # One product with the whole bank: to gather K rows of D numbers for every anchor would move
-    # far more memory. And no scores are gathered, but all are weighed: the gradient of a gather
-    # is a scattered sum, on a GPU in another order each time.
+    # One product with the whole bank: gathering K rows of D numbers for every anchor would move far
+    # more memory. All scores are weighted instead of gathering some: the gradient of a gather is a
+    # scatter-add, which is not deterministic on a GPU.
     scores = anchors @ bank.T / temperature
     total = jnp.logaddexp(logsumexp(positive), logsumexp(scores, b=drawn))
     estimate = total - jnp.log(len(anchors) * (negatives + 1) / examples)
@@ -88,9 +89,9 @@ def contrast(
 
 
 def remember(bank: jax.Array, index: jax.Array, features: jax.Array, momentum: float) -> jax.Array:
-    """The bank [rows, D] with its rows `index` [N] moved towards `features` [N, D], unit vectors.
+    """Updates rows `index` [N] of the bank [rows, D] with `features` [N, D]; all are unit vectors.
 
-    As Wu et al. (arXiv:1805.01978) do it; `momentum` is the share of the old rows.
+    As in Wu et al. (arXiv:1805.01978); `momentum` is the weight of the old rows.
     """
     mixed = momentum * bank[index] + (1 - momentum) * jax.lax.stop_gradient(features)
     return bank.at[index].set(unit(mixed))
@@ -98,19 +99,19 @@ def remember(bank: jax.Array, index: jax.Array, features: jax.Array, momentum: f
 
 @dataclasses.dataclass(frozen=True)
 class CRD(Method):
-    """Contrastive distillation of the pooled features, with RepDistiller's numbers.
+    """Contrastive distillation of the pooled features, with RepDistiller's settings.
 
-    It carries two memory banks, together 2 * 4 * 128 bytes for every training example: 51 MB for
-    CIFAR, 1.3 GB for ImageNet, split over the devices. A step holds a few float32 arrays
-    [N, M]: 1.3 GB each for a batch of 256 of ImageNet. The paper's temperature for CIFAR-100 is
-    0.1; 0.07 is the authors' code's.
+    The state has two memory banks, together 2 * 4 * 128 bytes per training example: 51 MB for
+    CIFAR, 1.3 GB for ImageNet, sharded over the devices. A step holds a few float32 arrays [N, M]:
+    1.3 GB each for a batch of 256 on ImageNet. The paper's temperature for CIFAR-100 is 0.1; the
+    authors' code has 0.07.
 
     Attributes:
-      weight: of this term.
+      weight: weight of this term.
       temperature: tau.
-      negatives: K, drawn for every example from all other classes, with repetition.
-      momentum: share of the old row when a bank takes up a new feature.
-      width: D, of the space that both networks' features are mapped to.
+      negatives: K, drawn for every example from all other classes, with replacement.
+      momentum: weight of the old row when a bank is updated.
+      width: D, the dimension of the space that both networks' features are mapped to.
     """
 
     weight: float = 0.8
@@ -121,8 +122,8 @@ class CRD(Method):
 
     needs_teacher = True
 
+    @override
     def check(self, teacher_out, student_out):
-        """See `Method.check`."""
         for name, fits, right in (
             ("temperature", self.temperature > 0, "above 0"),
             ("negatives", self.negatives >= 1, "at least 1"),
@@ -132,17 +133,18 @@ class CRD(Method):
             if not fits:
                 raise UserError(f"method.crd.{name}={getattr(self, name)} must be {right}.")
 
+    @override
     def init(self, key, teacher_out, student_out, labels=()):
-        """See `Method.init`.
+        """A linear embedding and a memory bank for each of the two networks.
 
         Raises:
-          UserError: the training set has but one class, or nothing.
+          UserError: the training set has fewer than two classes.
         """
         labels = np.asarray(labels)
         if len(np.unique(labels)) < 2:
             raise UserError(
-                "crd contrasts examples of different classes, and this training set has fewer than "
-                "two; take another method."
+                "crd contrasts examples of different classes, but this training set has fewer than "
+                "two; use another method."
             )
         outs = {"student": student_out, "teacher": teacher_out}
         rows = -(-len(labels) // ROWS) * ROWS
@@ -158,8 +160,9 @@ class CRD(Method):
         state = {"bank": bank, "log_normalizer": unset}
         return params, state | group_by_class(labels, student_out["logits"].shape[-1])
 
+    @override
     def loss(self, params, state, teacher_out, student_out, batch, key, progress, adversary=None):
-        """See `Method.loss`; the new state's banks hold this batch's features."""
+        """The new state's banks hold this batch's features."""
         pooled = {
             "student": student_out["pooled"],
             "teacher": jax.lax.stop_gradient(teacher_out["pooled"]),

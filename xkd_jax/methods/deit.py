@@ -9,19 +9,20 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 import optax
+from typing_extensions import override
 
 from xkd_jax.errors import UserError, unknown
 from xkd_jax.methods.base import Method, PairError, weighted_sum
-from xkd_jax.methods.logits import soft_cross_entropy
+from xkd_jax.methods.logits import softened_kl
 
 VARIANTS = ("hard", "soft")
 
 
 def hard_loss(student_logits: jax.Array, teacher_logits: jax.Array) -> jax.Array:
-    """The cross-entropy with the teacher's decision as the label (Eq. 3, second term).
+    """The cross-entropy with the teacher's predicted class as the label (Eq. 3, second term).
 
     Args:
-      student_logits: of the distillation token's head [N, K].
+      student_logits: the distillation head's [N, K].
       teacher_logits: [N, K].
 
     Returns:
@@ -40,15 +41,15 @@ def soft_loss(
     """KL(teacher || student) at `temperature`, times its square (Eq. 2), divided by K.
 
     Eq. 2 has no such division. The released code averages over the K classes as well as over the
-    batch, and the published results are its (github.com/facebookresearch/deit, issue 61).
+    batch, and gave the published results (github.com/facebookresearch/deit, issue 61).
 
     Args:
-      student_logits: of the distillation token's head [N, K].
+      student_logits: the distillation head's [N, K].
       teacher_logits: [N, K], without gradient.
-      temperature: what both are divided by before the softmax.
+      temperature: divides both before the softmax.
     """
     teacher_logits = jax.lax.stop_gradient(teacher_logits)
-    divergence = soft_cross_entropy(student_logits, teacher_logits, temperature)
+    divergence = softened_kl(student_logits, teacher_logits, temperature)
     return divergence / student_logits.shape[-1]
 
 
@@ -56,13 +57,13 @@ def soft_loss(
 class DeiT(Method):
     """DeiT's distillation, for students with a distillation token and any teacher.
 
-    The label term is about the class token's head alone. The released code's balance, 0.5 and 0.5,
-    serves both variants; the paper's section 6 names 0.9 and 0.1 for "soft".
+    The label term uses the class token's head only. The weights, 0.5 and 0.5, are the released
+    code's for both variants; section 6 of the paper has 0.9 and 0.1 for "soft".
 
     Attributes:
-      weight: of this term.
+      weight: weight of this term.
       variant: "hard" or "soft".
-      temperature: of "soft"; nothing in "hard".
+      temperature: softmax temperature of "soft"; unused by "hard".
     """
 
     label_weight: float = 0.5
@@ -72,24 +73,24 @@ class DeiT(Method):
 
     needs_teacher = True
 
+    @override
     def check(self, teacher_out, student_out):
-        """See `Method.check`."""
         if self.variant not in VARIANTS:
             raise unknown("variant of deit", self.variant, VARIANTS)
         if self.temperature <= 0:
             raise UserError(f"method.deit.temperature={self.temperature} must be above 0.")
         if "dist_logits" not in student_out:
             raise PairError(
-                "deit teaches a distillation token, and this student has none, unlike "
+                "deit trains a distillation token, but this student has none, unlike "
                 "deit_tiny_distilled_patch16_224"
             )
 
+    @override
     def label_logits(self, student_out):
-        """See `Method.label_logits`."""
         return student_out["cls_logits"]
 
+    @override
     def loss(self, params, state, teacher_out, student_out, batch, key, progress, adversary=None):
-        """See `Method.loss`."""
         logits = student_out["dist_logits"], teacher_out["logits"]
         if self.variant == "hard":
             term = hard_loss(*logits)

@@ -7,6 +7,7 @@ import dataclasses
 
 import jax
 import jax.numpy as jnp
+from typing_extensions import override
 
 from xkd_jax.errors import UserError
 from xkd_jax.methods.align import is_transformer, level_map, paired_levels, resize_map
@@ -15,10 +16,10 @@ from xkd_jax.methods.layers import ConvNorm
 
 
 def hint_loss(prediction: jax.Array, hint: jax.Array) -> jax.Array:
-    """The squared distance of the regressor's output and the teacher's map, both [N, h, w, C].
+    """The mean squared distance of the regressor's output and the teacher's map, both [N, h, w, C].
 
-    Eq. 3 in section 2.2, but as the toolboxes and the published weight have it: the mean over all
-    elements instead of half the sum.
+    Eq. 3 in section 2.2 has half the sum over elements; the mean is the toolboxes', for which the
+    published weight was chosen.
     """
     return jnp.mean((prediction - jax.lax.stop_gradient(hint)) ** 2)
 
@@ -27,19 +28,19 @@ def hint_loss(prediction: jax.Array, hint: jax.Array) -> jax.Array:
 class FitNet(Method):
     """Hint-based training.
 
-    The regressor is RepDistiller's: a convolution (1x1, on the student's map brought to the
-    teacher's grid), batch normalisation and, where the teacher is a CNN, ReLU. Towards a
-    Transformer there is no ReLU, for tokens are signed.
+    The regressor is RepDistiller's: a convolution (1x1, on the student's map resized to the
+    teacher's grid), batch normalisation and, for a CNN teacher, ReLU. For a Transformer teacher
+    there is no ReLU, because tokens are signed.
 
-    Section 2.3 trains in two stages: the hint alone, then the labels and the softened
-    probabilities alone. The toolboxes, whose numbers are the published ones, add the hint to the
-    label term throughout. `hint_epochs` chooses; the paper's second stage is "fitnet+logits".
+    Section 2.3 trains in two stages: first the hint only, then labels and softened probabilities
+    only. The toolboxes that produced the published results add the hint to the label term
+    throughout. `hint_epochs` selects between them; "fitnet+logits" gives the paper's second stage.
 
     Attributes:
-      weight: of this term, RepDistiller's.
-      level: which of the levels that the networks share, 1 is the shallowest; 0 takes the middle
-        one, the second of three or four.
-      hint_epochs: of the paper's first stage, before the training proper; 0: one stage.
+      weight: weight of this term, RepDistiller's.
+      level: which shared level to use, 1 being the shallowest; 0 selects the middle one, the second
+        of three or four.
+      hint_epochs: length of the paper's first stage in epochs; 0 trains in one stage.
     """
 
     weight: float = 100.0
@@ -49,17 +50,17 @@ class FitNet(Method):
     needs_teacher = True
 
     @property
+    @override
     def first_phase(self) -> float:
-        """See `Method.first_phase`."""
         return self.hint_epochs
 
+    @override
     def check(self, teacher_out, student_out):
-        """See `Method.check`."""
         count = len(paired_levels(teacher_out, student_out))
         if not 0 <= self.level <= count:
             raise UserError(
                 f"method.fitnet.level={self.level} doesn't exist; these networks share the levels "
-                f"1 (the shallowest) to {count}, and 0 takes the middle one."
+                f"1 (the shallowest) to {count}, and 0 selects the middle one."
             )
         if self.hint_epochs < 0:
             raise UserError(f"method.fitnet.hint_epochs={self.hint_epochs} must be at least 0.")
@@ -71,13 +72,13 @@ class FitNet(Method):
         hint, guided = level_map(teacher_out, names[0]), level_map(student_out, names[1])
         return hint, resize_map(guided, hint.shape[1:3])
 
+    @override
     def init(self, key, teacher_out, student_out, labels=()):
-        """See `Method.init`."""
         hint, guided = self._maps(teacher_out, student_out)
         return ConvNorm(hint.shape[-1]).init(key, guided), {}
 
+    @override
     def loss(self, params, state, teacher_out, student_out, batch, key, progress, adversary=None):
-        """See `Method.loss`."""
         hint, guided = self._maps(teacher_out, student_out)
         prediction = apply(ConvNorm(hint.shape[-1]), params, guided)
         if not is_transformer(teacher_out):

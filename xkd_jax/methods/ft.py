@@ -1,4 +1,4 @@
-"""FT: the student translates factors, which a paraphraser has drawn from the teacher's last map.
+"""FT: the student reproduces factors that a paraphraser extracts from the teacher's last map.
 
 Kim, Park, Kwak: Paraphrasing Complex Network: Network Compression via Factor Transfer,
 arXiv:1802.04977.
@@ -10,6 +10,7 @@ from typing import ClassVar
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
+from typing_extensions import override
 
 from xkd_jax.errors import UserError, unknown
 from xkd_jax.methods.align import level_grid, level_map, levels, on_smaller_grid
@@ -36,7 +37,7 @@ class Convolutions(nn.Module):
 class Paraphraser(nn.Module):
     """A convolutional auto-encoder of the teacher's map (section 3.1).
 
-    The original's transposed convolutions of stride 1 are convolutions by another name.
+    The original's transposed convolutions of stride 1 are equivalent to convolutions.
     """
 
     factors: int
@@ -50,13 +51,13 @@ class Paraphraser(nn.Module):
 
 
 def factor_distance(student: jax.Array, teacher: jax.Array, variant: str, p: int) -> jax.Array:
-    """The mean p-th power of the distance of the normalised factors (section 3.2).
+    """The mean p-th power of the difference of the normalised factors (section 3.2).
 
     Args:
       student: its factors [N, h, w, F].
       teacher: the teacher's [N, h', w', F], without gradient; the finer grid is averaged down.
-      variant: "factor" takes all h * w * F values of an image as one vector of length 1, as the
-        paper does; "energy" first averages their squares over the channels.
+      variant: "factor" normalises all h * w * F values of an image as one vector, as in the paper;
+        "energy" first averages their squares over the channels.
       p: 1 or 2.
     """
     maps = on_smaller_grid(student, jax.lax.stop_gradient(teacher))
@@ -69,17 +70,17 @@ def factor_distance(student: jax.Array, teacher: jax.Array, variant: str, p: int
 
 @dataclasses.dataclass(frozen=True)
 class FT(Method):
-    """Factor transfer, in two phases: the paraphraser alone, then the student and its translator.
+    """Factor transfer in two phases: first the paraphraser, then the student and its translator.
 
-    "energy" is what RepDistiller computes: the published CIFAR-100 results, and the weight 200,
-    are its. The weight for ImageNet is the paper's, and belongs to the paper's "factor".
+    "energy" is what RepDistiller computes, with the weight 200, for the published CIFAR-100
+    results. The weight for ImageNet is the paper's, for the paper's "factor".
 
     Attributes:
-      weight: of the distance of the factors.
-      variant: of that distance, see `factor_distance`.
-      p: the power of that distance, 1 or 2.
-      k: the number of factors as a share of the teacher's channels, the paraphrase rate.
-      first_epochs: in which the paraphraser learns, before the student does.
+      weight: weight of the distance between the factors.
+      variant: "energy" or "factor"; see `factor_distance`.
+      p: the power of the differences, 1 or 2.
+      k: the paraphrase rate, the number of factors relative to the teacher's channels.
+      first_epochs: length of the first phase in epochs, which trains only the paraphraser.
     """
 
     weight: float = 200.0
@@ -92,17 +93,17 @@ class FT(Method):
     imagenet: ClassVar = {"weight": 1000.0, "variant": "factor"}
 
     @property
+    @override
     def first_phase(self) -> float:
-        """See `Method.first_phase`."""
         return self.first_epochs
 
+    @override
     def moves(self, progress):
-        """See `Method.moves`."""
         parts = {"paraphraser": progress < 0, "translator": True}
         return {"student": progress >= 0, "method": parts}
 
+    @override
     def check(self, teacher_out, student_out):
-        """See `Method.check`."""
         if self.variant not in VARIANTS:
             raise unknown("variant of ft", self.variant, VARIANTS)
         if self.p not in (1, 2):
@@ -112,21 +113,21 @@ class FT(Method):
         if self.first_epochs < 1:
             raise UserError(
                 f"method.ft.first_epochs={self.first_epochs} must be at least 1: the paraphraser "
-                "learns in no others."
+                "is trained in these epochs only."
             )
         grids = [level_grid(out, levels(out)[-1]) for out in (teacher_out, student_out)]
         if self.variant == "energy" and (1, 1) in grids:
             raise UserError(
-                "ft's variant 'energy' compares places, and a network's last map has but one; set "
-                "method.ft.variant to 'factor'."
+                "ft's variant 'energy' compares positions, but one network's last map has only "
+                "one; set method.ft.variant to 'factor'."
             )
 
     def _modules(self, teacher: jax.Array, student: jax.Array) -> tuple[Paraphraser, Convolutions]:
         factors = max(1, int(self.k * teacher.shape[-1]))
         return Paraphraser(factors), Convolutions((student.shape[-1], factors, factors))
 
+    @override
     def init(self, key, teacher_out, student_out, labels=()):
-        """See `Method.init`."""
         maps = _last_map(teacher_out), _last_map(student_out)
         paraphraser, translator = self._modules(*maps)
         keys = jax.random.split(key)
@@ -136,8 +137,8 @@ class FT(Method):
         }
         return params, {}
 
+    @override
     def loss(self, params, state, teacher_out, student_out, batch, key, progress, adversary=None):
-        """See `Method.loss`."""
         teacher, student = jax.lax.stop_gradient(_last_map(teacher_out)), _last_map(student_out)
         paraphraser, translator = self._modules(teacher, student)
         factors, reconstruction = apply(paraphraser, params["paraphraser"], teacher)

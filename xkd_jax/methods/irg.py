@@ -1,4 +1,4 @@
-"""IRG: the student copies the graph that the examples of a batch form at each level.
+"""IRG: the student imitates the graph that the examples of a batch form at each level.
 
 Liu, Cao, Li, Yuan, Hu, Li, Duan: Knowledge Distillation via Instance Relationship Graph, CVPR 2019.
 """
@@ -7,6 +7,7 @@ import dataclasses
 
 import jax
 import jax.numpy as jnp
+from typing_extensions import override
 
 from xkd_jax.methods.align import level_map, paired_levels
 from xkd_jax.methods.base import Method, Outputs, weighted_sum
@@ -14,9 +15,9 @@ from xkd_jax.methods.logits import mean_squared_distance
 
 
 def edges(features: jax.Array) -> jax.Array:
-    """The squared distances among N points [N, D] over the largest of them, [N, N].
+    """The squared distances between N points [N, D], divided by the largest of them: [N, N].
 
-    The largest is a constant in the backward pass, as in the authors' code.
+    The largest is treated as a constant in the backward pass, as in the authors' code.
     """
     distances = jnp.sum((features - features[:, None]) ** 2, -1)
     largest = jax.lax.stop_gradient(jnp.max(distances))
@@ -24,7 +25,7 @@ def edges(features: jax.Array) -> jax.Array:
 
 
 def transforms(graphs: jax.Array) -> jax.Array:
-    """How the edges change from level to level: squared, [L, N, N] -> [L - 1, N, N]."""
+    """The squared changes of the edges from level to level, [L, N, N] -> [L - 1, N, N]."""
     return (graphs[1:] - graphs[:-1]) ** 2
 
 
@@ -33,14 +34,14 @@ class IRG(Method):
     """Multi-type knowledge: vertices (the logits), edges at each level, and their transforms.
 
     The weights are those of AberHu's Knowledge-Distillation-Zoo; each term is a mean over its
-    elements. Levels are averaged over their grid, as in the authors' code. Both codes compare
-    transforms of vertices, which asks for levels of the same width; the paper's other kind, of
-    edges, joins any networks, and is what we take.
+    elements. Levels are averaged over their grid, as in the authors' code. Both implementations
+    compare transforms of vertices, which requires levels of the same width; the paper's other kind,
+    transforms of edges, works for any pair of networks and is used here.
 
     Attributes:
-      vertex_weight: of the logits' squared distance.
-      edge_weight: of the edges' squared distance.
-      transform_weight: of that of the edges' transforms.
+      vertex_weight: weight of the logits' mean squared distance.
+      edge_weight: weight of the edges' mean squared distance.
+      transform_weight: weight of the mean squared distance of the edges' transforms.
     """
 
     vertex_weight: float = 0.1
@@ -49,8 +50,8 @@ class IRG(Method):
 
     needs_teacher = True
 
+    @override
     def loss(self, params, state, teacher_out, student_out, batch, key, progress, adversary=None):
-        """See `Method.loss`."""
         teacher_levels, student_levels = zip(*paired_levels(teacher_out, student_out), strict=True)
         target = jax.lax.stop_gradient(_graphs(teacher_out, teacher_levels))
         graphs = _graphs(student_out, student_levels)

@@ -1,4 +1,4 @@
-"""Layers that methods put between two networks; they are dropped after training."""
+"""Layers that methods put between the two networks; they are discarded after training."""
 
 from typing import Any
 
@@ -10,9 +10,9 @@ from xkd_jax.models.layers import Conv, normalize_batch
 
 
 class ConvNorm(nn.Module):
-    """A convolution without bias and batch normalisation, from one network's width to another's.
+    """A convolution without bias, then batch normalisation: from one network's width to another's.
 
-    The normalisation has no running statistics: nobody evaluates it.
+    There are no running statistics, since it is never evaluated.
     """
 
     features: int
@@ -29,6 +29,6 @@ class ConvNorm(nn.Module):
 
 
 def unit(x: jax.Array, axis: int | tuple[int, ...] = -1) -> jax.Array:
-    """Scales vectors along `axis` to Euclidean length 1; zeros stay zeros, gradients finite."""
+    """Scales vectors along `axis` to Euclidean length 1; zeros stay zero, with finite gradients."""
     square = jnp.sum(x**2, axis, keepdims=True)
     return x * jax.lax.rsqrt(jnp.maximum(square, 1e-24))

@@ -8,6 +8,7 @@ from typing import ClassVar
 
 import jax
 import jax.numpy as jnp
+from typing_extensions import override
 
 from xkd_jax.errors import UserError, unknown
 from xkd_jax.methods.base import Method, weighted_sum
@@ -15,7 +16,7 @@ from xkd_jax.methods.base import Method, weighted_sum
 VARIANTS = ("kl", "mse")
 
 
-def soft_cross_entropy(
+def softened_kl(
     student_logits: jax.Array, teacher_logits: jax.Array, temperature: float
 ) -> jax.Array:
     """KL(teacher || student) of the softened probabilities, times the squared temperature.
@@ -23,7 +24,7 @@ def soft_cross_entropy(
     Args:
       student_logits: [N, K].
       teacher_logits: [N, K].
-      temperature: what both are divided by before the softmax.
+      temperature: divides both before the softmax.
 
     Returns:
       The batch mean, a float32 scalar.
@@ -43,12 +44,12 @@ def mean_squared_distance(student_logits: jax.Array, teacher_logits: jax.Array) 
 class Logits(Method):
     """Hinton's distillation.
 
-    The paper's section 2 and RepDistiller's weights; `variant="mse"` is what the released code of
+    Section 2 of the paper with RepDistiller's weights; `variant="mse"` is what the released code of
     the cross-architecture paper calls "Logits": the mean squared distance of the logits.
 
     Attributes:
-      weight: of this term.
-      temperature: of both softmaxes; nothing in "mse".
+      weight: weight of this term.
+      temperature: temperature of both softmaxes; unused by "mse".
       variant: "kl" or "mse".
     """
 
@@ -60,18 +61,18 @@ class Logits(Method):
     needs_teacher = True
     imagenet: ClassVar = {"label_weight": 0.5, "weight": 0.5, "temperature": 1.0}
 
+    @override
     def check(self, teacher_out, student_out):
-        """See `Method.check`."""
         if self.variant not in VARIANTS:
             raise unknown("variant of logits", self.variant, VARIANTS)
         if self.temperature <= 0:
             raise UserError(f"method.logits.temperature={self.temperature} must be above 0.")
 
+    @override
     def loss(self, params, state, teacher_out, student_out, batch, key, progress, adversary=None):
-        """See `Method.loss`."""
         logits = student_out["logits"], teacher_out["logits"]
         if self.variant == "mse":
             term = mean_squared_distance(*logits)
         else:
-            term = soft_cross_entropy(*logits, self.temperature)
+            term = softened_kl(*logits, self.temperature)
         return weighted_sum({f"logits_{self.variant}": (self.weight, term)}, state)

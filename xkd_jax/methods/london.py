@@ -1,4 +1,4 @@
-"""LONDON: OFD, and between adjacent levels the student's Lipschitz constants are the teacher's.
+"""LONDON: OFD, and the student's Lipschitz constants between adjacent levels match the teacher's.
 
 Shang, Duan, Zong, Nie, Yan: Lipschitz Continuity Guided Knowledge Distillation, arXiv:2108.12905.
 """
@@ -9,6 +9,7 @@ from typing import ClassVar
 
 import jax
 import jax.numpy as jnp
+from typing_extensions import override
 
 from xkd_jax.methods.align import on_smaller_grid, paired_levels
 from xkd_jax.methods.base import PairError, weighted_sum
@@ -19,14 +20,15 @@ ITERATIONS = 10  # the authors' for CIFAR-100; 5 for ImageNet
 
 
 def top_singular_value(shallow: jax.Array, deep: jax.Array, start: jax.Array) -> jax.Array:
-    """The spectral norm of each image's transmitting matrix F_i^T F_(i+1) / (h w), by iteration.
+    """The spectral norm of each image's transmitting matrix F_i^T F_(i+1) / (h w).
 
-    It bounds the Lipschitz constant of what lies between the two levels (section 3).
+    It bounds the Lipschitz constant of the layers between the two levels (section 3), and is found
+    by power iteration.
 
     Args:
       shallow: F_i, [N, h, w, C].
       deep: F_(i+1), [N, h', w', D]; the finer of the two is averaged down to the other's grid.
-      start: the power iteration's first vector, [C].
+      start: the initial vector of the power iteration, [C].
 
     Returns:
       [N], float32; the gradient flows through the iterations, as in the released code.
@@ -35,7 +37,7 @@ def top_singular_value(shallow: jax.Array, deep: jax.Array, start: jax.Array) ->
     n, h, w, channels = shallow.shape
     shallow, deep = (x.reshape(n, h * w, -1) for x in (shallow, deep))
 
-    # Applied factor by factor: the matrix itself would cost more than many a network.
+    # Applied factor by factor: the matrix itself would cost more than many networks.
     def transposed(vector: jax.Array) -> jax.Array:
         return jnp.einsum("ntc,ntd,nc->nd", shallow, deep, vector) / (h * w)
 
@@ -49,12 +51,12 @@ def top_singular_value(shallow: jax.Array, deep: jax.Array, start: jax.Array) ->
 
 
 def spectral_distance(key: jax.Array, maps: list[Pair]) -> jax.Array:
-    """The squared differences of the top singular values, batch means.
+    """The weighted sum of the mean squared differences of the top singular values.
 
-    Of n levels, level i and the next have the weight 2^-(n - i), i from 1.
+    Levels i and i + 1 of n, counted from 1, have the weight 2^-(n - i).
 
     Args:
-      key: for the power iterations' first vectors, the same for both networks.
+      key: for the initial vectors of the power iterations, the same for both networks.
       maps: the teacher's and the student's maps [N, h, w, C] of each level, shallow to deep.
     """
     total = jnp.zeros(())
@@ -71,12 +73,13 @@ def spectral_distance(key: jax.Array, maps: list[Pair]) -> jax.Array:
 class LONDON(OFD):
     """OFD's options, state and loss, and the spectral distance of the same maps.
 
-    The authors' scripts for CIFAR-100 weigh the second by 0.8/200 (WRN-28-4 -> WRN-16-4; to a
-    quarter of it after 60% of the epochs, which is not done here) or 0.25/200 (-> WRN-16-2).
+    The authors' scripts for CIFAR-100 weight the spectral distance by 0.8/200 (WRN-28-4 ->
+    WRN-16-4; reduced to a quarter after 60% of the epochs, which is not done here) or 0.25/200
+    (-> WRN-16-2).
 
     Attributes:
-      weight: of OFD's loss.
-      spectral_weight: of the spectral distance.
+      weight: weight of OFD's loss.
+      spectral_weight: weight of the spectral distance.
     """
 
     spectral_weight: float = 0.8 / 200
@@ -84,13 +87,13 @@ class LONDON(OFD):
     # 2000 / (batch * 10^4), with the authors' batches of 96.
     imagenet: ClassVar = {"weight": 1e-4, "spectral_weight": 0.2 / 96}
 
+    @override
     def check(self, teacher_out, student_out):
-        """See `Method.check`."""
         if len(paired_levels(teacher_out, student_out)) < 2:
-            raise PairError("london compares what lies between levels, and this pair has but one")
+            raise PairError("london compares adjacent levels, but this pair has only one level")
 
+    @override
     def loss(self, params, state, teacher_out, student_out, batch, key, progress, adversary=None):
-        """See `Method.loss`."""
         maps = self.connected_maps(params, teacher_out, student_out)
         distance, state = self.distance(state, maps)
         spectral = spectral_distance(key, list(maps.values()))

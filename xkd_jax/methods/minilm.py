@@ -1,4 +1,4 @@
-"""MiniLM: the student's last self-attention relates tokens to each other as the teacher's does.
+"""MiniLM: the student's last self-attention imitates how the teacher's relates tokens.
 
 Wang, Wei, Dong, Bao, Yang, Zhou: MiniLM: Deep Self-Attention Distillation for Experiment-Agnostic
 Compression of Pre-Trained Transformers, arXiv:2002.10957, section 3, is "v1"; Wang, Bao, Huang,
@@ -9,13 +9,14 @@ import dataclasses
 
 import jax
 import jax.numpy as jnp
+from typing_extensions import override
 
 from xkd_jax.errors import UserError, unknown
 from xkd_jax.methods.align import is_transformer
 from xkd_jax.methods.base import Method, Outputs, PairError, weighted_sum
-from xkd_jax.methods.logits import soft_cross_entropy
+from xkd_jax.methods.logits import softened_kl
 
-# What is multiplied with what, for each term.
+# The two factors of the relation in each term.
 RELATIONS = {
     "v1": {"minilm_attention": ("query", "key"), "minilm_value": ("value", "value")},
     "v2": {
@@ -40,11 +41,11 @@ def relation_loss(student: jax.Array, teacher: jax.Array) -> jax.Array:
       student: its relation [N, H, T, T]; see `relation`.
       teacher: the teacher's [N, H, T, T], without gradient.
     """
-    return soft_cross_entropy(student, jax.lax.stop_gradient(teacher), temperature=1.0)
+    return softened_kl(student, jax.lax.stop_gradient(teacher), temperature=1.0)
 
 
 def regroup(x: jax.Array, heads: int) -> jax.Array:
-    """Joins all heads and splits them into as many as `heads`, v2's relation heads.
+    """Joins all heads and splits them into `heads` relation heads, as in v2.
 
     [N, H, T, d] -> [N, heads, T, H * d / heads].
     """
@@ -56,15 +57,15 @@ def regroup(x: jax.Array, heads: int) -> jax.Array:
 class MiniLM(Method):
     """Deep self-attention distillation from the teacher's last block to the student's.
 
-    Both must be Transformers with the same grid of tokens. Only patch tokens take part: the class
-    token, and Swin's position bias, are in none of the relations.
+    Both must be Transformers with the same grid of tokens. The relations are between patch tokens,
+    without the class token and without Swin's position bias.
 
     Attributes:
-      weight: of each term.
-      variant: "v1" compares attention and value relations, head by head; "v2" relations of
-        queries, of keys and of values, whatever the two networks' heads.
-      relation_heads: of "v2"; 48 is what its authors took for teachers of width 768. Both
-        networks' widths must be multiples of it.
+      weight: weight of each term.
+      variant: "v1" compares attention and value relations, head by head; "v2" compares relations
+        of queries, keys and values, for any numbers of heads.
+      relation_heads: number of relation heads of "v2", which must divide both networks' widths; its
+        authors use 48 for teachers of width 768.
     """
 
     weight: float = 1.0
@@ -73,26 +74,26 @@ class MiniLM(Method):
 
     needs_teacher = True
 
+    @override
     def check(self, teacher_out, student_out):
-        """See `Method.check`."""
         if self.variant not in RELATIONS:
             raise unknown("variant of minilm", self.variant, RELATIONS)
         for role, out in (("teacher", teacher_out), ("student", student_out)):
             if not is_transformer(out):
                 raise PairError(
-                    f"minilm compares the attention of two Transformers, and this {role} is a CNN"
+                    f"minilm compares the attention of two Transformers, but this {role} is a CNN"
                 )
         grids = ["x".join(map(str, out["grid"])) for out in (teacher_out, student_out)]
         if grids[0] != grids[1]:
             raise PairError(
-                f"minilm compares the same tokens, and the teacher's are {grids[0]}, the "
-                f"student's {grids[1]}"
+                f"minilm compares token by token, but the teacher's grid is {grids[0]} and the "
+                f"student's is {grids[1]}"
             )
         teacher, student = (out["query"].shape for out in (teacher_out, student_out))
         if self.variant == "v1" and teacher[1] != student[1]:
             raise UserError(
-                f"minilm's v1 compares head by head, and the teacher has {teacher[1]}, the student "
-                f"{student[1]}; set method.minilm.variant to 'v2'."
+                f"minilm's v1 compares head by head, but the teacher has {teacher[1]} heads and "
+                f"the student {student[1]}; set method.minilm.variant to 'v2'."
             )
         if self.variant == "v2":
             self._check_relation_heads(teacher[1] * teacher[-1], student[1] * student[-1])
@@ -110,8 +111,8 @@ class MiniLM(Method):
             taps = {name: regroup(tap, self.relation_heads) for name, tap in taps.items()}
         return taps
 
+    @override
     def loss(self, params, state, teacher_out, student_out, batch, key, progress, adversary=None):
-        """See `Method.loss`."""
         teacher, student = self._taps(teacher_out), self._taps(student_out)
         terms = {
             name: (

@@ -1,4 +1,4 @@
-"""OFD: the student imitates the teacher's responses before their activation, but for the redundant.
+"""OFD: the student imitates the teacher's responses before the activation, except redundant ones.
 
 Heo, Kim, Yun, Park, Kwak, Choi: A Comprehensive Overhaul of Feature Distillation, arXiv:1904.01866.
 """
@@ -8,6 +8,7 @@ from typing import ClassVar
 
 import jax
 import jax.numpy as jnp
+from typing_extensions import override
 
 from xkd_jax.methods.align import paired_maps
 from xkd_jax.methods.base import Method, Outputs, Tree, apply, weighted_sum
@@ -17,12 +18,12 @@ Pair = tuple[jax.Array, jax.Array]  # the teacher's map and the student's, of on
 
 
 def update_negatives(negatives: Tree, teacher: jax.Array) -> Tree:
-    """Adds a batch to what is known of the teacher's negative responses.
+    """Adds a batch to the statistics of the teacher's negative responses.
 
     Args:
-      negatives: `sum` and `share`, each [C], over the batches so far: of the means of min(F_T, 0),
-        and of the fractions of responses that are negative. Their quotient is the mean of the
-        negative responses; neither outgrows float32.
+      negatives: `sum` and `share`, each [C]: the sums over all batches so far of the mean of
+        min(F_T, 0) and of the fraction of negative responses. Their quotient is the mean of the
+        negative responses; both stay within what float32 can represent.
       teacher: F_T, [N, h, w, C].
     """
     axes = (0, 1, 2)
@@ -33,7 +34,7 @@ def update_negatives(negatives: Tree, teacher: jax.Array) -> Tree:
 
 
 def margin(negatives: Tree) -> jax.Array:
-    """m_C = E[F_T | F_T < 0] (section 3.2), [C]; 0 in a channel that was never negative."""
+    """m_C = E[F_T | F_T < 0] (section 3.2), [C]; 0 for channels that were never negative."""
     return negatives["sum"] / jnp.maximum(negatives["share"], 1e-12)
 
 
@@ -41,7 +42,7 @@ def partial_distance(teacher: jax.Array, student: jax.Array, margin: jax.Array) 
     """d_p(max(F_T, m), F_S): the partial L2 distance (section 3.2).
 
     Where the teacher's response is not positive and the student's is below it, neither would pass
-    a ReLU, and nothing is paid.
+    a ReLU, and the distance is 0.
 
     Args:
       teacher: F_T, [N, h, w, C].
@@ -49,7 +50,7 @@ def partial_distance(teacher: jax.Array, student: jax.Array, margin: jax.Array) 
       margin: m_C, [C].
 
     Returns:
-      The sum over an image's elements, the batch mean, a float32 scalar.
+      The batch mean of the sums over h * w * C, a float32 scalar.
     """
     target = jnp.maximum(teacher, margin)
     counts = (student > target) | (target > 0)
@@ -60,13 +61,13 @@ def partial_distance(teacher: jax.Array, student: jax.Array, margin: jax.Array) 
 class OFD(Method):
     """Margin ReLU and partial L2 distance at every level, each half the weight of the next.
 
-    The released code computes the margins from the teacher's batch normalisations, taking what they
-    put out for Gaussian. Outputs don't show those, and Transformers have none: here the margins are
-    the direct means that section 3.2 allows for, over all the teacher's responses so far, this
-    batch's among them. A Transformer's responses are its standardised tokens.
+    The released code computes the margins from the parameters of the teacher's batch normalisation,
+    assuming Gaussian outputs. A method has no access to those, and Transformers have none: here the
+    margins are the sample means that section 3.2 allows, over all the teacher's responses so far,
+    including this batch. A Transformer's responses are its standardised tokens.
 
     Attributes:
-      weight: of the sum over levels.
+      weight: weight of the sum over levels.
     """
 
     weight: float = 1e-3
@@ -74,8 +75,9 @@ class OFD(Method):
     needs_teacher = True
     imagenet: ClassVar = {"weight": 1e-4}
 
+    @override
     def init(self, key, teacher_out, student_out, labels=()):
-        """See `Method.init`: a connector for every level, and the negative responses."""
+        """A connector and the statistics of the negative responses for every level."""
         params, state = {}, {}
         for level, (teacher, student) in paired_maps(teacher_out, student_out).items():
             key, level_key = jax.random.split(key)
@@ -87,22 +89,22 @@ class OFD(Method):
     def connected_maps(
         self, params: Tree, teacher_out: Outputs, student_out: Outputs
     ) -> dict[str, Pair]:
-        """`align.paired_maps`, the student's through their connectors."""
+        """`align.paired_maps`, with connectors applied to the student's maps."""
         return {
             level: (teacher, apply(ConvNorm(teacher.shape[-1]), params[level], student))
             for level, (teacher, student) in paired_maps(teacher_out, student_out).items()
         }
 
     def distance(self, state: Tree, maps: dict[str, Pair]) -> tuple[jax.Array, Tree]:
-        """The partial distances of `connected_maps`, weighted by level; and the new state."""
+        """The weighted sum of the partial distances of `connected_maps`, and the new state."""
         total, new_state = jnp.zeros(()), {}
         for level, (teacher, student) in maps.items():
             new_state[level] = update_negatives(state[level], teacher)
             total = total / 2 + partial_distance(teacher, student, margin(new_state[level]))
         return total, new_state
 
+    @override
     def loss(self, params, state, teacher_out, student_out, batch, key, progress, adversary=None):
-        """See `Method.loss`."""
         maps = self.connected_maps(params, teacher_out, student_out)
         distance, state = self.distance(state, maps)
         return weighted_sum({"partial_distance": (self.weight, distance)}, state)

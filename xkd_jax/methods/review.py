@@ -9,6 +9,7 @@ from typing import ClassVar
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
+from typing_extensions import override
 
 from xkd_jax.errors import UserError
 from xkd_jax.methods.align import level_map, paired_levels, resize_map
@@ -16,21 +17,21 @@ from xkd_jax.methods.base import Method, Outputs, apply, weighted_sum
 from xkd_jax.methods.layers import ConvNorm
 from xkd_jax.models.layers import Conv, torch_default
 
-MAX_WIDTH = 512  # of the fused maps, which are as wide as the student's deepest level otherwise
+MAX_WIDTH = 512  # of the fused maps, whose width is otherwise that of the student's deepest level
 
 
 class Fusion(nn.Module):
-    """ABF: attention based fusion of a level with the deeper ones (section 3.3)."""
+    """ABF: attention-based fusion of a level with the deeper ones (section 3.3)."""
 
     width: int  # of the fused maps
     features: int  # the teacher's channels
 
     @nn.compact
     def __call__(self, level: jax.Array, deeper: jax.Array | None) -> tuple[jax.Array, jax.Array]:
-        """Two maps on the level's grid: what imitates the teacher, what the next fusion takes.
+        """Two maps on the level's grid: the imitation of the teacher's, the next fusion's input.
 
         Args:
-          level: the student's, [N, h, w, C].
+          level: the student's map, [N, h, w, C].
           deeper: the deeper levels' fusion, [N, h', w', width]; None at the deepest level.
         """
         fused = ConvNorm(self.width, name="reduce")(level)
@@ -63,8 +64,8 @@ class Review(nn.Module):
 def context_loss(teacher: jax.Array, student: jax.Array) -> jax.Array:
     """HCL: the hierarchical context loss (section 3.3) of two maps [N, h, w, C].
 
-    The mean squared distance of the maps, and of the two averaged to 4x4, 2x2 and 1x1 where that is
-    smaller, with weights 1, 1/2, 1/4, 1/8 divided by their sum, as in the released code.
+    The mean squared distances of the maps and of their averages on 4x4, 2x2 and 1x1 grids, if
+    smaller, with the weights 1, 1/2, 1/4, 1/8 divided by their sum, as in the released code.
     """
     difference = student - teacher
     loss, weight, weights = jnp.mean(difference**2), 1.0, 1.0
@@ -89,17 +90,17 @@ def _maps(teacher_out: Outputs, student_out: Outputs) -> tuple[list[jax.Array], 
 
 @dataclasses.dataclass(frozen=True)
 class ReviewKD(Method):
-    """The context losses of all levels and of the pooled features, the deepest level of all.
+    """The context losses of all levels and of the pooled features, which are the deepest level.
 
     As in the released code, the teacher's maps are taken before the activation and the student's
-    after it, and a deeper map is brought to a finer grid by repetition.
+    after it, and deeper maps are upsampled by repetition.
 
     Attributes:
-      weight: of the sum over levels. The authors' for CIFAR-100 is 0.6 for ResNet-56 -> 20, 1 for
-        ResNet-110 -> 32, 5 for ResNet-32x4 -> 8x4 and WRN-40-2 -> 16-2 and 40-1, 8 for
-        ResNet-32x4 -> ShuffleNetV2; for ImageNet 1 for ResNet-34 -> 18, 8 for ResNet-50 ->
+      weight: weight of the sum over levels. The authors use, for CIFAR-100, 0.6 for ResNet-56 ->
+        20, 1 for ResNet-110 -> 32, 5 for ResNet-32x4 -> 8x4 and WRN-40-2 -> 16-2 and 40-1, 8 for
+        ResNet-32x4 -> ShuffleNetV2; for ImageNet, 1 for ResNet-34 -> 18, 8 for ResNet-50 ->
         MobileNet.
-      warmup_epochs: the weight grows linearly to its full value over so many.
+      warmup_epochs: number of epochs over which the weight grows linearly to its full value.
     """
 
     weight: float = 1.0
@@ -108,18 +109,18 @@ class ReviewKD(Method):
     needs_teacher = True
     imagenet: ClassVar = {"warmup_epochs": 1}
 
+    @override
     def check(self, teacher_out, student_out):
-        """See `Method.check`."""
         if self.warmup_epochs < 0:
             raise UserError(f"method.review.warmup_epochs={self.warmup_epochs} must be at least 0.")
 
+    @override
     def init(self, key, teacher_out, student_out, labels=()):
-        """See `Method.init`."""
         teacher, student = _maps(teacher_out, student_out)
         return Review(tuple(x.shape[-1] for x in teacher)).init(key, student), {}
 
+    @override
     def loss(self, params, state, teacher_out, student_out, batch, key, progress, adversary=None):
-        """See `Method.loss`."""
         teacher, student = _maps(teacher_out, student_out)
         reviewed = apply(Review(tuple(x.shape[-1] for x in teacher)), params, student)
         losses = map(context_loss, teacher, reviewed)

@@ -1,0 +1,109 @@
+"""Where CAKD taps the two networks, and the networks and options that it refuses."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from tests.methods.cakd_reference import outputs, run_loss
+from xkd_jax.errors import UserError
+from xkd_jax.methods import align, cakd
+from xkd_jax.methods.base import PairError
+from xkd_jax.methods.cakd import CAKD
+
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
+
+def test_teacher_block_taps_an_earlier_block():
+    out, _ = outputs()
+    for block, name in ((-1, "block03"), (-2, "block02"), (-3, "block01")):
+        tapped, tokens = cakd.teacher_taps(out, block)
+        for one, m in zip(tapped, ("query", "key", "value"), strict=True):
+            np.testing.assert_array_equal(one, out[f"{name}_{m}"])
+        if block == -1:
+            np.testing.assert_array_equal(tokens, out["tokens"])
+        else:
+            x = np.float64(out[name])
+            x = (x - x.mean(-1, keepdims=True)) / np.sqrt(x.var(-1, keepdims=True) + 1e-6)
+            np.testing.assert_allclose(tokens, x, atol=1e-5)
+
+
+def test_teacher_block_counts_past_nine():
+    out = {f"block{i:02d}{m}": jnp.full((1, 1, 1, 1), 1.0 * i)
+           for i in range(1, 13) for m in ("", "_query", "_key", "_value")}  # fmt: skip
+    assert [cakd.teacher_taps(out, block)[0][0].item() for block in (-2, -4, -12)] == [11, 9, 1]
+
+
+def test_teacher_block_changes_the_loss():
+    teacher, student = outputs()
+    _, last = run_loss(CAKD(), teacher, student)
+    _, before = run_loss(CAKD(teacher_block=-2), teacher, student)
+    for name in ("attention", "value_relation", "tokens"):
+        assert last[name] != before[name]
+
+
+def test_teacher_taps_are_float32():
+    out = {name: jnp.asarray(x, jnp.bfloat16) for name, x in outputs()[0].items() if name != "grid"}
+    for block in (-1, -2):
+        assert {x.dtype for x in jax.tree.leaves(cakd.teacher_taps(out, block))} == {
+            jnp.dtype("float32")
+        }
+
+
+def stages(*grids):
+    return {f"stage{i}": np.zeros((1, *grid, 3)) for i, grid in enumerate(grids, 1)}
+
+
+@pytest.mark.parametrize(
+    ("grids", "stage"),
+    [
+        ([(56, 56), (28, 28), (14, 14), (7, 7)], "stage3"),  # the teacher's own grid
+        ([(32, 32), (16, 16), (8, 8), (4, 4)], "stage2"),  # the nearest finer one
+        ([(56, 56), (28, 28), (14, 13), (7, 7)], "stage2"),  # finer in both directions
+        ([(12, 12), (6, 6), (3, 3), (2, 2)], "stage1"),  # all are coarser
+    ],
+)
+def test_auto_chooses_the_stage_that_meets_the_grid(grids, stage):
+    assert align.choose_stage(stages(*grids), (14, 14), "auto") == stage
+
+
+def test_a_stage_can_be_named():
+    out = stages((56, 56), (28, 28), (14, 14), (7, 7))
+    assert align.choose_stage(out, (14, 14), "stage4") == "stage4"
+    teacher, student = outputs()
+    losses = [run_loss(CAKD(student_stage=s), teacher, student)[0] for s in ("stage1", "stage2")]
+    assert losses[0] != losses[1]
+    assert run_loss(CAKD(), teacher, student)[0] == losses[1]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (
+            {"student_stage": "stage9"},
+            "no stage 'stage9'; it has stage1, stage2, stage3, or 'auto'",
+        ),
+        ({"generator": "saturated"}, "did you mean saturating"),
+        ({"teacher_block": -4}, r"-1 \(the last\) to -3 \(the first\)"),
+        ({"teacher_block": 0}, "teacher_block=0 doesn't exist"),
+        ({"adversary_every": 0}, "at least 1"),
+        ({"adversary_clock": "epochs"}, "adversary clock 'epochs'; did you mean epoch"),
+    ],
+)
+def test_wrong_options_are_refused(options, message):
+    CAKD().check(*outputs())
+    with pytest.raises(UserError, match=message):
+        CAKD(**options).check(*outputs())
+
+
+def test_wrong_networks_are_refused():
+    teacher, student = outputs()
+    with pytest.raises(PairError, match="this teacher is a CNN"):
+        CAKD().check(student, student)
+    with pytest.raises(PairError, match="this student has none"):
+        CAKD().check(teacher, teacher)
+
+
+def test_the_adversary_moves_every_fifth_step():
+    assert (CAKD().adversary_period, CAKD().adversary_clock) == (5, "step")
+    assert CAKD(adversary_every=2).adversary_period == 2
