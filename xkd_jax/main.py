@@ -23,7 +23,7 @@ _PROCESS_ID = flags.DEFINE_integer("process_id", None, "Of this process, from 0.
 
 def main(argv: list[str]) -> int:
     """Runs, and turns a user's mistake into one sentence and exit code 2."""
-    from xkd_jax.cli import train
+    from xkd_jax.cli import runs
     from xkd_jax.distributed import processes
     from xkd_jax.errors import UserError
 
@@ -32,13 +32,13 @@ def main(argv: list[str]) -> int:
         recipe = (
             config_flags.get_config_filename(flags.FLAGS["config"]) if _CONFIG.present else None
         )
-        workdir = train.read_flags(recipe, _WORKDIR.value, argv[1:])
+        workdir = runs.read_flags(recipe, _WORKDIR.value, argv[1:])
         if _COMPILE_FOR.value is not None:
             from xkd_jax.analysis import tpu_forecast
 
             return tpu_forecast.run(_CONFIG.value, _COMPILE_FOR.value)
         processes.start(_COORDINATOR.value, _NUM_PROCESSES.value, _PROCESS_ID.value)
-        return train.run(_CONFIG.value, workdir)
+        return runs.run(_CONFIG.value, workdir)
     except UserError as error:
         return processes.fail(f"xkd_jax: {error}", 2)
     except KeyboardInterrupt:  # before or after the loop, which saves by itself
@@ -54,9 +54,9 @@ def parse(argv: list[str]) -> list[str]:
     try:
         return flags.FLAGS(argv)
     except Exception as error:  # a recipe is a program: it can raise anything
-        from xkd_jax.cli import train
+        from xkd_jax.cli import runs
 
-        print(f"xkd_jax: {train.explain(error, argv)}", file=sys.stderr)
+        print(f"xkd_jax: {runs.explain(error, argv)}", file=sys.stderr)
         sys.exit(2)
 
 

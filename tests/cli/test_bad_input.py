@@ -11,7 +11,7 @@ from PIL import Image
 
 from tests import tiny
 from xkd_jax import train as loop
-from xkd_jax.cli import train
+from xkd_jax.cli import runs
 from xkd_jax.config import default_config, used, validate
 from xkd_jax.errors import UserError
 from xkd_jax.experiment import create_experiment
@@ -58,7 +58,7 @@ def refuse(tmp_path, match, method="cakd", **changes):
                 parent = parent[part]
             parent[last] = value
     with pytest.raises(UserError, match=match) as error:
-        train.run(config, tmp_path / "run")
+        runs.run(config, tmp_path / "run")
     assert "\n" not in str(error.value)
 
 
@@ -211,13 +211,13 @@ def test_comparison_in_the_folder_of_a_single_run(tmp_path):
 def test_what_was_refused_leaves_the_workdir_free(tmp_path):
     refuse(tmp_path, "unknown split", data__train="trian")
     with pytest.raises(AssertionError, match="training started"):
-        train.run(tiny.get_config(), tmp_path / "run")
+        runs.run(tiny.get_config(), tmp_path / "run")
 
 
 def test_unwritable_workdir(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match="can't be written"):
-        train.run(tiny.get_config("none"), tmp_path / "file" / "run")
+        runs.run(tiny.get_config("none"), tmp_path / "file" / "run")
 
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
