@@ -10,10 +10,11 @@ Command:
 """
 
 from xkd_jax.config import Config, default_config
-from xkd_jax.errors import unknown
+from xkd_jax.configs import common
 
 
 def get_config(variant: str = "") -> Config:
+    common.check_variant(variant, ("smoke",))
     config = default_config()
     config.epochs = 200
     config.batch_size = 64
@@ -28,17 +29,11 @@ def get_config(variant: str = "") -> Config:
     config.optimizer.clip_norm = 2.0
     config.views.mask_patch = 16
     if variant == "smoke":
-        config.epochs = 1
-        config.batch_size = 8
+        common.smoke(
+            config, epochs=1, batch_size=8, log_every=2, train="train[:64]", test="test[:64]"
+        )
+        common.untrained_teacher(config, "vit_tiny_patch16_224", depth=2)
         config.method.name = "none"
         config.compare = ("none", "cakd")
         config.student.model = "resnet18"
-        config.teacher.model = "vit_tiny_patch16_224"
-        config.teacher.args = {"depth": 2}
-        config.teacher.weights = "random"
-        config.data.train = "train[:64]"
-        config.data.eval = config.data.test = "test[:64]"
-        config.log_every = 2
-    elif variant:
-        raise unknown("variant", variant, ("smoke",))
     return config

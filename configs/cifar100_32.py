@@ -11,10 +11,11 @@ Command:
 """
 
 from xkd_jax.config import Config, default_config
-from xkd_jax.errors import unknown
+from xkd_jax.configs import common
 
 
 def get_config(variant: str = "") -> Config:
+    common.check_variant(variant, ("smoke",))
     config = default_config()
     config.epochs = 200
     config.batch_size = 64
@@ -28,16 +29,9 @@ def get_config(variant: str = "") -> Config:
     # weight decay 1e-4, rate 0.1, times 0.1 at epochs 100 and 150.
     config.optimizer.clip_norm = 2.0
     if variant == "smoke":
-        config.epochs = 2
+        common.smoke(config, epochs=2, log_every=5, train="train[:640]", test="test[:500]")
+        common.untrained_teacher(config, "vit_tiny_patch4_32", depth=2)
         config.method.name = "none"
         config.compare = ("none", "cakd")
         config.student.args = {"stem": "cifar", "width": 0.25}
-        config.teacher.model = "vit_tiny_patch4_32"
-        config.teacher.args = {"depth": 2}
-        config.teacher.weights = "random"
-        config.data.train = "train[:640]"
-        config.data.eval = config.data.test = "test[:500]"
-        config.log_every = 5
-    elif variant:
-        raise unknown("variant", variant, ("smoke",))
     return config

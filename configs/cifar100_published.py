@@ -17,7 +17,7 @@ Command, the teacher first:
 """
 
 from xkd_jax.config import Config, default_config
-from xkd_jax.errors import unknown
+from xkd_jax.configs import common
 
 TEACHERS = ("resnet56", "resnet32x4", "short_teacher")
 STUDENTS = ("resnet20", "resnet8x4", "short", "smoke")
@@ -27,9 +27,9 @@ METHODS = (
 )  # fmt: skip
 
 
-def get_config(variant: str = "resnet20") -> Config:
-    if variant not in TEACHERS + STUDENTS:
-        raise unknown("variant", variant, TEACHERS + STUDENTS)
+def get_config(variant: str = "") -> Config:
+    common.check_variant(variant, TEACHERS + STUDENTS)
+    variant = variant or "resnet20"
     config = default_config()
     config.epochs = 240
     config.data.name = "tfds:cifar100"
@@ -54,13 +54,9 @@ def get_config(variant: str = "resnet20") -> Config:
         config.method.crd.negatives = 2048  # as large a share of the images as of all of them
         config.eval_every = 5
     if variant == "smoke":
-        config.epochs = 1
+        common.smoke(config, epochs=1, log_every=5, train="train[:640]", test="test[:500]")
+        common.untrained_teacher(config, "resnet20")
         config.schedule.name = "cosine"
         config.student.model = "resnet8"
-        config.teacher.model = "resnet20"
-        config.teacher.weights = "random"
         config.compare = ("none", "review", "ft")
-        config.data.train = "train[:640]"
-        config.data.eval = config.data.test = "test[:500]"
-        config.log_every = 5
     return config

@@ -7,8 +7,8 @@ Command:
     --config.teacher.weights=teacher.safetensors --workdir runs/cifar10_32
 """
 
-from configs import cifar100_32
 from xkd_jax.config import Config
+from xkd_jax.configs import cifar100_32
 
 
 def get_config(variant: str = "") -> Config:

@@ -12,10 +12,11 @@ Command:
 """
 
 from xkd_jax.config import Config, default_config
-from xkd_jax.errors import unknown
+from xkd_jax.configs import common
 
 
 def get_config(variant: str = "") -> Config:
+    common.check_variant(variant, ("smoke", "scratch"))
     config = default_config()
     config.epochs = 10
     config.batch_size = 128
@@ -37,16 +38,13 @@ def get_config(variant: str = "") -> Config:
     config.schedule.name = "cosine"
     config.schedule.warmup_epochs = 1.0
     if variant == "smoke":
-        config.epochs = 1
+        common.smoke(config, epochs=1, log_every=2, train="train[:64]", test="test[:64]")
         config.batch_size = 8
         config.image_size = 32
         config.student.model = "vit_tiny_patch16_224"
         config.student.args = {"img_size": 32, "depth": 2}
         config.student.weights = ""
-        config.data.train = "train[:64]"
-        config.data.eval = config.data.test = "test[:64]"
         config.schedule.warmup_epochs = 0.25
-        config.log_every = 2
     elif variant == "scratch":
         config.epochs = 20
         config.batch_size = 16
@@ -60,6 +58,4 @@ def get_config(variant: str = "") -> Config:
         config.student.weights = ""
         config.data.workers = 0
         config.layer_decay = 1.0
-    elif variant:
-        raise unknown("variant", variant, ("smoke", "scratch"))
     return config

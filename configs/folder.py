@@ -12,10 +12,11 @@ Command:
 """
 
 from xkd_jax.config import Config, default_config
-from xkd_jax.errors import unknown
+from xkd_jax.configs import common
 
 
 def get_config(variant: str = "") -> Config:
+    common.check_variant(variant, ("smoke", "scratch"))
     config = default_config()
     config.epochs = 30
     config.batch_size = 64
@@ -35,20 +36,13 @@ def get_config(variant: str = "") -> Config:
     config.schedule.warmup_epochs = 1.0
     config.views.mask_patch = 16
     if variant == "smoke":
-        config.epochs = 2
-        config.batch_size = 8
-        config.image_size = 64
+        common.smoke(config, epochs=2, batch_size=8, image_size=64, log_every=1)
+        common.untrained_teacher(config, "vit_tiny_patch16_224", img_size=64, depth=2)
         config.student.weights = ""
-        config.teacher.model = "vit_tiny_patch16_224"
-        config.teacher.args = {"img_size": 64, "depth": 2}
-        config.teacher.weights = "random"
         config.data.workers = 0
-        config.log_every = 1
     elif variant == "scratch":
         config.batch_size = 16
         config.image_size = 96
         config.student.weights = ""
         config.data.workers = 0
-    elif variant:
-        raise unknown("variant", variant, ("smoke", "scratch"))
     return config

@@ -12,11 +12,12 @@ Command:
 """
 
 from xkd_jax.config import Config, default_config
-from xkd_jax.errors import unknown
+from xkd_jax.configs import common
 from xkd_jax.methods import IMAGENET
 
 
 def get_config(variant: str = "") -> Config:
+    common.check_variant(variant, ("smoke",))
     config = default_config()
     config.epochs = 120
     config.batch_size = 256
@@ -34,17 +35,10 @@ def get_config(variant: str = "") -> Config:
     config.optimizer.clip_norm = 2.0  # not the paper's: the first steps' losses overflow without
     config.views.mask_patch = 16
     if variant == "smoke":
-        config.epochs = 1
+        common.smoke(config, epochs=1, log_every=2, train="train[:64]", test="validation[:32]")
+        common.untrained_teacher(config, "vit_tiny_patch16_224", img_size=64, depth=2)
         config.batch_size = 8
         config.image_size = 64
         config.student.model = "resnet18"
-        config.teacher.model = "vit_tiny_patch16_224"
-        config.teacher.args = {"img_size": 64, "depth": 2}
-        config.teacher.weights = "random"
         config.data.workers = 0
-        config.data.train = "train[:64]"
-        config.data.eval = config.data.test = "validation[:32]"
-        config.log_every = 2
-    elif variant:
-        raise unknown("variant", variant, ("smoke",))
     return config

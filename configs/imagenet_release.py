@@ -12,8 +12,8 @@ Command:
     --workdir runs/imagenet_release
 """
 
-from configs import imagenet
 from xkd_jax.config import Config
+from xkd_jax.configs import imagenet
 
 
 def get_config(variant: str = "") -> Config:

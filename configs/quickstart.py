@@ -13,7 +13,7 @@ takes a ViT and a CNN, `:transformer` those for a DeiT as student, with publishe
 """
 
 from xkd_jax.config import Config, default_config
-from xkd_jax.errors import unknown
+from xkd_jax.configs import common
 
 METHODS = (
     "none", "logits", "fitnet", "at", "irg", "rkd", "crd", "ofd", "review", "london", "afd", "ab",
@@ -22,6 +22,7 @@ METHODS = (
 
 
 def get_config(variant: str = "") -> Config:
+    common.check_variant(variant, ("smoke", "control", "methods", "transformer"))
     config = default_config()
     config.epochs = 56
     config.batch_size = 64
@@ -34,7 +35,7 @@ def get_config(variant: str = "") -> Config:
     config.method.logits.update(label_weight=1.0, weight=1.0)
     config.student.model = "resnet18"
     config.student.args = {"layers": (1, 1, 1, 1), "width": 0.125, "stem": "cifar"}
-    config.teacher.weights = "xkd_jax/assets/quickstart_teacher.safetensors"
+    config.teacher.weights = "packaged:quickstart_teacher"
     config.data.name = "fashion_mnist_mini"
     config.data.train = "train[:1000]"
     config.data.eval = "validation"
@@ -47,29 +48,13 @@ def get_config(variant: str = "") -> Config:
     config.eval_every = 7
     config.checkpoint_every = 250
     if variant == "smoke":
-        config.epochs = 2
-        config.compare = ("none", "cakd")
-        config.eval_every = 1
-        config.log_every = 10
+        common.smoke(config, epochs=2, log_every=10, eval_every=1, compare=("none", "cakd"))
     elif variant == "control":
-        # The same losses from a teacher that knows nothing: what they do without its knowledge.
+        # The same losses with an untrained teacher: their effect without its knowledge.
         config.compare = ("cakd",)
-        config.teacher.weights = "random"
-        config.teacher.model = "vit_tiny_patch16_224"
-        config.teacher.args = {
-            "img_size": 28,
-            "patch_size": 4,
-            "embed_dim": 64,
-            "depth": 4,
-            "num_heads": 2,
-            "class_token": False,
-            "global_pool": "avg",
-            "fc_norm": False,
-        }
+        common.untrained_teacher(config, "vit_tiny_patch16_224", **common.VIT_28)
     elif variant in ("methods", "transformer"):
         _compare_all(config, transformer=variant == "transformer")
-    elif variant:
-        raise unknown("variant", variant, ("smoke", "control", "methods", "transformer"))
     return config
 
 

@@ -11,10 +11,11 @@ Command:
 """
 
 from xkd_jax.config import Config, default_config
-from xkd_jax.errors import unknown
+from xkd_jax.configs import common
 
 
 def get_config(variant: str = "") -> Config:
+    common.check_variant(variant, ("smoke",))
     config = default_config()
     config.epochs = 20
     config.batch_size = 64
@@ -33,17 +34,9 @@ def get_config(variant: str = "") -> Config:
     config.schedule.warmup_epochs = 1.0
     config.views.mask_patch = 16
     if variant == "smoke":
-        config.epochs = 2
-        config.batch_size = 8
-        config.image_size = 64
+        common.smoke(config, epochs=2, batch_size=8, image_size=64, log_every=1)
+        sizes = {"embed_dim": 24, "depths": (1, 1, 1, 1), "num_heads": (1, 2, 4, 8)}
+        common.untrained_teacher(config, "swin_tiny_patch4_window7_224", img_size=64, **sizes)
         config.student.args = {"width": 0.35}
-        config.teacher.model = "swin_tiny_patch4_window7_224"
-        config.teacher.args = {
-            "img_size": 64, "embed_dim": 24, "depths": (1, 1, 1, 1), "num_heads": (1, 2, 4, 8),
-        }  # fmt: skip
-        config.teacher.weights = "random"
         config.data.workers = 0
-        config.log_every = 1
-    elif variant:
-        raise unknown("variant", variant, ("smoke",))
     return config

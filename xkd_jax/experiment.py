@@ -29,7 +29,7 @@ from xkd_jax.methods.base import Method, Outputs
 from xkd_jax.models import create_model
 from xkd_jax.optim import create_learning_rate_fn, create_optimizer, layer_ids
 from xkd_jax.reporting.logger import say
-from xkd_jax.weights import check_weights, fingerprint, load_weights
+from xkd_jax.weights import check_weights, fingerprint, load_weights, locate
 
 TIMM = "timm:"  # before a name: timm's weights from the hub, converted once
 RANDOM = "random"  # teacher.weights of a teacher that knows nothing: a control
@@ -253,7 +253,7 @@ def _say_once(text: str) -> None:
 
 def _weights_file(weights: str) -> str | Path:
     """The file of `student.weights` or `teacher.weights`, made first if they are timm's."""
-    return fetch(weights.removeprefix(TIMM)) if weights.startswith(TIMM) else weights
+    return fetch(weights.removeprefix(TIMM)) if weights.startswith(TIMM) else locate(weights)
 
 
 def _data_size(config: Config, train: data.Split) -> int:

@@ -15,11 +15,29 @@ from flax import traverse_util
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save
 
-from xkd_jax.errors import UserError
+from xkd_jax.errors import UserError, unknown
 
 # How files of torch.save begin: a zip, or before PyTorch 1.6 a pickle.
 PYTORCH_MAGIC = (b"PK\x03\x04", b"\x80\x02\x8a\x0a")
 METADATA_KEY = "xkd_jax"  # in the file's own metadata: JSON of ours
+PACKAGED = "packaged:"  # before a name: weights that are installed with xkd_jax
+_ASSETS = Path(__file__).parent / "assets"
+
+
+def locate(weights: str | os.PathLike) -> Path:
+    """The file that `weights` names: a path, or "packaged:NAME" for one installed with xkd_jax.
+
+    Raises:
+      UserError: there are no packaged weights of that name.
+    """
+    text = os.fspath(weights)
+    if not text.startswith(PACKAGED):
+        return Path(text)
+    known = {path.stem: path for path in _ASSETS.glob("*.safetensors")}
+    name = text.removeprefix(PACKAGED)
+    if name not in known:
+        raise unknown("packaged weights", name, known)
+    return known[name]
 
 
 def save_weights(path: str | os.PathLike, variables: dict, metadata: dict[str, Any]) -> None:
