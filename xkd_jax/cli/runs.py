@@ -10,15 +10,7 @@ from typing import Any
 import jax
 
 from xkd_jax import train
-from xkd_jax.config import (
-    Config,
-    default_config,
-    for_method,
-    has_field,
-    missing_field,
-    used,
-    validate,
-)
+from xkd_jax.config import Config, for_method, used, validate
 from xkd_jax.distributed import processes, sharding
 from xkd_jax.errors import UserError
 from xkd_jax.experiment import create_experiment
@@ -29,45 +21,6 @@ from xkd_jax.weights import write_file
 
 # Fields that may change when a run goes on: they don't change what it computes.
 FREE = ("data.dir", "log_every", "checkpoint_every", "keep_checkpoints", "checkpoint_dir")
-
-
-def explain(error: Exception, argv: list[str]) -> str:
-    """One sentence for what was wrong on the command line or in the recipe.
-
-    Args:
-      error: what parsing raised.
-      argv: the command line.
-    """
-    for argument in argv:
-        name = argument.split("=")[0].lstrip("-").removeprefix("config.")
-        if argument.lstrip("-").startswith("config.") and not has_field(default_config(), name):
-            return str(missing_field(default_config(), name))
-        if isinstance(error, AttributeError | KeyError) and ".args." in name:
-            return f"the recipe doesn't set {name}, so that it can't be overridden; set it there."
-    # absl wraps a recipe's own error: its last line, before a hint about --help, says it all.
-    text = str(error).strip().split("\n\nPass --help")[0].splitlines()[-1]
-    return text.split("Error: ")[-1].strip()
-
-
-def read_flags(recipe: str | None, workdir: str | None, rest: list[str]) -> Path:
-    """The run's folder, after a look at the rest of the command line.
-
-    Args:
-      recipe: the config's file as --config gave it, what follows a colon included.
-      workdir: --workdir.
-      rest: arguments that are no flags.
-
-    Raises:
-      UserError: something is missing or too much.
-    """
-    if rest:
-        raise UserError(f"{rest[0]!r} is no flag; write --config FILE, --workdir FOLDER.")
-    if not recipe:
-        raise UserError("--config is missing; try --config configs/quickstart.py.")
-    path, _, variant = recipe.partition(":")
-    if not Path(path).is_file():
-        raise UserError(f"there is no config file {path}; the recipes are in configs/.")
-    return Path(workdir or f"runs/{Path(path).stem}{'_' + variant if variant else ''}")
 
 
 def run(config: Config, workdir: Path) -> int:

@@ -1,0 +1,119 @@
+"""Trains what a recipe describes; the same command again resumes.
+
+xkd-jax train --config quickstart
+xkd-jax train --config cifar100_32:smoke --config.data.dir=DIR --config.batch_size=32
+xkd-jax train --config configs/imagenet.py --compile_for v5e:16x16
+
+python -m xkd_jax.main --config configs/quickstart.py is the same. On several machines, see
+docs/pods.md and launch/.
+"""
+
+import sys
+import textwrap
+from collections.abc import Sequence
+from pathlib import Path
+
+from absl import flags, logging
+from ml_collections import config_flags
+
+from xkd_jax.cli import recipes
+from xkd_jax.cli.command import guard
+from xkd_jax.errors import UserError
+
+_CONFIG = config_flags.DEFINE_config_file(
+    "config", None, "The recipe: a file, or the name of an installed one; RECIPE:VARIANT."
+)
+_WORKDIR = flags.DEFINE_string("workdir", None, "The run's folder; default: runs/RECIPE.")
+_COMPILE_FOR = flags.DEFINE_string(
+    "compile_for", None, "Only compile, for TPUs such as v5e:4x4, and predict memory and speed."
+)
+_COORDINATOR = flags.DEFINE_string(
+    "coordinator", None, "HOST:PORT of process 0, if JAX cannot detect it."
+)
+_NUM_PROCESSES = flags.DEFINE_integer(
+    "num_processes", None, "Total number of processes; 1 disables distributed start-up."
+)
+_PROCESS_ID = flags.DEFINE_integer("process_id", None, "Index of this process, from 0.")
+_FLAGS = (_CONFIG, _WORKDIR, _COMPILE_FOR, _COORDINATOR, _NUM_PROCESSES, _PROCESS_ID)
+
+
+def usage() -> str:
+    """The text of --help."""
+    lines = ["usage: xkd-jax train --config RECIPE [--config.FIELD=VALUE ...] [options]", ""]
+    lines += [(__doc__ or "").strip(), "", "options:"]
+    helps = [(flag.name, flags.FLAGS[flag.name].help) for flag in _FLAGS]
+    helps.insert(1, ("config.FIELD", "Another value for a field of the recipe's config."))
+    lines += [f"  --{name:<14} {text}" for name, text in helps]
+    names = textwrap.fill(", ".join(recipes.names()), 98)
+    return "\n".join([*lines, "", "installed recipes:", textwrap.indent(names, "  ")])
+
+
+@guard
+def main(argv: Sequence[str] | None = None) -> int:
+    """The command line, `sys.argv[1:]` if `argv` is None; returns the exit code as `guard` says."""
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    if any(argument in ("-h", "--help") for argument in arguments):
+        print(usage())
+        return 0
+    config, workdir = _parse(arguments)
+    # Only now, for JAX takes a second: `--help` and a wrong command line need none of it.
+    if _COMPILE_FOR.value is not None:
+        from xkd_jax.analysis import tpu_forecast
+
+        return tpu_forecast.run(config, _COMPILE_FOR.value)
+    from xkd_jax.cli import runs
+    from xkd_jax.distributed import processes
+
+    processes.start(_COORDINATOR.value, _NUM_PROCESSES.value, _PROCESS_ID.value)
+    return runs.run(config, workdir)
+
+
+def _parse(arguments: list[str]):
+    """The config and the run's folder.
+
+    Raises:
+      UserError: something on the command line or in the recipe is wrong.
+    """
+    for i, argument in enumerate(arguments):
+        name, equals, recipe = argument.partition("=")
+        if name == "--config" and equals:
+            arguments[i] = f"--config={recipes.locate(recipe)}"
+        elif name == "--config" and i + 1 < len(arguments):
+            arguments[i + 1] = recipes.locate(arguments[i + 1])
+    logging.use_absl_handler()
+    logging.set_verbosity(logging.WARNING)  # Orbax logs twenty lines per checkpoint at INFO
+    # config_flags looks for overrides in sys.argv, whatever is parsed.
+    sys.argv = [sys.argv[0], *arguments]
+    try:
+        rest = flags.FLAGS(sys.argv)[1:]
+    except Exception as error:  # a recipe is a program: it can raise anything
+        raise UserError(_explain(error, arguments)) from error
+    if rest:
+        raise UserError(f"unexpected argument {rest[0]!r}; write --config RECIPE --workdir FOLDER.")
+    if not _CONFIG.present:
+        raise UserError("--config is missing; try --config quickstart.")
+    path, _, variant = config_flags.get_config_filename(flags.FLAGS["config"]).partition(":")
+    folder = f"runs/{Path(path).stem}{'_' + variant if variant else ''}"
+    return _CONFIG.value, Path(_WORKDIR.value or folder)
+
+
+def _explain(error: Exception, arguments: list[str]) -> str:
+    """One sentence for what is wrong on the command line or in the recipe.
+
+    Args:
+      error: what parsing raised.
+      arguments: the command line.
+    """
+    if isinstance(error, UserError):
+        return str(error)
+    from xkd_jax.config import default_config, has_field, missing_field
+
+    for argument in arguments:
+        name = argument.split("=")[0].lstrip("-").removeprefix("config.")
+        if argument.lstrip("-").startswith("config.") and not has_field(default_config(), name):
+            return str(missing_field(default_config(), name))
+        if isinstance(error, AttributeError | KeyError) and ".args." in name:
+            return f"the recipe doesn't set {name}, so it can't be overridden; set it there."
+    # absl wraps the recipe's own error: its last line, before a hint about --help, is the sentence.
+    text = str(error).strip().split("\n\nPass --help")[0].splitlines()[-1]
+    return text.split("Error: ")[-1].strip()
