@@ -11,14 +11,14 @@ from PIL import Image
 
 from tests import tiny
 from xkd_jax import train as loop
-from xkd_jax.cli import runs
+from xkd_jax.cli import recipes, runs
 from xkd_jax.config import default_config, used, validate
 from xkd_jax.errors import UserError
 from xkd_jax.experiment import create_experiment
 from xkd_jax.models import create_model
 from xkd_jax.weights import save_weights
 
-CONFIGS = sorted((Path(__file__).parents[2] / "configs").glob("*.py"))
+CONFIGS = [recipes.FOLDER / f"{name}.py" for name in recipes.names()]
 
 
 def teacher_file(path, **changes):

@@ -106,7 +106,7 @@ def test_the_hubs_config_beside_a_file(run, resnet, tmp_path):
     ("argv", "error"),
     [
         (["--from", "FILE", "--out", "FOLDER/a.pth"], "a.pth must end in .safetensors."),
-        (["--from", "FILE"], "there is nowhere to write to; add --out FILE"),
+        (["--from", "FILE"], "no output file is given; add --out FILE"),
         (["--from", "no.pth", "--out", "FOLDER/a.safetensors"], "there is no file at no.pth"),
         (["--from", "FILE", "--model", "resnet81", "--out", "FOLDER/a.safetensors"], "resnet18"),
         (["--timm", "vit_basic", "--out", "FOLDER/a.safetensors"], "did you mean vit_base"),

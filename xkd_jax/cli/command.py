@@ -7,6 +7,7 @@ import re
 import sys
 import traceback
 from collections.abc import Sequence
+from types import ModuleType
 from typing import NoReturn, Protocol
 
 from xkd_jax.errors import UserError
@@ -116,26 +117,21 @@ def _explain_jax_failure(error: Exception) -> str:
     if found:
         platform, reason = found.groups()
         reason = reason.split(" (set JAX_PLATFORMS")[0].split(" (you may need to")[0].rstrip(".")
-    elif "cuda" in wanted and isinstance(error, AssertionError) and not _has_devices():
+    elif "cuda" in wanted and isinstance(error, AssertionError) and not _starts(jax):
         # JAX skips CUDA silently on a machine without a GPU, then asserts that it found a platform.
         platform, reason = "cuda", "no NVIDIA GPU is visible"
     else:
         return ""
+    asked, instead = "", "set JAX_PLATFORMS=cpu"
     if wanted:
-        return (
-            f"JAX_PLATFORMS={wanted}, but JAX can't use the platform {platform!r} here "
-            f"({reason[:200]}); unset JAX_PLATFORMS, or install JAX for {platform}: "
-            f"{INSTALLING_JAX}"
-        )
+        asked, instead = f"JAX_PLATFORMS={wanted}, but ", "unset JAX_PLATFORMS"
     return (
-        f"JAX can't use the platform {platform!r} here ({reason[:200]}); set JAX_PLATFORMS=cpu, or "
-        f"install JAX for {platform}: {INSTALLING_JAX}"
+        f"{asked}JAX can't use the platform {platform!r} here ({reason[:200]}); {instead}, or "
+        f"install JAX for that platform: {INSTALLING_JAX}"
     )
 
 
-def _has_devices() -> bool:
-    import jax
-
+def _starts(jax: ModuleType) -> bool:
     try:
         return bool(jax.devices())
     except (RuntimeError, AssertionError):

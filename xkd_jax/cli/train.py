@@ -1,11 +1,6 @@
-"""Trains what a recipe describes; the same command again resumes.
+"""Trains what a recipe describes: `xkd-jax train --config quickstart`.
 
-xkd-jax train --config quickstart
-xkd-jax train --config cifar100_32:smoke --config.data.dir=DIR --config.batch_size=32
-xkd-jax train --config configs/imagenet.py --compile_for v5e:16x16
-
-python -m xkd_jax.main --config configs/quickstart.py is the same. On several machines, see
-docs/pods.md and launch/.
+The command line alone; run folders and comparisons are in runs.py.
 """
 
 import sys
@@ -37,10 +32,25 @@ _PROCESS_ID = flags.DEFINE_integer("process_id", None, "Index of this process, f
 _FLAGS = (_CONFIG, _WORKDIR, _COMPILE_FOR, _COORDINATOR, _NUM_PROCESSES, _PROCESS_ID)
 
 
+_USAGE = """\
+usage: xkd-jax train --config RECIPE [--config.FIELD=VALUE ...] [options]
+
+Trains what a recipe describes; the same command again resumes.
+
+examples:
+  xkd-jax train --config quickstart
+  xkd-jax train --config cifar100_32:smoke --config.data.dir=DIR --config.batch_size=32
+  xkd-jax train --config imagenet --compile_for v5e:16x16
+  python -m xkd_jax.main --config configs/quickstart.py
+
+On several machines, see docs/pods.md and launch/.
+
+options:"""
+
+
 def usage() -> str:
     """The text of --help."""
-    lines = ["usage: xkd-jax train --config RECIPE [--config.FIELD=VALUE ...] [options]", ""]
-    lines += [(__doc__ or "").strip(), "", "options:"]
+    lines = [_USAGE]
     helps = [(flag.name, flags.FLAGS[flag.name].help) for flag in _FLAGS]
     helps.insert(1, ("config.FIELD", "Another value for a field of the recipe's config."))
     lines += [f"  --{name:<14} {text}" for name, text in helps]
