@@ -27,7 +27,7 @@ def check_variant(variant: str, known: Iterable[str]) -> None:
 def smoke(
     config: Config, *, epochs: int, log_every: int, train: str = "", test: str = "", **fields: Any
 ) -> None:
-    """Shrinks a run to about a minute on two CPU cores, to see that all of it works.
+    """Shrinks a run to about a minute on two CPU cores, to check that everything runs.
 
     Args:
       config: changed in place.

@@ -1,11 +1,11 @@
 """Your own photos: FOLDER/train/CLASS/*.jpg and FOLDER/val/CLASS/*.jpg.
 
-A teacher that was fine-tuned on the same folder (finetune_teacher.py) teaches a ResNet-18 that
-starts at ImageNet's weights. docs/data.md walks through it.
+A teacher fine-tuned on the same folder (finetune_teacher.py) teaches a ResNet-18 that starts from
+ImageNet weights. docs/data.md walks through it.
 
 Claim: none; the images are yours.
 Cost: 30 epochs at 224 x 224. `:smoke` takes about a minute on two CPU cores. `:scratch` downloads
-nothing: at 96 x 96, from random weights, for the teacher of finetune_teacher.py:scratch.
+nothing: it starts from random weights at 96 x 96, with the teacher of finetune_teacher.py:scratch.
 Command:
   python -m xkd_jax.main --config configs/folder.py --config.data.name=folder:FOLDER \
     --config.teacher.weights=runs/teacher/student.safetensors --workdir runs/folder
@@ -29,7 +29,7 @@ def get_config(variant: str = "") -> Config:
     config.data.eval = config.data.test = "val"
     config.data.workers = 4
     config.augment.crop_padding = 0
-    config.crop_scale = (0.35, 1.0)  # few images: gentler than ImageNet's
+    config.crop_scale = (0.35, 1.0)  # for few images: milder than for ImageNet
     config.optimizer.learning_rate = 0.02
     config.optimizer.clip_norm = 2.0
     config.schedule.name = "cosine"

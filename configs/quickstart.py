@@ -1,14 +1,14 @@
 """A small ViT teaches a small ResNet on packaged images of Fashion-MNIST.
 
-The same student learns from 1,000 labelled images three times, with equal recipe and seeds: from
-the labels alone, with the teacher's logits, with cakd. Its weights (10, 1, 5) and the rest were
-chosen on the validation split; the test split is measured once, at the end of each run.
+The same student is trained on 1,000 labelled images three times, with the same recipe and seed: on
+the labels alone, with the teacher's logits, and with cakd. All hyperparameters were chosen on the
+validation split; each run evaluates the test split once, at its end.
 
 Claim and cost: docs/quickstart.md, with means over five seeds; under 4 minutes on two CPU cores.
 Command:
   python -m xkd_jax.main --config configs/quickstart.py
-`:control` puts an untrained teacher in the trained one's place; `:methods` runs every method that
-takes a ViT and a CNN, `:transformer` those for a DeiT as student, with published weights;
+`:control` replaces the teacher with an untrained one; `:methods` runs every method that supports a
+ViT teacher and a CNN student, `:transformer` those for a DeiT student, with published loss weights;
 `:smoke` takes half a minute.
 """
 
@@ -27,8 +27,8 @@ def get_config(variant: str = "") -> Config:
     config.epochs = 56
     config.batch_size = 64
     config.compare = ("none", "logits", "cakd")
-    # On so short a schedule the generator's views buy robustness with clean accuracy; switch them
-    # on with --config.method.cakd.multi_view.
+    # On such a short schedule the generated views trade clean accuracy for robustness; enable them
+    # with --config.method.cakd.multi_view.
     config.method.cakd.multi_view = False
     config.method.cakd.attention_weight = 10.0
     config.method.cakd.token_weight = 5.0
@@ -59,10 +59,10 @@ def get_config(variant: str = "") -> Config:
 
 
 def _compare_all(config: Config, transformer: bool) -> None:
-    """Every method with its published weights, for a CNN or a Transformer as the student."""
+    """Compares all methods at their published loss weights, with a CNN or Transformer student."""
     config.compare = ("none", "logits", "deit", "minilm") if transformer else METHODS
     config.method.logits.update(label_weight=0.1, weight=0.9)
-    # What lasts for epochs shrinks as the schedule does, from 240 to 56.
+    # Durations in epochs are scaled with the schedule, from 240 to 56.
     config.method.ab.first_epochs = config.method.ft.first_epochs = 7
     config.method.review.warmup_epochs = 5
     config.method.crd.negatives = 512

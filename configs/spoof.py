@@ -1,9 +1,9 @@
-"""Face anti-spoofing, two classes: a Swin teaches a MobileNetV2; the Equal Error Rate beside top-1.
+"""Face anti-spoofing, two classes: a Swin teaches a MobileNetV2; reports the Equal Error Rate too.
 
-FOLDER is laid out as CelebA-Spoof is: FOLDER/train/SUBJECT/live/*.png and .../spoof/*.png, the same
-under test: "leaf:" takes the class from the last folder's name. For train/live/*.png use "folder:".
+FOLDER has CelebA-Spoof's layout: FOLDER/train/SUBJECT/live/*.png and .../spoof/*.png, and the same
+under test; "leaf:" takes the class from the last folder. For train/live/*.png use "folder:".
 
-Claim: none yet; nobody has run it at full size with this code.
+Claim: none yet; it has not been run at full size with this code.
 Cost: 20 epochs at 224 x 224. `:smoke` takes about a minute on two CPU cores.
 Command:
   python -m xkd_jax.main --config configs/spoof.py --config.data.name=leaf:FOLDER \

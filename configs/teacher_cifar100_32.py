@@ -1,9 +1,9 @@
-"""A teacher for cifar100_32.py from scratch at 32 x 32: a ViT with patch 4, or `:swin`.
+"""A teacher for cifar100_32.py from scratch at 32 x 32: a ViT with 4 x 4 patches, or `:swin`.
 
-Transformers need strong augmentation on 50,000 images: RandAugment, mixup, CutMix, erasing and
-stochastic depth, as DeiT (arXiv:2012.12877) and its followers train small data.
+With 50,000 images Transformers need strong augmentation and regularisation: RandAugment, mixup,
+CutMix, random erasing and stochastic depth, as in DeiT (arXiv:2012.12877).
 
-Claim: none yet; nobody has run the full schedule with this code.
+Claim: none yet; the full schedule has not been run with this code.
 Cost: 200 epochs of 390 steps at batch 128. `:smoke` and `:swin_smoke` take about a minute on two
 CPU cores.
 Command:

@@ -17,7 +17,7 @@ from xkd_jax.weights import load_weights
 
 @pytest.fixture(scope="module")
 def unbroken(start, tmp_path_factory):
-    """A run of 40 steps that nothing disturbed."""
+    """A run of 40 steps without interruption."""
     folder = tmp_path_factory.mktemp("runs") / "unbroken"
     code, out, err = finish(start("--config", TINY, "--workdir", folder))
     assert code == 0, err
@@ -58,7 +58,7 @@ def test_killed_run_ends_bit_identical_to_an_unbroken_one(start, unbroken, tmp_p
     assert not (folder / "summary.json").exists()
     code, _, err = finish(start("--config", TINY, "--workdir", folder))
     assert code == 0, err
-    # It went on from a checkpoint instead of starting again.
+    # It resumed from a checkpoint instead of starting again.
     first = int(re.search(r"step (\d+)/40", err)[1])
     assert 7 < first <= 40
     assert_same_run(folder, unbroken[0])
@@ -68,14 +68,14 @@ def test_killed_run_ends_bit_identical_to_an_unbroken_one(start, unbroken, tmp_p
     ("number", "code"),
     [(signal.SIGTERM, 0), pytest.param(signal.SIGINT, 130, marks=pytest.mark.slow)],
 )
-def test_a_signal_saves_and_says_how_to_go_on(start, unbroken, tmp_path, number, code):
+def test_a_signal_saves_and_says_how_to_resume(start, unbroken, tmp_path, number, code):
     folder = tmp_path / "unbroken"
     process = start("--config", TINY, "--workdir", folder)
     wait_for_step(process, folder, 11)
     process.send_signal(number)
     returned, _, err = finish(process)
     assert returned == code, err
-    assert "run the same command again to go on" in err
+    assert "run the same command again to resume" in err
     assert "Traceback" not in err
     stopped_at = final_state(folder)[0]
     assert stopped_at == read_metrics(folder)[-1]["step"] < 40

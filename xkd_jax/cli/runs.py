@@ -1,4 +1,4 @@
-"""From a command line to finished run folders: one run, or a comparison of several methods."""
+"""Run folders: trains one run, or a comparison of several methods, and writes the report."""
 
 import json
 import os
@@ -19,16 +19,16 @@ from xkd_jax.reporting.logger import say
 from xkd_jax.reporting.report import CONFIG_FILE
 from xkd_jax.weights import write_file
 
-# Fields that may change when a run goes on: they don't change what it computes.
+# Fields that may change when a run resumes, because they don't affect its results.
 FREE = ("data.dir", "log_every", "checkpoint_every", "keep_checkpoints", "checkpoint_dir")
 
 
 def run(config: Config, workdir: Path) -> int:
-    """Trains what `config` says and reports it; goes on where an earlier call stopped.
+    """Trains what `config` describes and writes a report; resumes an earlier, unfinished call.
 
     Args:
       config: a locked config; see `config.default_config`.
-      workdir: the run's folder; a comparison has a folder in it for each method.
+      workdir: the run's folder; a comparison has a subfolder for each method.
 
     Returns:
       The process's exit code: 0 when done or after SIGTERM, 130 after Ctrl-C.
@@ -37,7 +37,7 @@ def run(config: Config, workdir: Path) -> int:
       UserError: any wrong input.
     """
     validate(config)
-    # A rerun of the same networks starts a minute sooner.
+    # Saves about a minute of compilation when the same networks are trained again.
     cache = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "xkd_jax"
     jax.config.update("jax_compilation_cache_dir", str(cache))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
@@ -46,7 +46,7 @@ def run(config: Config, workdir: Path) -> int:
         runs = {workdir / name: for_method(config, name) for name in config.compare}
         if (workdir / CONFIG_FILE).exists():
             raise UserError(f"{workdir} holds a single run; choose another --workdir.")
-    # All of them are checked before the first one starts.
+    # Check all runs before the first one starts.
     left = {folder: alone for folder, alone in runs.items() if not _is_complete(alone, folder)}
     for alone in left.values():
         create_experiment(alone)
@@ -55,13 +55,13 @@ def run(config: Config, workdir: Path) -> int:
             stopped = _train(alone, folder)
         except OSError as error:
             raise UserError(
-                f"training stopped at a file that can't be read or written ({error}); the "
-                "checkpoints stay: put it right, and run the same command again to go on."
+                f"training stopped because a file can't be read or written ({error}); checkpoints "
+                "are kept: fix the cause, then run the same command again to resume."
             ) from error
         if stopped:
             say(
                 f"stopped by {stopped.name}; everything is saved in {workdir}: run the same "
-                "command again to go on."
+                "command again to resume."
             )
             return 130 if stopped == signal.SIGINT else 0
     if processes.is_first():
@@ -70,10 +70,10 @@ def run(config: Config, workdir: Path) -> int:
 
 
 def _train(config: Config, folder: Path) -> signal.Signals | None:
-    """Trains and measures; returns the signal that stopped it early, if one did.
+    """Trains and evaluates one run; returns the signal that stopped it early, if any.
 
     Raises:
-      OSError: the disk is full, or the like.
+      OSError: a file can't be read or written, for example because the disk is full.
     """
     if processes.is_first() and not (folder / CONFIG_FILE).exists():
         write_file(folder / CONFIG_FILE, (json.dumps(used(config), indent=2) + "\n").encode())
@@ -87,10 +87,10 @@ def _train(config: Config, folder: Path) -> signal.Signals | None:
 
 
 def _is_complete(config: Config, folder: Path) -> bool:
-    """Whether the run in `folder`, which is made if it is missing, has nothing left to do.
+    """Whether the run in `folder` is finished; creates the folder if it is missing.
 
     Raises:
-      UserError: the folder holds another run, or can't be written.
+      UserError: the folder contains another run, or can't be written.
     """
     path = folder / CONFIG_FILE
     if path.exists():
@@ -117,7 +117,7 @@ def _is_complete(config: Config, folder: Path) -> bool:
 
 
 def _differences(there: Any, here: Any, name: str):
-    """Each field in which two configs differ, in words."""
+    """Yields a phrase for every field in which two configs differ."""
     if isinstance(there, dict) and isinstance(here, dict):
         for field in sorted(there.keys() | here.keys()):
             inner = f"{name}.{field}" if name else field
