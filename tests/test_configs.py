@@ -33,7 +33,7 @@ def jpeg(rng: np.random.Generator) -> bytes:
 
 @pytest.fixture(scope="module")
 def tfds(tmp_path_factory):
-    """CIFAR-10, CIFAR-100 and ImageNet, as far as the recipes go, of noise."""
+    """Small CIFAR-10, CIFAR-100 and ImageNet data sets of random images."""
     folder, rng = tmp_path_factory.mktemp("tfds"), np.random.default_rng(0)
 
     def records(count: int, *classes: int) -> bytes:

@@ -40,7 +40,7 @@ def teacher_file(path, **changes):
 
 @pytest.fixture(autouse=True)
 def _no_training(monkeypatch):
-    """Whatever gets as far as the loop was not refused in time."""
+    """Fails if wrong input reaches the training loop."""
 
     def run(experiment, folder):
         raise AssertionError("training started")
@@ -106,7 +106,7 @@ def test_wrong_values_are_refused(tmp_path, match, changes):
 
 @pytest.fixture
 def photos(tmp_path):
-    """Twelve images to learn from and four to test with, of two sizes."""
+    """Twelve training images and four test images, of several sizes."""
     for split, count in (("train", 12), ("val", 4)):
         for i in range(count):
             path = tmp_path / "photos" / split / ("cat", "dog")[i % 2] / f"{i:02d}.png"
@@ -130,7 +130,7 @@ def test_folders(photos):
 @pytest.mark.parametrize("feed", ["resident", "host"])
 @pytest.mark.parametrize("split", ["train", "val"])
 def test_damaged_images(photos, feed, split, capsys):
-    """In whichever split, the one that is measured at the end included."""
+    """In any split, including the one that is evaluated only at the end."""
     (photos / split / "cat" / "00.png").write_bytes(b"")
     whole = (photos / split / "dog" / "01.png").read_bytes()
     (photos / split / "dog" / "01.png").write_bytes(whole[: len(whole) // 2])

@@ -27,7 +27,7 @@ def unbroken(start, tmp_path_factory):
 def test_a_run_shows_progress_and_ends_with_a_table_and_a_picture(unbroken):
     folder, out, err = unbroken
     assert re.search(r"unbroken: step 40/40  \d+ images/s  0 s left  loss [\d.]+  accuracy", err)
-    assert "\r" not in err  # a pipe gets lines, not a bar
+    assert "\r" not in err  # a pipe gets lines, not a progress bar
     assert re.search(r"\| teacher +\| +\d+\.\d\d \|", out)
     assert re.search(r"\| student, cakd +\| +\d+\.\d\d \|", out)
     assert (folder / "curves.png").read_bytes().startswith(b"\x89PNG")
@@ -95,7 +95,7 @@ def test_four_devices_train_like_one(start, unbroken, tmp_path):
         [line["loss"] for line in timeless(run) if "loss" in line][:10]
         for run in (folder, unbroken[0])
     ]
-    # Sums in another order; the gap grows with the steps.
+    # Sums are taken in another order; the difference grows over the steps.
     assert losses[0] == pytest.approx(losses[1], rel=1e-3)
     assert len(losses[0]) == 10
 
