@@ -1,15 +1,15 @@
-"""CIFAR-100 with the protocol that published tables of CNN-to-CNN distillation share.
+"""CIFAR-100 with the protocol of published CNN-to-CNN distillation tables.
 
-RepDistiller's: 240 epochs, batch 64, SGD at 0.05, times 0.1 at 150, 180 and 210, weight decay 5e-4,
-crop and flip, the last epoch's accuracy. `compare` runs all methods that take a CNN student, one
-after the other; an interrupted column goes on where it was.
+RepDistiller's: 240 epochs, batch 64, SGD with learning rate 0.05, times 0.1 at epochs 150, 180 and
+210, weight decay 5e-4, crop and flip, accuracy of the last epoch. `compare` runs every method
+that supports a CNN teacher and student, one after the other; an interrupted comparison resumes.
 
-Claim: published top-1 for resnet56 -> resnet20 (resnet32x4 -> resnet8x4): alone 69.06 (72.50),
+Claim: published top-1 for resnet56 -> resnet20 (resnet32x4 -> resnet8x4): none 69.06 (72.50),
 logits 70.66 (73.33), crd 71.16 (75.51), review 71.89 (75.63). Not reproduced with this code yet:
-docs/methods.md has what was run.
-Cost: 240 epochs of 781 steps a method; AB and FT 30 more. `:short_teacher` takes 15 minutes and
-`:short` two a method on two CPU cores, `:smoke` a minute.
-Command, the teacher first:
+see docs/methods.md for what was run.
+Cost: 240 epochs of 781 steps per method, 30 more for AB and FT. On two CPU cores `:short_teacher`
+takes 15 minutes, `:short` two minutes per method, and `:smoke` one minute.
+Commands, teacher first:
   python -m xkd_jax.main --config configs/cifar100_published.py:resnet56 --config.data.dir=DIR \
     --workdir runs/resnet56
   python -m xkd_jax.main --config configs/cifar100_published.py:resnet20 --config.data.dir=DIR \
@@ -17,7 +17,7 @@ Command, the teacher first:
 """
 
 from xkd_jax.config import Config, default_config
-from xkd_jax.errors import unknown
+from xkd_jax.configs import common
 
 TEACHERS = ("resnet56", "resnet32x4", "short_teacher")
 STUDENTS = ("resnet20", "resnet8x4", "short", "smoke")
@@ -27,9 +27,9 @@ METHODS = (
 )  # fmt: skip
 
 
-def get_config(variant: str = "resnet20") -> Config:
-    if variant not in TEACHERS + STUDENTS:
-        raise unknown("variant", variant, TEACHERS + STUDENTS)
+def get_config(variant: str = "") -> Config:
+    common.check_variant(variant, TEACHERS + STUDENTS)
+    variant = variant or "resnet20"
     config = default_config()
     config.epochs = 240
     config.data.name = "tfds:cifar100"
@@ -47,20 +47,16 @@ def get_config(variant: str = "resnet20") -> Config:
         config.schedule.name = "cosine"
         config.student.model = "resnet20" if variant in TEACHERS else "resnet8"
     if variant in ("short", "smoke"):
-        # A thirtieth of the epochs: the warm-up and the first phases shrink with them.
+        # Few epochs: the warm-up and the first phases are shortened in proportion.
         config.data.train = "train[:10000]"
         config.method.review.warmup_epochs = 1
         config.method.ab.first_epochs = config.method.ft.first_epochs = 1
-        config.method.crd.negatives = 2048  # as large a share of the images as of all of them
+        config.method.crd.negatives = 2048  # the same ratio to the number of images
         config.eval_every = 5
     if variant == "smoke":
-        config.epochs = 1
+        common.smoke(config, epochs=1, log_every=5, train="train[:640]", test="test[:500]")
+        common.untrained_teacher(config, "resnet20")
         config.schedule.name = "cosine"
         config.student.model = "resnet8"
-        config.teacher.model = "resnet20"
-        config.teacher.weights = "random"
         config.compare = ("none", "review", "ft")
-        config.data.train = "train[:640]"
-        config.data.eval = config.data.test = "test[:500]"
-        config.log_every = 5
     return config

@@ -1,19 +1,19 @@
-"""ImageNet with the recipe of the first author's released code: much augmentation, long.
+"""ImageNet with the recipe of the first author's released code: strong augmentation, 600 epochs.
 
 Warm-up, TrivialAugment, random erasing, mixup, CutMix, label smoothing, repeated augmentation and
-an average of the weights: torchvision's recipe of 2021, on which the released code builds. The
-method is `cakd_release`, its presets included.
+EMA: torchvision's recipe of 2021, on which the released code builds. The method is `cakd_release`
+with its presets.
 
-Claim: none yet; nobody has run the full schedule with this code. The released code's own numbers
-(ResNet-50: 73.82 alone, 76.21 with it) come from unequal recipes; a gain counts between equal ones.
+Claim: none yet; the full schedule has not been run with this code. The released code's own numbers
+(ResNet-50: 73.82 alone, 76.21 distilled) come from different recipes and can't be compared.
 Cost: 600 epochs of 1251 steps at batch 1024. `:smoke` takes about a minute on two CPU cores.
 Command:
   python -m xkd_jax.main --config configs/imagenet_release.py --config.data.dir=DIR \
     --workdir runs/imagenet_release
 """
 
-from configs import imagenet
 from xkd_jax.config import Config
+from xkd_jax.configs import imagenet
 
 
 def get_config(variant: str = "") -> Config:

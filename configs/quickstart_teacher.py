@@ -1,41 +1,31 @@
 """The quickstart's teacher: a small ViT on all 60,000 training images of Fashion-MNIST.
 
-Claim and cost: see the card, docs/quickstart.md.
+Claim and cost: see its model card in docs/quickstart.md.
 Command:
   python -m xkd_jax.main --config configs/quickstart_teacher.py --config.data.name=idx:FOLDER
 
-FOLDER holds the four idx files (Debian's package dataset-fashion-mnist puts them into
+FOLDER contains the four idx files (Debian's package dataset-fashion-mnist installs them in
 /usr/share/datasets/fashion-mnist).
 """
 
 from xkd_jax.config import Config, default_config
-from xkd_jax.errors import unknown
+from xkd_jax.configs import common
 
 
 def get_config(variant: str = "") -> Config:
+    common.check_variant(variant, ("smoke",))
     config = default_config()
     config.epochs = 12
     config.batch_size = 64
     config.student.model = "vit_tiny_patch16_224"
-    config.student.args = {
-        "img_size": 28,
-        "patch_size": 4,
-        "embed_dim": 64,
-        "depth": 4,
-        "num_heads": 2,
-        # Pooling over the tokens gives every token a gradient; a class token would leave the last
-        # block's patch tokens, which the student imitates, without one.
-        "class_token": False,
-        "global_pool": "avg",
-        "fc_norm": False,
-    }
+    config.student.args = common.VIT_28
     config.data.name = "idx:/usr/share/datasets/fashion-mnist"
-    # The curve is drawn on images that the teacher has learnt from: the student's validation and
-    # training images come from the same 60,000, and the test split is measured once.
+    # The curve is measured on training images: the student's training and validation images come
+    # from the same 60,000, and the test split is evaluated only once.
     config.data.eval = "train[:5000]"
     config.data.noisy = True
-    # The teacher must know the views that it will be asked about: crops, flips and the multi-view
-    # generator's geometry; its colours, noise and masks are for the student alone.
+    # The teacher must be trained on the views that it will see: crops, flips and the geometric part
+    # of the multi-view generator; colour jitter, noise and masks are applied to the student only.
     config.method.none.multi_view = True
     config.views.rotation = 10.0
     config.views.min_scale = 0.9
@@ -49,10 +39,5 @@ def get_config(variant: str = "") -> Config:
     config.schedule.name = "cosine"
     config.schedule.warmup_epochs = 0.5
     if variant == "smoke":
-        config.epochs = 1
-        config.data.train = "train[:6400]"
-        config.data.eval = config.data.test = "test[:1000]"
-        config.log_every = 10
-    elif variant:
-        raise unknown("variant", variant, ("smoke",))
+        common.smoke(config, epochs=1, log_every=10, train="train[:6400]", test="test[:1000]")
     return config

@@ -1,9 +1,9 @@
-"""Face anti-spoofing, two classes: a Swin teaches a MobileNetV2; the Equal Error Rate beside top-1.
+"""Face anti-spoofing, two classes: a Swin teaches a MobileNetV2; reports the Equal Error Rate too.
 
-FOLDER is laid out as CelebA-Spoof is: FOLDER/train/SUBJECT/live/*.png and .../spoof/*.png, the same
-under test: "leaf:" takes the class from the last folder's name. For train/live/*.png use "folder:".
+FOLDER has CelebA-Spoof's layout: FOLDER/train/SUBJECT/live/*.png and .../spoof/*.png, and the same
+under test; "leaf:" takes the class from the last folder. For train/live/*.png use "folder:".
 
-Claim: none yet; nobody has run it at full size with this code.
+Claim: none yet; it has not been run at full size with this code.
 Cost: 20 epochs at 224 x 224. `:smoke` takes about a minute on two CPU cores.
 Command:
   python -m xkd_jax.main --config configs/spoof.py --config.data.name=leaf:FOLDER \
@@ -11,10 +11,11 @@ Command:
 """
 
 from xkd_jax.config import Config, default_config
-from xkd_jax.errors import unknown
+from xkd_jax.configs import common
 
 
 def get_config(variant: str = "") -> Config:
+    common.check_variant(variant, ("smoke",))
     config = default_config()
     config.epochs = 20
     config.batch_size = 64
@@ -33,17 +34,9 @@ def get_config(variant: str = "") -> Config:
     config.schedule.warmup_epochs = 1.0
     config.views.mask_patch = 16
     if variant == "smoke":
-        config.epochs = 2
-        config.batch_size = 8
-        config.image_size = 64
+        common.smoke(config, epochs=2, batch_size=8, image_size=64, log_every=1)
+        sizes = {"embed_dim": 24, "depths": (1, 1, 1, 1), "num_heads": (1, 2, 4, 8)}
+        common.untrained_teacher(config, "swin_tiny_patch4_window7_224", img_size=64, **sizes)
         config.student.args = {"width": 0.35}
-        config.teacher.model = "swin_tiny_patch4_window7_224"
-        config.teacher.args = {
-            "img_size": 64, "embed_dim": 24, "depths": (1, 1, 1, 1), "num_heads": (1, 2, 4, 8),
-        }  # fmt: skip
-        config.teacher.weights = "random"
         config.data.workers = 0
-        config.log_every = 1
-    elif variant:
-        raise unknown("variant", variant, ("smoke",))
     return config

@@ -1,9 +1,9 @@
-"""A teacher for cifar100_32.py from scratch at 32 x 32: a ViT with patch 4, or `:swin`.
+"""A teacher for cifar100_32.py from scratch at 32 x 32: a ViT with 4 x 4 patches, or `:swin`.
 
-Transformers need strong augmentation on 50,000 images: RandAugment, mixup, CutMix, erasing and
-stochastic depth, as DeiT (arXiv:2012.12877) and its followers train small data.
+With 50,000 images Transformers need strong augmentation and regularisation: RandAugment, mixup,
+CutMix, random erasing and stochastic depth, as in DeiT (arXiv:2012.12877).
 
-Claim: none yet; nobody has run the full schedule with this code.
+Claim: none yet; the full schedule has not been run with this code.
 Cost: 200 epochs of 390 steps at batch 128. `:smoke` and `:swin_smoke` take about a minute on two
 CPU cores.
 Command:
@@ -12,14 +12,11 @@ Command:
 """
 
 from xkd_jax.config import Config, default_config
-from xkd_jax.errors import unknown
-
-VARIANTS = ("", "smoke", "swin", "swin_smoke")
+from xkd_jax.configs import common
 
 
 def get_config(variant: str = "") -> Config:
-    if variant not in VARIANTS:
-        raise unknown("variant", variant, VARIANTS[1:])
+    common.check_variant(variant, ("smoke", "swin", "swin_smoke"))
     config = default_config()
     config.epochs = 200
     config.batch_size = 128
@@ -41,17 +38,11 @@ def get_config(variant: str = "") -> Config:
     config.schedule.name = "cosine"
     config.schedule.warmup_epochs = 10.0
     if variant.endswith("smoke"):
-        config.epochs = 2
+        common.smoke(config, epochs=2, log_every=5, train="train[:320]", test="test[:200]")
         config.batch_size = 32
         config.student.args = {"depth": 2, "embed_dim": 48, "num_heads": 3}
         if variant == "swin_smoke":
-            config.student.args = {
-                "depths": (1, 1, 2, 1),
-                "embed_dim": 24,
-                "num_heads": (1, 2, 4, 8),
-            }
-        config.data.train = "train[:320]"
-        config.data.eval = config.data.test = "test[:200]"
+            sizes = {"depths": (1, 1, 2, 1), "embed_dim": 24, "num_heads": (1, 2, 4, 8)}
+            config.student.args = sizes
         config.schedule.warmup_epochs = 0.5
-        config.log_every = 5
     return config

@@ -1,4 +1,4 @@
-"""Every recipe's `:smoke`, on images made up here, in processes of their own."""
+"""Every recipe's `:smoke`, on random images, each in a process of its own."""
 
 import io
 import json
@@ -14,6 +14,7 @@ import pytest
 from PIL import Image
 
 from tests.data.test_prepare import write_tar
+from xkd_jax.cli import recipes
 from xkd_jax.data import prepare
 
 pytestmark = [
@@ -32,7 +33,7 @@ def jpeg(rng: np.random.Generator) -> bytes:
 
 @pytest.fixture(scope="module")
 def tfds(tmp_path_factory):
-    """CIFAR-10, CIFAR-100 and ImageNet, as far as the recipes go, of noise."""
+    """Small CIFAR-10, CIFAR-100 and ImageNet data sets of random images."""
     folder, rng = tmp_path_factory.mktemp("tfds"), np.random.default_rng(0)
 
     def records(count: int, *classes: int) -> bytes:
@@ -86,17 +87,17 @@ RECIPES = {
     "teacher_cifar100_32.py:smoke": "--config.data.dir={tfds}",
     "teacher_cifar100_32.py:swin_smoke": "--config.data.dir={tfds}",
 }
-ELSEWHERE = {"quickstart.py", "quickstart_teacher.py"}  # test_main.py runs the one with the other
+ELSEWHERE = {"quickstart.py", "quickstart_teacher.py"}  # tests/cli/test_train.py runs the first one
 
 
 def test_every_recipe_is_run():
-    assert {path.name for path in CONFIGS.glob("*.py")} - ELSEWHERE == {
+    assert {f"{name}.py" for name in recipes.names()} - ELSEWHERE == {
         recipe.partition(":")[0] for recipe in RECIPES
     }
 
 
 def test_from_photos_to_a_student_by_the_page(photos, tmp_path):
-    """docs/data.md's commands that download nothing, as they stand there but for the epochs."""
+    """docs/data.md's commands that download nothing, as written there, except for the epochs."""
     page = (CONFIGS.parent / "docs" / "data.md").read_text()
     commands = re.findall(r"^python -m xkd_jax\.main (.*:scratch(?:.*\\\n)*.*)$", page, re.M)
     assert len(commands) == 2

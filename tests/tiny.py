@@ -1,6 +1,7 @@
 """A recipe for tests: 40 steps of tiny networks on a few packaged images."""
 
 from xkd_jax.config import Config, default_config
+from xkd_jax.configs import common
 
 
 def get_config(method: str = "cakd") -> Config:
@@ -9,18 +10,8 @@ def get_config(method: str = "cakd") -> Config:
     config.batch_size = 16
     config.method.name = method
     config.student.args = {"layers": (1, 1, 1, 1), "width": 0.125, "stem": "cifar"}
-    config.teacher.weights = "random"
-    config.teacher.model = "vit_tiny_patch16_224"
-    config.teacher.args = {
-        "img_size": 28,
-        "patch_size": 4,
-        "embed_dim": 16,
-        "depth": 2,
-        "num_heads": 2,
-        "class_token": False,
-        "global_pool": "avg",
-        "fc_norm": False,
-    }
+    teacher = common.VIT_28 | {"embed_dim": 16, "depth": 2}
+    common.untrained_teacher(config, "vit_tiny_patch16_224", **teacher)
     config.data.name = "fashion_mnist_mini"
     config.data.train = "train[:64]"
     config.data.eval = config.data.test = "validation[:50]"

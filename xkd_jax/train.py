@@ -197,3 +197,11 @@ def _loop(
         if stopping:
             break
     return state
+
+
+if __name__ == "__main__":
+    import sys
+
+    from xkd_jax.cli.train import main
+
+    sys.exit(main())

@@ -21,6 +21,24 @@ from xkd_jax.errors import UserError, unknown
 PYTORCH_MAGIC = (b"PK\x03\x04", b"\x80\x02\x8a\x0a")
 _ASSETS = Path(__file__).parent / "assets"
 METADATA_KEY = "xkd_jax"  # in the file's own metadata: JSON of ours
+PACKAGED = "packaged:"  # before a name: weights that are installed with xkd_jax
+_ASSETS = Path(__file__).parent / "assets"
+
+
+def locate(weights: str | os.PathLike) -> Path:
+    """The file that `weights` names: a path, or "packaged:NAME" for one installed with xkd_jax.
+
+    Raises:
+      UserError: there are no packaged weights of that name.
+    """
+    text = os.fspath(weights)
+    if not text.startswith(PACKAGED):
+        return Path(text)
+    known = {path.stem: path for path in _ASSETS.glob("*.safetensors")}
+    name = text.removeprefix(PACKAGED)
+    if name not in known:
+        raise unknown("packaged weights", name, known)
+    return known[name]
 
 
 def save_weights(path: str | os.PathLike, variables: dict, metadata: dict[str, Any]) -> None:
@@ -69,23 +87,6 @@ def load_weights(path: str | os.PathLike) -> tuple[dict[str, Any], dict[str, Any
         )
     metadata = parse_metadata(path, texts[METADATA_KEY])
     return traverse_util.unflatten_dict(tensors, sep="/"), metadata
-
-
-def locate(name: str | os.PathLike) -> Path:
-    """The path of a weights file; "packaged:NAME" is one that comes with the package.
-
-    Raises:
-      UserError: no such weights are packaged.
-    """
-    kind, _, rest = str(name).partition(":")
-    if kind != "packaged":
-        return Path(name)
-    path = _ASSETS / f"{rest}.safetensors"
-    if not path.is_file():
-        raise unknown(
-            "packaged weights", rest, [file.stem for file in _ASSETS.glob("*.safetensors")]
-        )
-    return path
 
 
 def read_safetensors(path: Path) -> tuple[dict[str, np.ndarray], dict[str, str]]:

@@ -11,14 +11,14 @@ from PIL import Image
 
 from tests import tiny
 from xkd_jax import train as loop
-from xkd_jax.cli import train
+from xkd_jax.cli import recipes, runs
 from xkd_jax.config import default_config, used, validate
 from xkd_jax.errors import UserError
 from xkd_jax.experiment import create_experiment
 from xkd_jax.models import create_model
 from xkd_jax.weights import save_weights
 
-CONFIGS = sorted((Path(__file__).parents[2] / "configs").glob("*.py"))
+CONFIGS = [recipes.FOLDER / f"{name}.py" for name in recipes.names()]
 
 
 def teacher_file(path, **changes):
@@ -40,7 +40,7 @@ def teacher_file(path, **changes):
 
 @pytest.fixture(autouse=True)
 def _no_training(monkeypatch):
-    """Whatever gets as far as the loop was not refused in time."""
+    """Fails if wrong input reaches the training loop."""
 
     def run(experiment, folder):
         raise AssertionError("training started")
@@ -58,7 +58,7 @@ def refuse(tmp_path, match, method="cakd", **changes):
                 parent = parent[part]
             parent[last] = value
     with pytest.raises(UserError, match=match) as error:
-        train.run(config, tmp_path / "run")
+        runs.run(config, tmp_path / "run")
     assert "\n" not in str(error.value)
 
 
@@ -105,7 +105,7 @@ def test_wrong_values_are_refused(tmp_path, match, changes):
 
 @pytest.fixture
 def photos(tmp_path):
-    """Twelve images to learn from and four to test with, of two sizes."""
+    """Twelve training images and four test images, of several sizes."""
     for split, count in (("train", 12), ("val", 4)):
         for i in range(count):
             path = tmp_path / "photos" / split / ("cat", "dog")[i % 2] / f"{i:02d}.png"
@@ -129,7 +129,7 @@ def test_folders(photos):
 @pytest.mark.parametrize("feed", ["resident", "host"])
 @pytest.mark.parametrize("split", ["train", "val"])
 def test_damaged_images(photos, feed, split, capsys):
-    """In whichever split, the one that is measured at the end included."""
+    """In any split, including the one that is evaluated only at the end."""
     (photos / split / "cat" / "00.png").write_bytes(b"")
     whole = (photos / split / "dog" / "01.png").read_bytes()
     (photos / split / "dog" / "01.png").write_bytes(whole[: len(whole) // 2])
@@ -211,13 +211,13 @@ def test_comparison_in_the_folder_of_a_single_run(tmp_path):
 def test_what_was_refused_leaves_the_workdir_free(tmp_path):
     refuse(tmp_path, "unknown split", data__train="trian")
     with pytest.raises(AssertionError, match="training started"):
-        train.run(tiny.get_config(), tmp_path / "run")
+        runs.run(tiny.get_config(), tmp_path / "run")
 
 
 def test_unwritable_workdir(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match="can't be written"):
-        train.run(tiny.get_config("none"), tmp_path / "file" / "run")
+        runs.run(tiny.get_config("none"), tmp_path / "file" / "run")
 
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)

@@ -1,4 +1,4 @@
-"""The command line, files, the hub (a pretended one), and weights named in a config."""
+"""The command line, files, the hub (a fake one), and weights named in a config."""
 
 import argparse
 import json
@@ -26,7 +26,7 @@ TINY_ARGS = ["--arg", "layers=[1,1,1,1]", "--arg", "width=0.125"]
 
 @pytest.fixture
 def run(monkeypatch, capsys):
-    """Runs a command line; its exit code, and what it printed on both streams."""
+    """Runs a command line; its exit code, and its stdout and stderr."""
 
     def run(*argv):
         monkeypatch.setattr(sys, "argv", ["convert", *map(str, argv)])
@@ -64,7 +64,7 @@ def test_there_and_back(run, resnet, tmp_path):
     assert metadata["source"] == str(resnet)
     assert variables["params"]["fc"]["kernel"].shape == (64, 5)
 
-    # What it is stands in the files: nothing has to be said again.
+    # The file's metadata describes the network: no other options are needed.
     code, out, _ = run("--from", ours, "--to_timm", back)
     assert code == 0
     assert out == f"wrote {back}: resnet18, 5 classes, 224 pixels, as timm's state dict\n"
@@ -106,7 +106,7 @@ def test_the_hubs_config_beside_a_file(run, resnet, tmp_path):
     ("argv", "error"),
     [
         (["--from", "FILE", "--out", "FOLDER/a.pth"], "a.pth must end in .safetensors."),
-        (["--from", "FILE"], "there is nowhere to write to; add --out FILE"),
+        (["--from", "FILE"], "no output file is given; add --out FILE"),
         (["--from", "no.pth", "--out", "FOLDER/a.safetensors"], "there is no file at no.pth"),
         (["--from", "FILE", "--model", "resnet81", "--out", "FOLDER/a.safetensors"], "resnet18"),
         (["--timm", "vit_basic", "--out", "FOLDER/a.safetensors"], "did you mean vit_base"),

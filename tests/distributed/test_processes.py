@@ -222,7 +222,7 @@ def test_sigterm_to_one_process_stops_both_at_the_same_step(one_each, tmp_path):
     codes, said = finish(*running)
     assert codes == [0, 0], said
     assert "stopped by SIGTERM" in said[0]
-    assert "run the same command again to go on" not in said[1]
+    assert "run the same command again to resume" not in said[1]
     stopped_at = newest_step(folder)
     assert stopped_at == read_metrics(folder)[-1]["step"] < 120
     codes, said = finish(*start_two(one_each, main(folder, LONG)))

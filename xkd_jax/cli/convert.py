@@ -1,58 +1,50 @@
-"""The command line: timm's weights in, and a student's weights out.
+"""Converts weights from timm or PyTorch to xkd_jax's format, and back.
 
-python -m xkd_jax.convert --timm vit_base_patch16_224 --out teacher.safetensors
+xkd-jax convert --timm vit_base_patch16_224 --out teacher.safetensors
 """
 
 import argparse
 import json
-import sys
+from collections.abc import Sequence
 from typing import Any
+
+from xkd_jax.cli.command import Parser, guard
+from xkd_jax.errors import UserError
 
 _EXAMPLES = """\
 examples:
-  timm's weights from the hub, as a teacher (config.teacher.weights=teacher.safetensors):
-    python -m xkd_jax.convert --timm vit_base_patch16_224.augreg_in21k_ft_in1k \\
+  timm's weights from the hub, for a teacher (--config.teacher.weights=teacher.safetensors):
+    xkd-jax convert --timm vit_base_patch16_224.augreg_in21k_ft_in1k \\
         --out teacher.safetensors
-  a file that is already here, for images of 384 pixels and 100 classes:
-    python -m xkd_jax.convert --from model.safetensors --model vit_base_patch16_224 \\
+  a local file, resized for 384 x 384 images and with a new head for 100 classes:
+    xkd-jax convert --from model.safetensors --model vit_base_patch16_224 \\
         --image_size 384 --num_classes 100 --out start.safetensors
-  a student of a run here as a state dict that timm loads:
-    python -m xkd_jax.convert --from runs/quickstart/cakd/student.safetensors \\
+  a trained student as a state dict that timm loads:
+    xkd-jax convert --from runs/quickstart/cakd/student.safetensors \\
         --to_timm student_timm.safetensors
 """
 
 
-def main() -> int:
-    """Converts, and turns a user's mistake into one sentence and exit code 2."""
-    options = _parser().parse_args()
-    # Only now: `--help` needs none of it.
-    from xkd_jax.errors import UserError
-
-    try:
-        run(options)
-    except UserError as error:
-        print(f"xkd_jax: {error}", file=sys.stderr)
-        return 2
-    except OSError as error:
-        print(f"xkd_jax: {error.filename}: {error.strerror}; give another path.", file=sys.stderr)
-        return 2
+@guard
+def main(argv: Sequence[str] | None = None) -> int:
+    """The command line, `sys.argv[1:]` if `argv` is None; returns the exit code as `guard` says."""
+    run(_parser().parse_args(argv))
     return 0
 
 
 def run(options: argparse.Namespace) -> None:
-    """Does what the command line says.
+    """Converts as the parsed `options` say, and prints what was written.
 
     Raises:
       UserError: any wrong input.
     """
-    from xkd_jax.convert.conversion import convert
+    from xkd_jax.convert.conversion import convert  # `--help` needs no JAX
     from xkd_jax.convert.files import read_checkpoint, to_state, write_state
     from xkd_jax.convert.hub import download
-    from xkd_jax.errors import UserError
     from xkd_jax.weights import save_weights
 
     if not options.out and not options.to_timm:
-        raise UserError("there is nowhere to write to; add --out FILE, or --to_timm FILE.")
+        raise UserError("no output file is given; add --out FILE or --to_timm FILE.")
     if options.out and not options.out.endswith(".safetensors"):
         raise UserError(f"--out {options.out} must end in .safetensors.")
     checkpoint = download(options.timm) if options.timm else read_checkpoint(options.source)
@@ -81,8 +73,7 @@ def run(options: argparse.Namespace) -> None:
 
 
 def _arguments(options: argparse.Namespace, known: dict[str, Any]) -> dict[str, Any] | None:
-    """--arg beside what the checkpoint says of itself; None without --arg."""
-    from xkd_jax.errors import UserError
+    """The checkpoint's own arguments, updated with --arg; None without --arg."""
 
     if not options.arg:
         return None
@@ -94,51 +85,51 @@ def _arguments(options: argparse.Namespace, known: dict[str, Any]) -> dict[str, 
         try:
             args[name] = json.loads(value)
         except ValueError:
-            args[name] = value  # a word
+            args[name] = value  # a plain string
     return args
 
 
 def _positive(text: str) -> int:
-    number = int(text)
-    if number < 1:
-        raise ValueError
-    return number
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} must be a positive integer")
+    return int(text)
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="python -m xkd_jax.convert",
-        description="Converts weights of timm and PyTorch to xkd_jax's, and back.",
-        epilog=_EXAMPLES,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
+def _parser() -> Parser:
+    description = "Converts weights from timm or PyTorch to xkd_jax's format, and back."
+    parser = Parser("convert", description, _EXAMPLES)
     source = parser.add_mutually_exclusive_group(required=True)
     source.add_argument(
-        "--timm", metavar="NAME", help="timm's name, with or without tag; needs xkd_jax[hub]"
+        "--timm", metavar="NAME", help="timm's name, with or without a tag; needs xkd_jax[hub]"
     )
     source.add_argument(
         "--from",
         dest="source",
         metavar="FILE",
-        help="a .safetensors, or a .pth or .bin (which need PyTorch); of timm's or ours",
+        help="a .safetensors, .pth or .bin file, from timm or xkd_jax; the last two need PyTorch",
     )
-    parser.add_argument("--out", metavar="FILE", help="the .safetensors to write")
+    parser.add_argument("--out", metavar="FILE", help="the .safetensors file to write")
     parser.add_argument(
-        "--to_timm", metavar="FILE", help="the state dict to write: .safetensors, .pth or .bin"
+        "--to_timm",
+        metavar="FILE",
+        help="the timm state dict to write: .safetensors, .pth or .bin",
     )
     parser.add_argument(
-        "--model", default="", metavar="NAME", help="the network; recognised if not given"
+        "--model", default="", metavar="NAME", help="the network; default: detected from the file"
     )
     parser.add_argument(
         "--num_classes",
         type=_positive,
         default=0,
         metavar="N",
-        help="another number: a new head, zero",
+        help="number of classes; if it differs from the file's, the head is reset to zero",
     )
     parser.add_argument(
-        "--image_size", type=_positive, default=0, metavar="PIXELS", help="the side of its images"
+        "--image_size",
+        type=_positive,
+        default=0,
+        metavar="PIXELS",
+        help="side of the images; position embeddings are resized to it",
     )
     parser.add_argument(
         "--arg",
@@ -147,16 +138,12 @@ def _parser() -> argparse.ArgumentParser:
         metavar="NAME=VALUE",
         help="a field of the network, such as patch_size=8; may be repeated",
     )
-    for name in ("mean", "std"):
+    for name, what in (("mean", "mean"), ("std", "standard deviation")):
         parser.add_argument(
             f"--{name}",
             type=float,
             nargs=3,
             metavar=("R", "G", "B"),
-            help="of the images it was trained on, in [0, 1]; its network's if not given",
+            help=f"{what} of the training images, in [0, 1]; default: the network's",
         )
     return parser
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -1,25 +1,26 @@
-"""Lists the networks: parameters, GFLOPs, taps, and the GFLOPs that the paper prints.
+"""Lists the networks: parameters, GFLOPs, intermediate outputs, and the paper's GFLOPs.
 
-python -m xkd_jax.models
-python -m xkd_jax.models 'resnet*' vit_base_patch16_384
+xkd-jax models
+xkd-jax models 'resnet*' vit_base_patch16_384
 
-One multiply-add is one FLOP, as in the paper's tables; sizes are the networks' own.
+One multiply-add is one FLOP, as in the paper's tables; each network is counted at its default
+image size.
 """
 
-import argparse
 import fnmatch
 import re
-import sys
+from collections.abc import Sequence
 from typing import Any
 
-import jax
-import jax.numpy as jnp
+from xkd_jax.cli.command import Parser, guard
+from xkd_jax.errors import unknown
 
-from xkd_jax import errors
-from xkd_jax.analysis.flops import count_flops, count_parameters
-from xkd_jax.models import MODELS
-
-# The GFLOPs that the paper's tables print, and why ours differ where they do by 5% or more.
+_EXAMPLES = """\
+examples:
+  xkd-jax models
+  xkd-jax models 'resnet*' vit_base_patch16_384
+"""
+# GFLOPs in the paper's tables, and the reason where they differ from ours by 5% or more.
 _AT_384 = "paper: at 384"
 _PAPER: dict[str, tuple[float, str]] = {
     "vit_base_patch16_224": (55.4, _AT_384),
@@ -43,19 +44,25 @@ _PAPER: dict[str, tuple[float, str]] = {
 
 
 def describe(name: str) -> dict[str, Any]:
-    """What the list says of one network, with its default number of classes.
+    """One network's entry in the list, with its default number of classes.
 
     Returns:
-      `image_size`, `parameters`, `gflops` (multiply-adds), and `taps`, shapes by the keys of
+      `image_size`, `parameters`, `gflops` (multiply-adds), and `taps`: the shape of every entry of
       `out`, without the batch axis.
     """
+    import jax  # `--help` needs no JAX
+    import jax.numpy as jnp
+
+    from xkd_jax.analysis.flops import count_flops, count_parameters
+    from xkd_jax.models import MODELS
+
     size = MODELS[name].image_size
     model: Any = MODELS[name].network(**MODELS[name].args)
     images = jax.ShapeDtypeStruct((1, size, size, 3), jnp.float32)
     variables = jax.eval_shape(model.init, jax.random.key(0), images)
     taps: dict[str, tuple[int, ...]] = {}
 
-    def forward(variables: Any, images: jax.Array) -> jax.Array:
+    def forward(variables, images):
         logits, out = model.apply(variables, images)
         taps.update({k: tuple(v) if k == "grid" else v.shape[1:] for k, v in out.items()})
         return logits
@@ -69,7 +76,7 @@ def describe(name: str) -> dict[str, Any]:
 
 
 def format_row(name: str, row: dict[str, Any]) -> str:
-    """One line of the list, and one of taps; `row` is what `describe` returns."""
+    """A line for the network and one for its taps; `row` is what `describe` returns."""
     paper, note = _PAPER.get(name, ("", ""))
     line = (
         f"{name:<34} {row['image_size']:>4} {row['parameters'] / 1e6:>8.2f} "
@@ -79,10 +86,10 @@ def format_row(name: str, row: dict[str, Any]) -> str:
 
 
 def _format_taps(taps: dict[str, tuple[int, ...]]) -> str:
-    """Equal shapes side by side: a Transformer shows four keys a block."""
+    """Groups keys of equal shape: a Transformer has four keys per block."""
     by_shape: dict[tuple[str, tuple[int, ...]], list[str]] = {}
     for key, shape in taps.items():
-        # block01 ... block12 are told apart by their number alone.
+        # block01 ... block12 differ only in their number.
         kind = re.sub(r"\d+", "", key) if key.startswith("block") else key
         by_shape.setdefault((kind, shape), []).append(key)
     parts = []
@@ -93,38 +100,30 @@ def _format_taps(taps: dict[str, tuple[int, ...]]) -> str:
 
 
 def find(patterns: list[str]) -> list[str]:
-    """The names that match, each once.
+    """The names that match any of `patterns`, without duplicates.
 
     Raises:
-      UserError: a pattern matches none.
+      UserError: a pattern matches nothing.
     """
+    from xkd_jax.models import MODELS
+
     found: dict[str, None] = {}
     for pattern in patterns:
         names = fnmatch.filter(MODELS, pattern)
         if not names:
-            raise errors.unknown("network", pattern, MODELS)
+            raise unknown("network", pattern, MODELS)
         found |= dict.fromkeys(names)
     return list(found)
 
 
-def main() -> int:
-    """The command line."""
-    parser = argparse.ArgumentParser(
-        prog="python -m xkd_jax.models",
-        description="Lists networks: size, parameters, multiply-adds, the paper's count, taps.",
-        epilog="example: python -m xkd_jax.models 'resnet*' vit_base_patch16_384",
-    )
+@guard
+def main(argv: Sequence[str] | None = None) -> int:
+    """The command line, `sys.argv[1:]` if `argv` is None; returns the exit code as `guard` says."""
+    description = "Lists networks: input size, parameters, multiply-adds, outputs."
+    parser = Parser("models", description, _EXAMPLES)
     parser.add_argument("names", nargs="*", default=["*"], help="names or patterns; default: all")
-    try:
-        names = find(parser.parse_args().names)
-    except errors.UserError as error:
-        print(f"xkd_jax: {error}", file=sys.stderr)
-        return 2
+    names = find(parser.parse_args(argv).names)
     print(f"{'name':<34} size params/M   GFLOPs   paper")
     for name in names:
         print(format_row(name, describe(name)), flush=True)
     return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())

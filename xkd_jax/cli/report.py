@@ -1,31 +1,23 @@
-"""Writes report.md and curves.png from finished run folders.
+"""Writes report.md and curves.png from finished run folders: `xkd-jax report runs/quickstart`."""
 
-python -m xkd_jax.report runs/quickstart
-"""
-
-import argparse
-import sys
+from collections.abc import Sequence
 from pathlib import Path
 
-from xkd_jax.errors import UserError
-from xkd_jax.reporting.report import write
+from xkd_jax.cli.command import Parser, guard
+
+_EXAMPLES = """\
+example:
+  xkd-jax report runs/quickstart
+"""
 
 
-def main() -> int:
-    """The command line."""
-    parser = argparse.ArgumentParser(
-        prog="python -m xkd_jax.report",
-        description="Writes report.md and curves.png from finished run folders.",
-        epilog="example: python -m xkd_jax.report runs/quickstart",
-    )
-    parser.add_argument("folder", type=Path, help="a run's folder, or one that holds several")
-    try:
-        print(write(parser.parse_args().folder))
-    except UserError as error:
-        print(f"xkd_jax: {error}", file=sys.stderr)
-        return 2
+@guard
+def main(argv: Sequence[str] | None = None) -> int:
+    """The command line, `sys.argv[1:]` if `argv` is None; returns the exit code as `guard` says."""
+    parser = Parser("report", "Writes report.md and curves.png from finished runs.", _EXAMPLES)
+    parser.add_argument("folder", type=Path, help="a run's folder, or one that contains several")
+    options = parser.parse_args(argv)
+    from xkd_jax.reporting.report import write  # `--help` needs no JAX
+
+    print(write(options.folder))
     return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())

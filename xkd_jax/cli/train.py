@@ -1,173 +1,129 @@
-"""From a command line to finished run folders: one run, or a comparison of several methods."""
+"""Trains what a recipe describes: `xkd-jax train --config quickstart`.
 
-import json
-import os
-import signal
-import tempfile
+The command line alone; run folders and comparisons are in runs.py.
+"""
+
+import sys
+import textwrap
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
-import jax
+from absl import flags, logging
+from ml_collections import config_flags
 
-from xkd_jax import train
-from xkd_jax.config import (
-    Config,
-    default_config,
-    for_method,
-    has_field,
-    missing_field,
-    used,
-    validate,
-)
-from xkd_jax.distributed import processes, sharding
+from xkd_jax.cli import recipes
+from xkd_jax.cli.command import guard
 from xkd_jax.errors import UserError
-from xkd_jax.experiment import create_experiment
-from xkd_jax.reporting import report, summary
-from xkd_jax.reporting.logger import say
-from xkd_jax.reporting.report import CONFIG_FILE
-from xkd_jax.weights import write_file
 
-# Fields that may change when a run goes on: they don't change what it computes.
-FREE = ("data.dir", "log_every", "checkpoint_every", "keep_checkpoints", "checkpoint_dir")
+_CONFIG = config_flags.DEFINE_config_file(
+    "config", None, "The recipe: a file, or the name of an installed one; RECIPE:VARIANT."
+)
+_WORKDIR = flags.DEFINE_string("workdir", None, "The run's folder; default: runs/RECIPE.")
+_COMPILE_FOR = flags.DEFINE_string(
+    "compile_for", None, "Only compile, for TPUs such as v5e:4x4, and predict memory and speed."
+)
+_COORDINATOR = flags.DEFINE_string(
+    "coordinator", None, "HOST:PORT of process 0, if JAX cannot detect it."
+)
+_NUM_PROCESSES = flags.DEFINE_integer(
+    "num_processes", None, "Total number of processes; 1 disables distributed start-up."
+)
+_PROCESS_ID = flags.DEFINE_integer("process_id", None, "Index of this process, from 0.")
+_FLAGS = (_CONFIG, _WORKDIR, _COMPILE_FOR, _COORDINATOR, _NUM_PROCESSES, _PROCESS_ID)
 
 
-def explain(error: Exception, argv: list[str]) -> str:
-    """One sentence for what was wrong on the command line or in the recipe.
+_USAGE = """\
+usage: xkd-jax train --config RECIPE [--config.FIELD=VALUE ...] [options]
+
+Trains what a recipe describes; the same command again resumes.
+
+examples:
+  xkd-jax train --config quickstart
+  xkd-jax train --config cifar100_32:smoke --config.data.dir=DIR --config.batch_size=32
+  xkd-jax train --config imagenet --compile_for v5e:16x16
+  python -m xkd_jax.main --config configs/quickstart.py
+
+On several machines, see docs/pods.md and launch/.
+
+options:"""
+
+
+def usage() -> str:
+    """The text of --help."""
+    lines = [_USAGE]
+    helps = [(flag.name, flags.FLAGS[flag.name].help) for flag in _FLAGS]
+    helps.insert(1, ("config.FIELD", "Another value for a field of the recipe's config."))
+    lines += [f"  --{name:<14} {text}" for name, text in helps]
+    names = textwrap.fill(", ".join(recipes.names()), 98)
+    return "\n".join([*lines, "", "installed recipes:", textwrap.indent(names, "  ")])
+
+
+@guard
+def main(argv: Sequence[str] | None = None) -> int:
+    """The command line, `sys.argv[1:]` if `argv` is None; returns the exit code as `guard` says."""
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    if any(argument in ("-h", "--help") for argument in arguments):
+        print(usage())
+        return 0
+    config, workdir = _parse(arguments)
+    # Only now, for JAX takes a second: `--help` and a wrong command line need none of it.
+    if _COMPILE_FOR.value is not None:
+        from xkd_jax.analysis import tpu_forecast
+
+        return tpu_forecast.run(config, _COMPILE_FOR.value)
+    from xkd_jax.cli import runs
+    from xkd_jax.distributed import processes
+
+    processes.start(_COORDINATOR.value, _NUM_PROCESSES.value, _PROCESS_ID.value)
+    return runs.run(config, workdir)
+
+
+def _parse(arguments: list[str]):
+    """The config and the run's folder.
+
+    Raises:
+      UserError: something on the command line or in the recipe is wrong.
+    """
+    for i, argument in enumerate(arguments):
+        name, equals, recipe = argument.partition("=")
+        if name == "--config" and equals:
+            arguments[i] = f"--config={recipes.locate(recipe)}"
+        elif name == "--config" and i + 1 < len(arguments):
+            arguments[i + 1] = recipes.locate(arguments[i + 1])
+    logging.use_absl_handler()
+    logging.set_verbosity(logging.WARNING)  # Orbax logs twenty lines per checkpoint at INFO
+    # config_flags looks for overrides in sys.argv, whatever is parsed.
+    sys.argv = [sys.argv[0], *arguments]
+    try:
+        rest = flags.FLAGS(sys.argv)[1:]
+    except Exception as error:  # a recipe is a program: it can raise anything
+        raise UserError(_explain(error, arguments)) from error
+    if rest:
+        raise UserError(f"unexpected argument {rest[0]!r}; write --config RECIPE --workdir FOLDER.")
+    if not _CONFIG.present:
+        raise UserError("--config is missing; try --config quickstart.")
+    path, _, variant = config_flags.get_config_filename(flags.FLAGS["config"]).partition(":")
+    folder = f"runs/{Path(path).stem}{'_' + variant if variant else ''}"
+    return _CONFIG.value, Path(_WORKDIR.value or folder)
+
+
+def _explain(error: Exception, arguments: list[str]) -> str:
+    """One sentence for what is wrong on the command line or in the recipe.
 
     Args:
       error: what parsing raised.
-      argv: the command line.
+      arguments: the command line.
     """
-    for argument in argv:
+    if isinstance(error, UserError):
+        return str(error)
+    from xkd_jax.config import default_config, has_field, missing_field
+
+    for argument in arguments:
         name = argument.split("=")[0].lstrip("-").removeprefix("config.")
         if argument.lstrip("-").startswith("config.") and not has_field(default_config(), name):
             return str(missing_field(default_config(), name))
         if isinstance(error, AttributeError | KeyError) and ".args." in name:
-            return f"the recipe doesn't set {name}, so that it can't be overridden; set it there."
-    # absl wraps a recipe's own error: its last line, before a hint about --help, says it all.
+            return f"the recipe doesn't set {name}, so it can't be overridden; set it there."
+    # absl wraps the recipe's own error: its last line, before a hint about --help, is the sentence.
     text = str(error).strip().split("\n\nPass --help")[0].splitlines()[-1]
     return text.split("Error: ")[-1].strip()
-
-
-def read_flags(recipe: str | None, workdir: str | None, rest: list[str]) -> Path:
-    """The run's folder, after a look at the rest of the command line.
-
-    Args:
-      recipe: the config's file as --config gave it, what follows a colon included.
-      workdir: --workdir.
-      rest: arguments that are no flags.
-
-    Raises:
-      UserError: something is missing or too much.
-    """
-    if rest:
-        raise UserError(f"{rest[0]!r} is no flag; write --config FILE, --workdir FOLDER.")
-    if not recipe:
-        raise UserError("--config is missing; try --config configs/quickstart.py.")
-    path, _, variant = recipe.partition(":")
-    if not Path(path).is_file():
-        raise UserError(f"there is no config file {path}; the recipes are in configs/.")
-    return Path(workdir or f"runs/{Path(path).stem}{'_' + variant if variant else ''}")
-
-
-def run(config: Config, workdir: Path) -> int:
-    """Trains what `config` says and reports it; goes on where an earlier call stopped.
-
-    Args:
-      config: a locked config; see `config.default_config`.
-      workdir: the run's folder; a comparison has a folder in it for each method.
-
-    Returns:
-      The process's exit code: 0 when done or after SIGTERM, 130 after Ctrl-C.
-
-    Raises:
-      UserError: any wrong input.
-    """
-    validate(config)
-    # A rerun of the same networks starts a minute sooner.
-    cache = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "xkd_jax"
-    jax.config.update("jax_compilation_cache_dir", str(cache))
-    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
-    runs = {workdir: config}
-    if config.compare:
-        runs = {workdir / name: for_method(config, name) for name in config.compare}
-        if (workdir / CONFIG_FILE).exists():
-            raise UserError(f"{workdir} holds a single run; choose another --workdir.")
-    # All of them are checked before the first one starts.
-    left = {folder: alone for folder, alone in runs.items() if not _is_complete(alone, folder)}
-    for alone in left.values():
-        create_experiment(alone)
-    for folder, alone in left.items():
-        try:
-            stopped = _train(alone, folder)
-        except OSError as error:
-            raise UserError(
-                f"training stopped at a file that can't be read or written ({error}); the "
-                "checkpoints stay: put it right, and run the same command again to go on."
-            ) from error
-        if stopped:
-            say(
-                f"stopped by {stopped.name}; everything is saved in {workdir}: run the same "
-                "command again to go on."
-            )
-            return 130 if stopped == signal.SIGINT else 0
-    if processes.is_first():
-        print(report.write(workdir))
-    return 0
-
-
-def _train(config: Config, folder: Path) -> signal.Signals | None:
-    """Trains and measures; returns the signal that stopped it early, if one did.
-
-    Raises:
-      OSError: the disk is full, or the like.
-    """
-    if processes.is_first() and not (folder / CONFIG_FILE).exists():
-        write_file(folder / CONFIG_FILE, (json.dumps(used(config), indent=2) + "\n").encode())
-    experiment = create_experiment(config)
-    state, stopped = train.run(experiment, folder)
-    if stopped and int(state.step) < experiment.total_steps:
-        return stopped
-    variables = sharding.to_host(train.student_variables(state), experiment.mesh)
-    summary.finish(experiment, variables, folder)
-    return stopped
-
-
-def _is_complete(config: Config, folder: Path) -> bool:
-    """Whether the run in `folder`, which is made if it is missing, has nothing left to do.
-
-    Raises:
-      UserError: the folder holds another run, or can't be written.
-    """
-    path = folder / CONFIG_FILE
-    if path.exists():
-        there, here = json.loads(path.read_text()), json.loads(json.dumps(used(config)))
-        differences = list(_differences(there, here, ""))
-        if differences:
-            more = f" (and {len(differences) - 3} more)" if len(differences) > 3 else ""
-            raise UserError(
-                f"{folder} holds another run: {'; '.join(differences[:3])}{more}; choose another "
-                "--workdir."
-            )
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=folder):
-            pass
-    except OSError as error:
-        raise UserError(
-            f"{folder} can't be written ({error.strerror}); choose another --workdir."
-        ) from error
-    if (folder / summary.SUMMARY).exists():
-        say(f"{folder} is complete.")
-        return True
-    return False
-
-
-def _differences(there: Any, here: Any, name: str):
-    """Each field in which two configs differ, in words."""
-    if isinstance(there, dict) and isinstance(here, dict):
-        for field in sorted(there.keys() | here.keys()):
-            inner = f"{name}.{field}" if name else field
-            yield from _differences(there.get(field), here.get(field), inner)
-    elif there != here and name not in FREE:
-        yield f"{name} is {there!r} there and {here!r} here"

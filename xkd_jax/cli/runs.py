@@ -1,0 +1,126 @@
+"""Run folders: trains one run, or a comparison of several methods, and writes the report."""
+
+import json
+import os
+import signal
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import jax
+
+from xkd_jax import train
+from xkd_jax.config import Config, for_method, used, validate
+from xkd_jax.distributed import processes, sharding
+from xkd_jax.errors import UserError
+from xkd_jax.experiment import create_experiment
+from xkd_jax.reporting import report, summary
+from xkd_jax.reporting.logger import say
+from xkd_jax.reporting.report import CONFIG_FILE
+from xkd_jax.weights import write_file
+
+# Fields that may change when a run resumes, because they don't affect its results.
+FREE = ("data.dir", "log_every", "checkpoint_every", "keep_checkpoints", "checkpoint_dir")
+
+
+def run(config: Config, workdir: Path) -> int:
+    """Trains what `config` describes and writes a report; resumes an earlier, unfinished call.
+
+    Args:
+      config: a locked config; see `config.default_config`.
+      workdir: the run's folder; a comparison has a subfolder for each method.
+
+    Returns:
+      The process's exit code: 0 when done or after SIGTERM, 130 after Ctrl-C.
+
+    Raises:
+      UserError: any wrong input.
+    """
+    validate(config)
+    # Saves about a minute of compilation when the same networks are trained again.
+    cache = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "xkd_jax"
+    jax.config.update("jax_compilation_cache_dir", str(cache))
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
+    runs = {workdir: config}
+    if config.compare:
+        runs = {workdir / name: for_method(config, name) for name in config.compare}
+        if (workdir / CONFIG_FILE).exists():
+            raise UserError(f"{workdir} holds a single run; choose another --workdir.")
+    # Check all runs before the first one starts.
+    left = {folder: alone for folder, alone in runs.items() if not _is_complete(alone, folder)}
+    for alone in left.values():
+        create_experiment(alone)
+    for folder, alone in left.items():
+        try:
+            stopped = _train(alone, folder)
+        except OSError as error:
+            raise UserError(
+                f"training stopped because a file can't be read or written ({error}); checkpoints "
+                "are kept: fix the cause, then run the same command again to resume."
+            ) from error
+        if stopped:
+            say(
+                f"stopped by {stopped.name}; everything is saved in {workdir}: run the same "
+                "command again to resume."
+            )
+            return 130 if stopped == signal.SIGINT else 0
+    if processes.is_first():
+        print(report.write(workdir))
+    return 0
+
+
+def _train(config: Config, folder: Path) -> signal.Signals | None:
+    """Trains and evaluates one run; returns the signal that stopped it early, if any.
+
+    Raises:
+      OSError: a file can't be read or written, for example because the disk is full.
+    """
+    if processes.is_first() and not (folder / CONFIG_FILE).exists():
+        write_file(folder / CONFIG_FILE, (json.dumps(used(config), indent=2) + "\n").encode())
+    experiment = create_experiment(config)
+    state, stopped = train.run(experiment, folder)
+    if stopped and int(state.step) < experiment.total_steps:
+        return stopped
+    variables = sharding.to_host(train.student_variables(state), experiment.mesh)
+    summary.finish(experiment, variables, folder)
+    return stopped
+
+
+def _is_complete(config: Config, folder: Path) -> bool:
+    """Whether the run in `folder` is finished; creates the folder if it is missing.
+
+    Raises:
+      UserError: the folder contains another run, or can't be written.
+    """
+    path = folder / CONFIG_FILE
+    if path.exists():
+        there, here = json.loads(path.read_text()), json.loads(json.dumps(used(config)))
+        differences = list(_differences(there, here, ""))
+        if differences:
+            more = f" (and {len(differences) - 3} more)" if len(differences) > 3 else ""
+            raise UserError(
+                f"{folder} holds another run: {'; '.join(differences[:3])}{more}; choose another "
+                "--workdir."
+            )
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise UserError(
+            f"{folder} can't be written ({error.strerror}); choose another --workdir."
+        ) from error
+    if (folder / summary.SUMMARY).exists():
+        say(f"{folder} is complete.")
+        return True
+    return False
+
+
+def _differences(there: Any, here: Any, name: str):
+    """Yields a phrase for every field in which two configs differ."""
+    if isinstance(there, dict) and isinstance(here, dict):
+        for field in sorted(there.keys() | here.keys()):
+            inner = f"{name}.{field}" if name else field
+            yield from _differences(there.get(field), here.get(field), inner)
+    elif there != here and name not in FREE:
+        yield f"{name} is {there!r} there and {here!r} here"

@@ -1,0 +1,55 @@
+"""The command `xkd-jax`: lists its verbs, or hands over to one of them."""
+
+import importlib
+import sys
+from collections.abc import Sequence
+
+from xkd_jax import __version__
+from xkd_jax.cli.command import guard
+from xkd_jax.errors import unknown
+
+# A verb is a module in this folder with a guarded `main(argv)`: what it does, and an example.
+VERBS = {
+    "train": ("train what a recipe describes, or resume it", "xkd-jax train --config quickstart"),
+    "convert": (
+        "convert weights from timm or PyTorch, and back",
+        "xkd-jax convert --timm resnet18 --out resnet18.safetensors",
+    ),
+    "prepare": (
+        "download and prepare a data set for tfds:NAME",
+        "xkd-jax prepare cifar100 --data_dir ~/tensorflow_datasets",
+    ),
+    "models": ("list the networks: size, FLOPs, outputs", "xkd-jax models 'resnet*'"),
+    "report": (
+        "write the table and curves of finished runs",
+        "xkd-jax report runs/quickstart",
+    ),
+}
+
+
+def usage() -> str:
+    """The verbs, each with what it does and an example."""
+    lines = ["usage: xkd-jax VERB ...", "", "Knowledge distillation from Transformers into CNNs."]
+    lines += ["", "verbs:"]
+    for verb, (summary, example) in VERBS.items():
+        lines += [f"  {verb:<9} {summary}", f"            {example}"]
+    lines += ["", "xkd-jax VERB --help lists a verb's options; python -m xkd_jax.VERB is the same."]
+    return "\n".join(lines)
+
+
+@guard
+def main(argv: Sequence[str] | None = None) -> int:
+    """The command line, `sys.argv[1:]` if `argv` is None; returns the exit code as `guard` says."""
+    verb, *rest = (sys.argv[1:] if argv is None else argv) or [""]
+    if verb in ("-h", "--help"):
+        print(usage())
+        return 0
+    if verb == "--version":
+        print(f"xkd_jax {__version__}")
+        return 0
+    if not verb:
+        print(usage(), file=sys.stderr)
+        return 2
+    if verb not in VERBS:
+        raise unknown("verb", verb, VERBS)
+    return importlib.import_module(f"xkd_jax.cli.{verb}").main(rest)
