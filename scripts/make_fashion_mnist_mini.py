@@ -1,8 +1,8 @@
-"""Cuts the packaged subset `fashion_mnist_mini` out of the Fashion-MNIST idx files.
+"""Extracts the packaged subset `fashion_mnist_mini` from the Fashion-MNIST idx files.
 
-The images of a split are stored class by class, each image transposed, as raw bytes in one .xz:
-of the lossless forms that Python and Pillow can read, that is the smallest (bytes per image, on
-the test images: xz 357, xz without the transpose 374, WebP 377, bzip2 380, PNG 393, AVIF 525).
+The images of a split are stored class by class, each image transposed, as raw bytes in one .xz
+file. This is the smallest lossless format that Python or Pillow can read (bytes per image, on the
+test images: xz 357, xz without the transpose 374, WebP 377, bzip2 380, PNG 393, AVIF 525).
 """
 
 import argparse
@@ -55,10 +55,10 @@ def balanced_indices(
     Args:
       labels: [n] integers 0..C-1.
       sizes: the total number of images of each set; multiples of C.
-      rng: decides which images are drawn.
+      rng: draws the images.
 
     Returns:
-      One [C, size / C] array per set: row c holds the indices of class c, ascending.
+      One array [C, size / C] per set: row c contains the indices of class c, ascending.
     """
     num_classes = int(labels.max()) + 1
     rows: list[list[np.ndarray]] = [[] for _ in sizes]
@@ -68,7 +68,7 @@ def balanced_indices(
         for row, size in zip(rows, sizes, strict=True):
             stop = start + size // num_classes
             if stop > len(drawn):
-                raise ValueError(f"class {c} has only {len(drawn)} images, {stop} are asked for")
+                raise ValueError(f"class {c} has only {len(drawn)} images, but {stop} are needed")
             row.append(np.sort(drawn[start:stop]))
             start = stop
     return [np.stack(row) for row in rows]
@@ -87,7 +87,7 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--train", type=int, default=2000, help="training images")
     parser.add_argument("--validation", type=int, default=2000, help="validation images")
     parser.add_argument("--test", type=int, default=9600, help="test images (at most 10000)")
-    parser.add_argument("--seed", type=int, default=0, help="decides which images are drawn")
+    parser.add_argument("--seed", type=int, default=0, help="seed for drawing the images")
     return parser.parse_args()
 
 
@@ -138,9 +138,9 @@ def main() -> None:
     for path in files:
         print(f"{path.stat().st_size:>9,}  {path}")
     total = sum(path.stat().st_size for path in files)
-    print(f"{total:>9,}  in all, of {MAX_BYTES:,} allowed")
+    print(f"{total:>9,}  in total, of {MAX_BYTES:,} allowed")
     if total > MAX_BYTES:
-        raise SystemExit("the subset is too big; ask for fewer images with --test")
+        raise SystemExit("the subset is too big; draw fewer images with --test")
 
 
 if __name__ == "__main__":
