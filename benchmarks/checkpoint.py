@@ -1,10 +1,10 @@
-"""What saving costs: how long a save holds training up, and the steps while it is being written.
+"""The cost of checkpoints: how long a save blocks training, and the steps while it is written.
 
 python benchmarks/checkpoint.py [--student resnet50] [--teacher vit_base_patch16_224] [--size 224]
                                 [--batch 64] [--steps 20] [--saves 10]
 
-A Transformer with random weights teaches a CNN with cakd on the packaged images, scaled up. Every
-step is waited for. The step after a save is compared with the median of all that don't follow one.
+A Transformer with random weights teaches a CNN with cakd on the packaged images, scaled up. The
+benchmark waits for every step, and compares the steps after a save with the median of the others.
 """
 
 import argparse
@@ -25,7 +25,7 @@ WARMUP = 3
 
 
 def create(options: argparse.Namespace) -> Experiment:
-    """The run that is timed."""
+    """The experiment that is timed."""
     config = default_config()
     config.method.name, config.batch_size, config.image_size = "cakd", options.batch, options.size
     config.student.model, config.teacher.model = options.student, options.teacher
@@ -75,7 +75,7 @@ def main() -> None:
     parser.add_argument("--teacher", default="vit_base_patch16_224")
     parser.add_argument("--size", type=int, default=224)
     parser.add_argument("--batch", type=int, default=64)
-    parser.add_argument("--steps", type=int, default=20, help="from one save to the next")
+    parser.add_argument("--steps", type=int, default=20, help="steps between saves")
     parser.add_argument("--saves", type=int, default=10)
     options = parser.parse_args()
     print(f"{jax.devices()[0].device_kind}, jax {jax.__version__}, batch {options.batch}")

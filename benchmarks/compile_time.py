@@ -1,9 +1,9 @@
-"""What scanning over equal blocks saves in compiling, and what it costs.
+"""How much compile time scanning over equal blocks saves, and what it costs.
 
 python benchmarks/compile_time.py [--batch 2] [NAME ...]
 
-The gradient of a training step of each network, unrolled and scanned: seconds to trace and to
-compile, seconds a call takes, and the gigabytes that XLA plans for temporaries.
+For the gradient of each network in training mode, unrolled and scanned: seconds to trace and to
+compile, seconds per call, and the gigabytes that XLA plans for temporaries.
 """
 
 import argparse
@@ -20,7 +20,7 @@ CALLS = 3
 
 
 def measure(name: str, batch: int, scanned: bool) -> list[str]:
-    """Cells of the table: tracing, compiling, a call, memory."""
+    """Cells of the table: tracing, compiling, time per call, memory."""
     scan.pays = lambda depth, train: scanned and depth > 12
     model: Any = create_model(name, num_classes=1000)
     size = MODELS[name].image_size
@@ -57,7 +57,7 @@ def main() -> None:
     parser.add_argument("names", nargs="*", default=NAMES)
     parser.add_argument("--batch", type=int, default=2)
     options = parser.parse_args()
-    print("| network | blocks | tracing, s | compiling, s | a call, s | temporaries, GB |")
+    print("| network | blocks | tracing, s | compiling, s | per call, s | temporaries, GB |")
     print("| --- | --- | ---: | ---: | ---: | ---: |")
     for name in options.names:
         for scanned in (False, True):

@@ -1,10 +1,10 @@
-"""How much of a training step is spent waiting for its batch, resident and from the host.
+"""The share of a training step spent waiting for its batch, resident and from the host.
 
 python benchmarks/data_wait.py NAME [--split train] [--size 64] [--batch 32] [--steps 30]
 
-NAME is a data set, such as folder:PATH or tfds:cifar100 with --dir. A ResNet-18 trains on it with
-each way of feeding; the wait is the time between asking for a batch and having it, while the step
-before is still running, as in the loop.
+NAME is a data set, such as folder:PATH, or tfds:cifar100 with --dir. A ResNet-18 trains on it with
+both values of data.feed. The wait is the time from requesting a batch to receiving it, while the
+previous step is still running, as in the training loop.
 """
 
 import argparse
@@ -20,7 +20,7 @@ WARMUP = 3
 
 
 def measure(feed_name: str, options: argparse.Namespace) -> tuple[float, float]:
-    """Seconds a step takes, and the share of it that is waiting."""
+    """Seconds per step, and the share of them spent waiting."""
     config = default_config()
     config.data.update(name=options.name, dir=options.dir, feed=feed_name)
     config.data.train = config.data.eval = config.data.test = options.split
@@ -58,7 +58,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=30)
     parser.add_argument("--workers", type=int, default=0)
     options = parser.parse_args()
-    print("| feed | a step, ms | waiting |\n| --- | ---: | ---: |")
+    print("| feed | ms per step | waiting |\n| --- | ---: | ---: |")
     for name in ("resident", "host"):
         seconds, share = measure(name, options)
         print(f"| {name} | {1e3 * seconds:.0f} | {100 * share:.1f}% |", flush=True)

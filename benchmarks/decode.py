@@ -1,12 +1,12 @@
-"""Decoding and RandomResizedCrop beside a torch DataLoader with Pillow, images/s of one core.
+"""Decoding and RandomResizedCrop against a torch DataLoader with Pillow, images/s per core.
 
 python benchmarks/decode.py FOLDER [--size 224] [--images 200] [--rounds 5]
 
-FOLDER holds JPEGs, at any depth. Both sides read the same files, draw the same crops and stack
-batches of 50, in one process with one thread, taking turns; times are the process's own, so that a
-busy machine disturbs little. The DataLoader (torch, needs the extra `parity`) does what
-torchvision's RandomResizedCrop does to a Pillow image, then either ends with uint8, as timm's
-prefetching loader does, or with torchvision's ToTensor and Normalize. Ours ends with uint8.
+FOLDER contains JPEGs, at any depth. Both sides read the same files, draw the same crops and stack
+batches of 50, alternating in one process with one thread. Times are the process's CPU times, which
+depend little on other load. The DataLoader (torch, needs the extra `parity`) does the same as
+torchvision's RandomResizedCrop on a Pillow image, and yields either uint8, as timm's prefetching
+loader does, or the result of torchvision's ToTensor and Normalize. Ours yields uint8.
 """
 
 import argparse
@@ -25,7 +25,7 @@ from xkd_jax.augment.normalization import IMAGENET_MEAN, IMAGENET_STD
 from xkd_jax.data.decode import decode_crop, eval_crop, random_box
 
 BATCH = 50
-SCALE, RATIO = (0.08, 1.0), (3 / 4, 4 / 3)  # RandomResizedCrop's
+SCALE, RATIO = (0.08, 1.0), (3 / 4, 4 / 3)  # the defaults of RandomResizedCrop
 MEAN = torch.tensor(IMAGENET_MEAN).view(3, 1, 1)
 STD = torch.tensor(IMAGENET_STD).view(3, 1, 1)
 
@@ -62,10 +62,10 @@ def ours(paths: list[Path], size: int, crop: Callable) -> None:
 
 
 def main() -> None:
-    """Prints a line for each side."""
-    parser = argparse.ArgumentParser(description="Decoding beside a torch DataLoader.")
+    """Prints one line per side."""
+    parser = argparse.ArgumentParser(description="Decoding against a torch DataLoader.")
     parser.add_argument("folder", type=Path)
-    parser.add_argument("--size", type=int, default=224, help="side of the crops, pixels")
+    parser.add_argument("--size", type=int, default=224, help="side of the crops in pixels")
     parser.add_argument("--images", type=int, default=200)
     parser.add_argument("--rounds", type=int, default=5)
     options = parser.parse_args()
@@ -74,7 +74,7 @@ def main() -> None:
     paths = paths[: options.images]
     if not paths:
         parser.error(f"there is no .jpg in {options.folder}")
-    sizes = [Image.open(io.BytesIO(path.read_bytes())).size for path in paths]  # and warms up
+    sizes = [Image.open(io.BytesIO(path.read_bytes())).size for path in paths]  # also a warm-up
     print(
         f"{len(paths)} JPEGs, median {statistics.median(w * h for w, h in sizes) / 1e6:.2f} "
         f"megapixels, crops of {options.size} pixels; median of {options.rounds} rounds"

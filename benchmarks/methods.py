@@ -1,9 +1,9 @@
-"""What each method costs: a step's time and memory beside plain training with the same teacher.
+"""The cost of each method: step time and memory compared with plain training.
 
 python benchmarks/methods.py [--pairs cnn vit deit] [--batch 64] [--calls 10] [--methods NAME ...]
 
-The limit is a step that runs the teacher but trains the student on labels alone. Times are the best
-of several calls in turn with the limit's, memory is what XLA plans beside the state.
+The baseline is a step that runs the teacher but trains the student on the labels alone. Times are
+the best of several calls, alternating with the baseline's; memory is XLA's plan for temporaries.
 """
 
 import argparse
@@ -23,7 +23,7 @@ from xkd_jax.methods import METHODS
 from xkd_jax.methods.base import Method
 from xkd_jax.train import Stepper, init_state
 
-# Teacher and student of each pair, with the fields of their modules.
+# Teacher and student of each pair, with their modules' arguments.
 PAIRS = {
     "cnn": (("resnet56", {}), ("resnet20", {})),
     "vit": (("vit_tiny_patch4_32", {}), ("resnet18", {"stem": "cifar", "width": 0.5})),
@@ -37,13 +37,13 @@ TAUGHT = [name for name, method in METHODS.items() if method.needs_teacher]
 
 
 class TeacherOnly(Method):
-    """The limit: the teacher runs, and nobody listens."""
+    """The baseline: the teacher runs, but its outputs are unused."""
 
     needs_teacher = True
 
 
 def make_experiment(method: Method, name: str, pair: str, batch: int) -> Experiment:
-    """An experiment on 1024 random images of CIFAR's size and classes."""
+    """An experiment on 1024 random images of CIFAR's size."""
     config = default_config()
     config.batch_size, config.epochs = batch, 1
     config.method.name = name
@@ -70,7 +70,7 @@ def compile_step(experiment: Experiment) -> tuple[Callable[[], None], float]:
 
 
 def best_times(steps: Sequence[Callable[[], None]], calls: int) -> list[float]:
-    """Milliseconds of each step, called in turn: what disturbs one disturbs the other."""
+    """Milliseconds of each step, alternating, so that other load affects all alike."""
     times = []
     for _ in range(calls):
         for step in steps:
@@ -92,13 +92,13 @@ def main() -> None:
     for pair in options.pairs:
         (teacher, _), (student, _) = PAIRS[pair]
         limit, memory = compile_step(make_experiment(TeacherOnly(), "logits", pair, options.batch))
-        print(f"\n| {teacher} -> {student} | ms | of the limit | MiB | of the limit |")
-        print(f"| --- | ---: | ---: | ---: | ---: |\n| limit | | 1 | {memory:.0f} | 1 |")
+        print(f"\n| {teacher} -> {student} | ms | of the baseline | MiB | of the baseline |")
+        print(f"| --- | ---: | ---: | ---: | ---: |\n| baseline | | 1 | {memory:.0f} | 1 |")
         for name in options.methods:
             try:
                 experiment = make_experiment(METHODS[name], name, pair, options.batch)
             except UserError:
-                continue  # the pair makes no sense
+                continue  # the method doesn't support this pair
             step, mib = compile_step(experiment)
             ms, of_limit = best_times((step, limit), options.calls)
             row = f"{ms:.0f} | {ms / of_limit:.2f} | {mib:.0f} | {mib / memory:.2f}"

@@ -1,14 +1,14 @@
-"""Networks beside timm's in PyTorch: the forward pass, and forward and backward in training.
+"""Networks against timm's in PyTorch: the forward pass, and forward and backward in training.
 
 python benchmarks/networks.py [--batch 8] [--rounds 9] [--plain] [NAME ...]
 
-Needs the extra `parity`. Both sides run in this process on the CPU, in float32, on the same images,
-with the same number of threads, and take turns; a time is the median over the rounds. PyTorch is
-eager, and is timed with both memory layouts: the ratio is against the faster one. Training mode is
-cross-entropy, its gradient, and the running statistics.
+Needs the extra `parity`. Both sides alternate in this process on the CPU, in float32, on the same
+images, with the same number of threads; times are medians over the rounds. PyTorch is eager and is
+timed with both memory layouts; the ratio is against the faster one. "Training" is cross-entropy,
+its gradient, and the running statistics.
 
-`taskset -c 0 python benchmarks/networks.py` compares on one core, in CPU time: what else runs on
-the machine hardly shows then. `--plain` leaves every convolution of ours to XLA's own.
+`taskset -c 0 python benchmarks/networks.py` compares on one core, in CPU time, which depends little
+on other load. `--plain` uses XLA's own convolutions throughout.
 """
 
 import argparse
@@ -39,11 +39,11 @@ NAMES = (
 )
 CORES = len(os.sched_getaffinity(0))
 CLOCK = time.process_time if CORES == 1 else time.perf_counter
-PAUSE = 0.02  # seconds before each turn, in which the other side's waiting threads go to sleep
+PAUSE = 0.02  # seconds before each call, in which the other side's waiting threads go to sleep
 
 
 def create_ours(name: str, images: np.ndarray) -> tuple[dict[str, Callable], float]:
-    """Our forward pass and our gradient, compiled, and the seconds that compiling took."""
+    """Our compiled forward pass and gradient, and the seconds to compile them."""
     model: Any = create_model(name, num_classes=1000)
     labels = jnp.zeros(len(images), jnp.int32)
     options = {"xla_backend_optimization_level": 0}  # it runs once
@@ -73,7 +73,7 @@ def create_ours(name: str, images: np.ndarray) -> tuple[dict[str, Callable], flo
 
 
 def create_theirs(name: str, images: np.ndarray, layout: Any) -> dict[str, Callable]:
-    """timm's forward pass and gradient, with images and weights in the memory layout."""
+    """timm's forward pass and gradient, with images and weights in the given memory layout."""
     model = import_timm().create_model(name).to(memory_format=layout)
     batch = torch.from_numpy(images.transpose(0, 3, 1, 2)).contiguous(memory_format=layout)
     labels = torch.zeros(len(images), dtype=torch.long)
@@ -92,7 +92,7 @@ def create_theirs(name: str, images: np.ndarray, layout: Any) -> dict[str, Calla
 
 
 def measure(sides: dict[str, dict[str, Callable]], rounds: int) -> dict[str, dict[str, float]]:
-    """Milliseconds by what is run, then by side."""
+    """Milliseconds by kind of call, then by side."""
     times: dict[str, dict[str, list[float]]] = {}
     for _ in range(rounds + 1):
         for side, calls in sides.items():
@@ -109,7 +109,7 @@ def measure(sides: dict[str, dict[str, Callable]], rounds: int) -> dict[str, dic
 
 
 def row(name: str, batch: int, rounds: int) -> str:
-    """A line of the table."""
+    """One row of the table."""
     size = MODELS[name].image_size
     images = np.random.default_rng(0).normal(size=(batch, size, size, 3)).astype(np.float32)
     ours, seconds = create_ours(name, images)

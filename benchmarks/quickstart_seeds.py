@@ -1,10 +1,9 @@
-"""The quickstart over several seeds: mean and standard deviation of what it measures.
+"""The quickstart over several seeds: means and standard deviations of its scores.
 
 python benchmarks/quickstart_seeds.py --seeds 5 --out runs/seeds
 python benchmarks/quickstart_seeds.py --recipe configs/quickstart.py:control --out runs/control
 
-Every argument that the script doesn't know goes to `xkd_jax.main`. Seeds that are finished are not
-run again.
+Unknown arguments are passed on to `xkd_jax.main`. Finished seeds are not run again.
 """
 
 import argparse
@@ -20,7 +19,7 @@ SCORES = {"top1": "top-1 %", "noisy_top1": "noisy top-1 %"}
 def run_seed(
     recipe: str, seed: int, out: Path, overrides: list[str]
 ) -> dict[str, dict[str, float]]:
-    """Runs one seed; returns the scores of every method, by its name."""
+    """Runs one seed; returns the scores by method."""
     folder = out / f"seed{seed}"
     command = [sys.executable, "-m", "xkd_jax.main", "--config", recipe]
     command += ["--workdir", str(folder), f"--config.seed={seed}", *overrides]
@@ -40,9 +39,9 @@ def run_seed(
 def main() -> None:
     """The command line."""
     parser = argparse.ArgumentParser(description="The quickstart over several seeds.")
-    parser.add_argument("--recipe", default="configs/quickstart.py", help="what is run")
+    parser.add_argument("--recipe", default="configs/quickstart.py", help="the recipe to run")
     parser.add_argument("--seeds", type=int, default=5, help="seeds 0 to N-1")
-    parser.add_argument("--out", type=Path, default=Path("runs/seeds"), help="where runs go")
+    parser.add_argument("--out", type=Path, default=Path("runs/seeds"), help="folder for the runs")
     arguments, overrides = parser.parse_known_args()
     seeds = [
         run_seed(arguments.recipe, seed, arguments.out, overrides)
@@ -53,7 +52,7 @@ def main() -> None:
     print(f"|---|{'---|' * (len(columns) + 1)}")
     for method in seeds[0]:
         cells = [_spread([seed[method][key] for seed in seeds]) for key in columns]
-        # Seeds are paired: both runs of a pair share data order, crops and initial student.
+        # Gains are paired by seed: both runs share data order, crops and initial student.
         gains = [seed[method]["top1"] - seed["none"]["top1"] for seed in seeds if "none" in seed]
         cells.append(_spread(gains, sign="+") if gains and method != "none" else "")
         print(f"| `{method}` | {' | '.join(cells)} |")

@@ -1,9 +1,9 @@
-"""Weak and strong scaling over TPU pods, as the TPU compiler predicts them; nothing is run.
+"""Weak and strong scaling over TPU pods, as predicted by the TPU compiler; nothing is run.
 
 python benchmarks/scaling.py [--topologies v5e:2x2 v5e:4x4 ...] [--pairs base ...]
 
-Needs the extra `pods`, and minutes for every row. Weak: each chip keeps its number of images.
-Strong: the batch stays, whatever the number of chips.
+Needs the extra `pods`, and minutes per row. Weak: a fixed number of images per chip. Strong: a
+fixed batch size, whatever the number of chips.
 """
 
 import argparse
@@ -14,7 +14,7 @@ from xkd_jax.analysis.memory import GIB
 from xkd_jax.analysis.tpu_forecast import experiment_of_shapes, predict_train_step
 from xkd_jax.config import Config, default_config
 
-PAIRS = {  # the paper's: teacher, student, side of its images
+PAIRS = {  # the paper's: teacher, student, image size
     "base": ("vit_base_patch16_224", "resnet50", 224),
     "base384": ("vit_base_patch16_384", "resnet50", 384),
     "large": ("vit_large_patch16_224", "resnet50", 224),
@@ -23,8 +23,8 @@ PAIRS = {  # the paper's: teacher, student, side of its images
     "swin384": ("swin_large_patch4_window12_384", "resnet50x2", 384),
 }
 TOPOLOGIES = ("v5e:2x2", "v5e:2x4", "v5e:4x4", "v5e:8x8", "v5e:16x16")
-IMAGES = 16  # of each chip, where the batch grows with the chips: 256 on 16 chips is the paper's
-BATCH = 1024  # where it doesn't
+IMAGES = 16  # per chip, in weak scaling: on 16 chips that is the paper's batch of 256
+BATCH = 1024  # in total, in strong scaling
 
 
 def create_config(teacher: str, student: str, size: int, batch_size: int) -> Config:
@@ -81,8 +81,8 @@ def main() -> None:
     parser.add_argument("--teacher", choices=("auto", "replicated", "fsdp"), default="auto")
     options = parser.parse_args()
     titles = (
-        "pair", "teacher", "scaling", "topology", "chips", "batch", "GiB a chip", "computing, ms",
-        "communicating, ms", "images/s", "MFU, %", "reduced, MiB", "gathered, MiB",
+        "pair", "teacher", "scaling", "topology", "chips", "batch", "GiB per chip", "compute, ms",
+        "communication, ms", "images/s", "MFU, %", "reduced, MiB", "gathered, MiB",
     )  # fmt: skip
     print(f"| {' | '.join(titles)} |\n|{' --- |' * 4}{' ---: |' * (len(titles) - 4)}")
     for pair in options.pairs:

@@ -1,8 +1,8 @@
-"""What a training step costs, against the limit: one teacher forward and one plain student step.
+"""The cost of a training step, relative to one teacher forward plus one plain student step.
 
 python benchmarks/step_time.py [--config configs/quickstart.py] [--steps 30]
 
-Everything is compiled first, then timed in turn, so that a machine that slows down slows all alike.
+Everything is compiled first; then the steps alternate, so that other load affects all alike.
 """
 
 import argparse
@@ -46,9 +46,9 @@ def create_teacher_forward(experiment: Experiment) -> Callable[[], Any]:
 
 def main() -> None:
     """The command line."""
-    parser = argparse.ArgumentParser(description="What a training step costs.")
+    parser = argparse.ArgumentParser(description="The cost of a training step.")
     parser.add_argument("--config", default="configs/quickstart.py", help="a recipe")
-    parser.add_argument("--steps", type=int, default=30, help="timed steps of each")
+    parser.add_argument("--steps", type=int, default=30, help="timed steps per method")
     arguments = parser.parse_args()
     config = runpy.run_path(arguments.config)["get_config"]()
     config.compare = ()
@@ -67,12 +67,12 @@ def main() -> None:
             jax.block_until_ready(function())
             seconds[name].append(time.perf_counter() - begun)
     milliseconds = {name: 1e3 * statistics.median(times) for name, times in seconds.items()}
-    limit = milliseconds["teacher forward"] + milliseconds["none"]
+    baseline = milliseconds["teacher forward"] + milliseconds["none"]
     print(f"{jax.devices()[0].device_kind}, jax {jax.__version__}, batch {config.batch_size}")
-    print("| | ms (median) | over the limit |\n|---|---|---|")
-    print(f"| limit: teacher forward + plain student step | {limit:.1f} | 1.00 |")
+    print("| | ms (median) | relative to the baseline |\n|---|---|---|")
+    print(f"| baseline: teacher forward + plain student step | {baseline:.1f} | 1.00 |")
     for name, value in milliseconds.items():
-        print(f"| {name} | {value:.1f} | {value / limit:.2f} |")
+        print(f"| {name} | {value:.1f} | {value / baseline:.2f} |")
 
 
 if __name__ == "__main__":

@@ -1,11 +1,10 @@
-"""The training steps of `step_time.py` beside the same steps in PyTorch, timed in turn.
+"""The training steps of `step_time.py` against the same steps in PyTorch.
 
 python benchmarks/torch_peer.py [--steps 30]
 
-Needs the extra `parity`. Both sides run in this process on the CPU, in float32, with the same
-number of threads; method by method the JAX step and the PyTorch step take turns. The PyTorch side
-is eager: timm's networks, channels-last images, fused optimizers, views batched over the images.
-It starts from the JAX side's weights, all of which must find their place in its modules.
+Needs the extra `parity`. JAX and PyTorch steps alternate in this process on the CPU, in float32,
+with the same number of threads. The PyTorch side is eager: timm's networks, channels-last images,
+fused optimizers, views batched over the images. It starts from the JAX side's weights.
 """
 
 import argparse
@@ -37,20 +36,19 @@ from xkd_jax.train import init_state
 
 CONFIG = "configs/quickstart.py"
 METHODS = ("none", "logits", "cakd")
-WARMUP = 6  # steps of each before timing; every fifth step has the adversary's turn
+WARMUP = 6  # untimed steps of each; every fifth step updates the adversary
 PAUSE = 0.02  # seconds before each step, in which the other side's waiting threads go to sleep
-_libraries = []  # operator schemas live as long as these
+_libraries = []  # keeps the operator schemas alive
 
 
 def import_timm() -> Any:
-    """timm, also where torchvision was built for another torch than is installed."""
+    """Imports timm, even if torchvision was built for a different torch than the installed one."""
     try:
         return importlib.import_module("timm")
     except RuntimeError as error:
         if "torchvision::nms does not exist" not in str(error):
             raise
-    # PyPI's torchvision beside a CPU build of torch lacks the C++ operators, and timm needs only
-    # the import: declaring their schemas is enough for it.
+    # A torchvision that doesn't match torch lacks its operators; timm needs only their schemas.
     for name in [name for name in sys.modules if name.split(".")[0] in ("timm", "torchvision")]:
         del sys.modules[name]
     library: Any = torch.library.Library("torchvision", "DEF")
@@ -61,10 +59,10 @@ def import_timm() -> Any:
 
 
 def create_student(module: Any) -> Any:
-    """timm's ResNet of basic blocks with CIFAR's stem, with the Flax module's options."""
+    """timm's ResNet with basic blocks and a CIFAR stem, with the Flax module's options."""
     resnet = import_timm().models.resnet
     channels = [round(64 * 2**stage * module.width) for stage in range(4)]
-    # A deep stem is what gives timm's layer1 other than 64 channels to read; it is replaced.
+    # With a deep stem, timm's layer1 can have other than 64 inputs; the stem is replaced below.
     options = {"channels": channels, "stem_type": "deep", "stem_width": channels[0] // 2}
     network = resnet.ResNet(resnet.BasicBlock, module.layers, module.num_classes, **options)
     network.conv1 = nn.Conv2d(3, channels[0], 3, padding=1, bias=False)
@@ -112,7 +110,7 @@ class PCAProjector(nn.Module):
 
 
 class GLProjector(nn.Module):
-    """Proj_2: every 4x4 tile of the map has a linear layer of its own, in one einsum."""
+    """Proj_2: every 4x4 tile of the feature map has its own linear layer, in one einsum."""
 
     def __init__(self, channels: int, width: int, grid: tuple[int, int], dropout: float):
         super().__init__()
@@ -149,7 +147,7 @@ class Discriminator(nn.Module):
 
 
 def crop_flip(images: torch.Tensor, padding: int, flip: bool) -> torch.Tensor:
-    """Pads [N, H, W, C] with zeros, crops at random places, mirrors half of the images."""
+    """Pads [N, H, W, C] with zeros, crops at random offsets, flips half of the images."""
     n, h, w, _ = images.shape
     rows = torch.arange(h) + torch.randint(2 * padding + 1, (n, 1))
     columns = torch.arange(w) + torch.randint(2 * padding + 1, (n, 1))
@@ -188,7 +186,7 @@ def random_geometry(images: torch.Tensor, options: MultiView) -> torch.Tensor:
 
 
 def multi_view(images: torch.Tensor, options: MultiView) -> tuple[torch.Tensor, torch.Tensor]:
-    """The teacher's and the student's view of [N, 3, H, W] images; only half are transformed."""
+    """The teacher's and the student's view of images [N, 3, H, W]; only half are transformed."""
     chosen = (torch.rand(len(images)) < 0.5).nonzero()[:, 0]
     original = images[chosen]
     both = torch.cat([original, color_jitter(original, options)], dim=1)
@@ -202,11 +200,7 @@ def multi_view(images: torch.Tensor, options: MultiView) -> tuple[torch.Tensor, 
 
 
 def copy_weights(module: nn.Module, variables: Any) -> int:
-    """Fills `module` with the JAX side's variables; returns the number of parameters.
-
-    Raises:
-      ValueError: a tensor has no place on the other side.
-    """
+    """Copies the JAX side's variables into `module`; returns the number of parameters."""
     state = {}
     for path, value in jax.tree_util.tree_leaves_with_path(variables):
         name = ".".join(key.key for key in path[1:])
@@ -214,20 +208,20 @@ def copy_weights(module: nn.Module, variables: Any) -> int:
         name = re.sub(r"_(\d+)(?=\.|$)", r".\1", name)
         *parents, leaf = name.split(".")
         tensor = torch.from_numpy(np.array(value))
-        if leaf == "kernel" and tensor.ndim != 3:  # the GL projector's einsum has no transpose
+        if leaf == "kernel" and tensor.ndim != 3:  # the GL projector's kernel keeps its layout
             tensor = tensor.permute(3, 2, 0, 1) if tensor.ndim == 4 else tensor.T
         leaf = {"kernel": "weight", "scale": "weight"}.get(leaf, leaf)
         leaf = f"running_{leaf}" if path[0].key == "batch_stats" else leaf
         state[".".join([*parents, leaf])] = tensor
     expected = {name for name in module.state_dict() if not name.endswith("num_batches_tracked")}
     if set(state) != expected:
-        raise ValueError(f"on one side only: {sorted(set(state) ^ expected)}")
+        raise ValueError(f"tensors without a counterpart: {sorted(set(state) ^ expected)}")
     module.load_state_dict(state, strict=False)
     return sum(parameter.numel() for parameter in module.parameters())
 
 
 class Peer:
-    """The PyTorch side of an experiment of the quickstart."""
+    """The PyTorch side of a quickstart experiment."""
 
     def __init__(self, experiment: Experiment):
         self.experiment, self.method, self.steps = experiment, experiment.distiller.method, 0
@@ -349,17 +343,17 @@ class Peer:
 
 
 def normalize(images: torch.Tensor, mean: tuple, std: tuple) -> torch.Tensor:
-    """Subtracts the mean of each channel of [N, 3, H, W] and divides by its deviation."""
+    """Subtracts each channel's mean from [N, 3, H, W] and divides by its standard deviation."""
     return (images - torch.tensor(mean)[:, None, None]) / torch.tensor(std)[:, None, None]
 
 
 def accuracy(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-    """The share of the images whose class has the highest logit."""
+    """The share of images whose class has the highest logit."""
     return (logits.argmax(1) == labels).float().mean()
 
 
 def measure(functions: dict[Any, Callable[[], Any]], steps: int) -> dict[Any, float]:
-    """The median milliseconds of each function, called in turn; the first calls don't count."""
+    """The median milliseconds of each function; calls alternate, and the first don't count."""
     seconds = {name: [] for name in functions}
     for _ in range(WARMUP + steps):
         for name, function in functions.items():
@@ -373,10 +367,10 @@ def measure(functions: dict[Any, Callable[[], Any]], steps: int) -> dict[Any, fl
 def main() -> None:
     """The command line."""
     parser = argparse.ArgumentParser(description="The same training steps in JAX and PyTorch.")
-    parser.add_argument("--steps", type=int, default=30, help="timed steps of each")
+    parser.add_argument("--steps", type=int, default=30, help="timed steps per method and side")
     arguments = parser.parse_args()
     jax.config.update("jax_platforms", "cpu")
-    threads = len(os.sched_getaffinity(0))  # as many as XLA takes
+    threads = len(os.sched_getaffinity(0))  # as many as XLA uses
     torch.set_num_threads(threads)
     config = runpy.run_path(CONFIG)["get_config"]()
     config.compare = ()

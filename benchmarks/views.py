@@ -1,8 +1,9 @@
-"""What each view costs in a compiled function, in milliseconds a batch.
+"""The cost of each augmentation alone in a compiled function, in milliseconds per batch.
 
 python benchmarks/views.py [--batch 64] [--sizes 32 224]
 
-The best of several calls; inside a training step XLA fuses neighbours, which costs less.
+Times are the best of several calls. Inside a training step XLA fuses neighbouring operations, which
+costs less.
 """
 
 import argparse
@@ -35,7 +36,7 @@ VIEWS: dict[str, Callable[[jax.Array, jax.Array], jax.Array | tuple[jax.Array, .
 
 
 def milliseconds(view: Callable, size: int, batch: int, calls: int) -> float:
-    """The fastest of some calls on random images."""
+    """The fastest of several calls on random images."""
     images = jax.random.randint(jax.random.key(0), (batch, size, size, 3), 0, 256) / 255
     compiled = jax.jit(view).lower(jax.random.key(1), images).compile()
     times = []
@@ -48,9 +49,9 @@ def milliseconds(view: Callable, size: int, batch: int, calls: int) -> float:
 
 def main() -> None:
     """The command line."""
-    parser = argparse.ArgumentParser(description="What each view costs.")
+    parser = argparse.ArgumentParser(description="The cost of each augmentation.")
     parser.add_argument("--batch", type=int, default=64)
-    parser.add_argument("--sizes", type=int, nargs="+", default=[32, 224], help="sides, pixels")
+    parser.add_argument("--sizes", type=int, nargs="+", default=[32, 224], help="sides in pixels")
     parser.add_argument("--calls", type=int, default=7)
     options = parser.parse_args()
     print(f"{jax.devices()[0].device_kind}, jax {jax.__version__}, batch {options.batch}, ms")

@@ -1,12 +1,12 @@
 #!/usr/bin/env bash
-# What the launch scripts share: their options and help, commands that --dry_run only prints, and
-# children that signals are passed on to. They work in the repository's root.
+# Shared by the launch scripts: option parsing and help, commands that --dry_run only prints, and
+# forwarding of signals to child processes. The scripts run in the repository's root.
 
 dry_run=false
 rest=()
 children=()
 
-# The comment at the head of the script.
+# Prints the comment at the top of the script.
 usage() { sed -n '2,/^$/s/^# \{0,1\}//p' "launch/$(basename "$0")"; }
 
 fail() {
@@ -14,8 +14,8 @@ fail() {
   exit 2
 }
 
-# parse_options "a b" "$@": --a X or --a=X sets the variable `a`. What comes after `--`, or from the
-# first argument on that is no option, goes to `rest`.
+# parse_options "a b" "$@": --a X or --a=X sets the variable `a`. Arguments after `--`, or from the
+# first one that is not an option, go to `rest`.
 parse_options() {
   local known=" $1 " option
   shift
@@ -26,11 +26,11 @@ parse_options() {
       --dry_run) dry_run=true && shift && continue ;;
     esac
     option=${1#--} && option=${option%%=*}
-    [[ $known == *" $option "* ]] || fail "unknown option $1; --help shows all."
+    [[ $known == *" $option "* ]] || fail "unknown option $1; see --help."
     if [[ $1 == *=* ]]; then
       printf -v "$option" %s "${1#*=}"
     else
-      (($# > 1)) || fail "$1 lacks its value."
+      (($# > 1)) || fail "$1 needs a value."
       printf -v "$option" %s "$2" && shift
     fi
     shift
@@ -38,15 +38,15 @@ parse_options() {
   rest=("$@")
 }
 
-# required a b: these options must have been given.
+# required a b: fails unless these options were given.
 required() {
   local option
   for option in "$@"; do
-    [[ -n ${!option} ]] || fail "--$option is missing; --help shows all."
+    [[ -n ${!option} ]] || fail "--$option is missing; see --help."
   done
 }
 
-# A command as a line that a shell reads back.
+# Prints a command, quoted for the shell.
 quoted() {
   local line
   printf -v line '%q ' "$@"
@@ -57,19 +57,19 @@ execute() {
   if $dry_run; then quoted "$@"; else "$@"; fi
 }
 
-# From now on, SIGTERM and Ctrl-C go to the processes `children`.
+# From now on, forwards SIGTERM and Ctrl-C to the processes in `children`.
 forward_signals() {
   local signal
   for signal in TERM INT; do
-    # shellcheck disable=SC2064  # the name is this turn's
+    # shellcheck disable=SC2064  # expand $signal now, not when the trap runs
     trap "interrupted=true; kill -$signal \"\${children[@]}\" 2>/dev/null || true" "$signal"
   done
 }
 
-# wait_for PID: returns that child's exit code, when it has really ended.
+# wait_for PID: waits until that child has exited, and returns its exit code.
 wait_for() {
   local code interrupted=true
-  while $interrupted; do # a signal ends `wait`, not the child
+  while $interrupted; do # a signal interrupts `wait` before the child has exited
     interrupted=false code=0
     wait "$1" || code=$?
   done

@@ -1,22 +1,23 @@
 #!/usr/bin/env bash
-# Starts a run as a Kubernetes JobSet (jobset.sigs.k8s.io has to be installed in the cluster):
+# Starts a run as a Kubernetes JobSet (jobset.sigs.k8s.io must be installed in the cluster):
 #
 #   launch/kubernetes.sh --name a --image IMAGE --claim runs --nodes 4 -- --config configs/imagenet.py
 #   launch/kubernetes.sh --name a --image IMAGE --claim runs --nodes 4 --platform tpu --devices 4 \
 #     --accelerator tpu-v5-lite-podslice --topology 4x4 -- --config configs/imagenet.py
 #
-# One process per node. A pod that is evicted saves and fails, and then all start again and resume.
+# One process per node. An evicted pod saves a checkpoint and fails; all pods then restart and
+# resume.
 #
-#   --name NAME          of the JobSet; the run's folder is /runs/NAME
-#   --image IMAGE        with this repository as its working directory, installed
-#   --claim NAME         of the PersistentVolumeClaim (ReadWriteMany) that becomes /runs
-#   --nodes N            (1)
-#   --platform gpu|tpu   (gpu)
-#   --devices N          of each node (8)
-#   --accelerator TYPE   GKE's name of the TPU, and
-#   --topology AxB       its topology; --platform tpu only
-#   --restarts N         at most (100)
-#   --dry_run            prints the JobSet
+#   --name NAME          name of the JobSet; the run's folder is /runs/NAME
+#   --image IMAGE        container image with this repository installed, as its working directory
+#   --claim NAME         PersistentVolumeClaim (ReadWriteMany) that is mounted at /runs
+#   --nodes N            number of nodes (default: 1)
+#   --platform gpu|tpu   (default: gpu)
+#   --devices N          devices per node (default: 8)
+#   --accelerator TYPE   GKE's name of the TPU type; with --platform tpu
+#   --topology AxB       its topology; with --platform tpu
+#   --restarts N         maximum number of restarts (default: 100)
+#   --dry_run            print the JobSet, don't apply it
 
 set -euo pipefail
 cd "$(dirname "$0")/.."

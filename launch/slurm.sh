@@ -1,21 +1,21 @@
 #!/usr/bin/env bash
-# Submits a run on several GPU nodes to SLURM:
+# Submits a run on one or more GPU nodes to SLURM:
 #
 #   launch/slurm.sh --nodes 4 --gpus 8 --workdir /shared/runs/a -- --config configs/imagenet.py
 #
-# One process per GPU; JAX finds the others through SLURM. Five minutes before the time limit, and at
-# preemption, SIGTERM makes the run save and end; then the job goes back into the queue until the
-# run is complete.
+# One process per GPU; JAX detects the processes through SLURM. Five minutes before the time limit,
+# or on preemption, SIGTERM makes the run save a checkpoint and exit; the job is then requeued until
+# the run is complete.
 #
-#   --workdir FOLDER     of the run, on a file system that all nodes share
-#   --nodes N            (1)
-#   --gpus N             of each node (8)
-#   --cpus N             for each process (8)
-#   --time LIMIT         of one turn (24:00:00)
-#   --partition NAME
-#   --account NAME
+#   --workdir FOLDER     the run's folder, on a file system that all nodes share
+#   --nodes N            number of nodes (default: 1)
+#   --gpus N             GPUs per node (default: 8)
+#   --cpus N             CPUs per process (default: 8)
+#   --time LIMIT         time limit of each job (default: 24:00:00)
+#   --partition NAME     SLURM's partition
+#   --account NAME       SLURM's account
 #   --setup COMMAND      run first, such as 'source venv/bin/activate'
-#   --dry_run            prints the job's script
+#   --dry_run            print the job script, don't submit it
 
 set -euo pipefail
 cd "$(dirname "$0")/.."
@@ -45,7 +45,7 @@ $setup
 source launch/xla_flags.sh
 xla_flags gpu
 srun --kill-on-bad-exit=1 python -m xkd_jax.main $(quoted --workdir "$workdir" "${rest[@]}")
-# Training that was stopped early ends with 0 too; its end writes the report.
+# Interrupted training exits with 0 too, but only complete training writes the report.
 [[ -e $(quoted "$workdir")/report.md ]] || scontrol requeue "\$SLURM_JOB_ID"
 END
 }

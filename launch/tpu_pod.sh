@@ -1,21 +1,21 @@
 #!/usr/bin/env bash
-# Trains on a Cloud TPU pod slice, from the request to the end, and again after each preemption:
+# Trains on a Cloud TPU pod slice: requests it, trains, deletes it; again after each preemption:
 #
 #   launch/tpu_pod.sh --name a --zone us-west4-a --accelerator v5litepod-16 --workdir /mnt/runs/a \
 #     -- --config configs/imagenet.py
 #
-# It asks for a queued resource, waits for it, copies this repository to all its hosts, starts the
-# same command on each (JAX finds the others by itself), and deletes the resource at the end. Each
-# host's output is in logs/NAME.
+# The script requests a queued resource, waits for it, copies this repository to all its hosts, runs
+# the same command on each (JAX detects the other hosts), and deletes the resource at the end. The
+# output of each host is in logs/NAME.
 #
-#   --name NAME          of the queued resource and its node
-#   --zone ZONE
+#   --name NAME          name of the queued resource and its node
+#   --zone ZONE          its zone
 #   --accelerator TYPE   such as v5litepod-16
-#   --runtime VERSION    (v2-alpha-tpuv5-lite)
-#   --workdir FOLDER     of the run, on a file system that all hosts mount
-#   --setup COMMAND      run on each host first, such as a mount (:)
-#   --spot true|false    cheaper, and preempted at times (true)
-#   --dry_run            prints the commands, without those after a preemption
+#   --runtime VERSION    (default: v2-alpha-tpuv5-lite)
+#   --workdir FOLDER     the run's folder, on a file system that all hosts mount
+#   --setup COMMAND      run on each host first, such as a mount (default: nothing)
+#   --spot true|false    cheaper, but can be preempted (default: true)
+#   --dry_run            print the commands of a run without preemption
 
 set -euo pipefail
 cd "$(dirname "$0")/.."
@@ -45,7 +45,7 @@ create() {
 
 wait_for_hosts() {
   until [[ $(state) == ACTIVE ]]; do
-    [[ $(state) != FAILED ]] || fail "the request failed; see gcloud's describe."
+    [[ $(state) != FAILED ]] || fail "the request failed; see gcloud's description of $name."
     sleep 30
   done
 }
@@ -68,7 +68,7 @@ while true; do
   $dry_run || wait_for_hosts
   code=0
   train || code=$?
-  ((code == 0)) || sleep 60 # what is preempted still counts as active for a moment
+  ((code == 0)) || sleep 60 # a preempted resource is still listed as active for a moment
   if ((code == 0)) || [[ $(state) == ACTIVE ]]; then
     delete
     exit "$code"

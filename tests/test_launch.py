@@ -107,7 +107,7 @@ def test_help_shows_an_example_and_a_wrong_option_is_named(script):
         ("local.sh", ["--config", "a.py"], "unknown option --config"),
         ("local.sh", ["a.py"], "the number of processes is missing"),
         ("slurm.sh", ["--nodes", 2], "--workdir is missing"),
-        ("slurm.sh", ["--nodes"], "--nodes lacks its value"),
+        ("slurm.sh", ["--nodes"], "--nodes needs a value"),
         ("kubernetes.sh", ["--name=a", "--image=b"], "--claim is missing"),
         ("kubernetes.sh", ["--name=a", "--image=b", "--claim=c", "--platform=x"], "platform 'x'"),
         ("tpu_pod.sh", ["--name=a"], "--zone is missing"),

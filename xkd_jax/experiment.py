@@ -230,15 +230,9 @@ def _say_once(text: str) -> None:
     say(text)  # a run makes its experiment twice
 
 
-<<<<<<< HEAD
 def _weights_file(name: str) -> str | Path:
     """The file of `student.weights` or `teacher.weights`; timm's are downloaded and converted."""
     return fetch(name.removeprefix(TIMM)) if name.startswith(TIMM) else weights.locate(name)
-=======
-def _weights_file(weights: str) -> str | Path:
-    """The file of `student.weights` or `teacher.weights`, made first if they are timm's."""
-    return fetch(weights.removeprefix(TIMM)) if weights.startswith(TIMM) else locate(weights)
->>>>>>> wt-cli
 
 
 def _data_size(config: Config, train: data.Split) -> int:

@@ -21,8 +21,7 @@ from xkd_jax.errors import UserError, unknown
 PYTORCH_MAGIC = (b"PK\x03\x04", b"\x80\x02\x8a\x0a")
 _ASSETS = Path(__file__).parent / "assets"
 METADATA_KEY = "xkd_jax"  # in the file's own metadata: JSON of ours
-PACKAGED = "packaged:"  # before a name: weights that are installed with xkd_jax
-_ASSETS = Path(__file__).parent / "assets"
+PACKAGED = "packaged:"  # prefix of a name: weights that are installed with xkd_jax
 
 
 def locate(weights: str | os.PathLike) -> Path:
