@@ -235,9 +235,9 @@ def test_a_teacher_of_timms_in_a_config(hub):
     config = get_config("logits")
     config.teacher.update(model="", args={}, weights="timm:vit_tiny_patch16_224")
     made = experiment.create_experiment(config)
-    assert made.teacher.image_size == 28
-    assert made.teacher.mean == (0.4, 0.4, 0.4)
-    assert made.teacher.module.depth == 1
+    assert made.distiller.teacher.image_size == 28
+    assert made.distiller.teacher.mean == (0.4, 0.4, 0.4)
+    assert made.distiller.teacher.module.depth == 1
     downloads = len(hub.downloads)
     assert fetch("vit_tiny_patch16_224") == fetch("vit_tiny_patch16_224.augreg_in21k_ft_in1k")
     assert len(hub.downloads) == downloads
@@ -250,7 +250,7 @@ def test_a_student_that_starts_from_timms(hub, capsys):
     config = get_config("none")
     config.student.args = TINY_RESNET
     config.student.weights = "timm:resnet18"
-    student = experiment.create_experiment(config).student
+    student = experiment.create_experiment(config).distiller.student
     assert "student.weights timm:resnet18: set fc.bias and fc.weight to zero, for 10 classes" in (
         capsys.readouterr().err
     )
