@@ -80,14 +80,14 @@ def test_torn_file(tmp_path, size):
     path = tmp_path / "w.safetensors"
     save_weights(path, variables(), METADATA)
     path.write_bytes(path.read_bytes()[:size])
-    with pytest.raises(UserError, match="is not a whole safetensors file"):
+    with pytest.raises(UserError, match="is not a valid safetensors file"):
         load_weights(path)
 
 
 def test_not_safetensors(tmp_path):
     path = tmp_path / "w.safetensors"
     path.write_bytes(b"PK\x03\x04 a zip, as torch.save writes" * 10)
-    with pytest.raises(UserError, match="is not a whole safetensors file"):
+    with pytest.raises(UserError, match="is not a valid safetensors file"):
         load_weights(path)
 
 
@@ -117,8 +117,8 @@ def test_check_collects_everything():
     assert str(error.value) == (
         "w.safetensors does not fit resnet18 in 3 of its tensors: "
         "batch_stats/a/mean is missing; "
-        "params/a/kernel is [3, 2] where [2, 3] is needed; "
-        "params/c has no place."
+        "params/a/kernel has the shape [3, 2] instead of [2, 3]; "
+        "unexpected tensor params/c."
     )
 
 

@@ -1,6 +1,6 @@
-"""Weights as safetensors: what a network is travels in the file's own metadata.
+"""Weights as safetensors files, whose metadata describes the network.
 
-No pickle anywhere: a file from a stranger can at worst be wrong.
+This module never unpickles: an untrusted file can hold wrong weights, but can't run code.
 """
 
 import hashlib
@@ -41,21 +41,19 @@ def locate(weights: str | os.PathLike) -> Path:
 
 
 def save_weights(path: str | os.PathLike, variables: dict, metadata: dict[str, Any]) -> None:
-    """Writes a network's variables and what is needed to use them.
-
-    The file appears whole or not at all: it is written beside `path` and moved over it.
+    """Writes a network's variables and the metadata needed to use them, atomically.
 
     Args:
-      path: where to; missing folders are made.
+      path: the file to write; missing folders are created.
       variables: `{"params": ..., "batch_stats": ...}`, arrays of any shape.
-      metadata: what JSON can hold: model name, args, num_classes, mean, std, image_size, ...
+      metadata: JSON-serialisable: model name, args, num_classes, mean, std, image_size, ...
     """
     text = json.dumps(metadata, sort_keys=True)
     write_file(Path(path), save(_flatten(variables), metadata={METADATA_KEY: text}))
 
 
 def write_file(path: Path, contents: bytes) -> None:
-    """Writes a file that appears whole or not at all; missing folders are made."""
+    """Writes a file atomically, by renaming a temporary one; missing folders are created."""
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(f".{path.name}.{os.getpid()}.part")
     try:
@@ -69,13 +67,13 @@ def write_file(path: Path, contents: bytes) -> None:
 
 
 def load_weights(path: str | os.PathLike) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Reads what `save_weights` wrote.
+    """Reads a file written by `save_weights`.
 
     Returns:
       the variables as a nested dict of numpy arrays, and the metadata.
 
     Raises:
-      UserError: the file is missing, damaged, or not one of ours.
+      UserError: the file is missing, damaged, or without xkd_jax's metadata.
     """
     path = Path(path)
     tensors, texts = read_safetensors(path)
@@ -89,34 +87,34 @@ def load_weights(path: str | os.PathLike) -> tuple[dict[str, Any], dict[str, Any
 
 
 def read_safetensors(path: Path) -> tuple[dict[str, np.ndarray], dict[str, str]]:
-    """Reads anybody's safetensors file: its tensors by name, and its metadata.
+    """Reads any safetensors file: its tensors by name, and its metadata.
 
     Raises:
       UserError: the file is missing or damaged.
     """
     if not path.is_file():
-        raise UserError(f"there is no weights file at {path}; give the path of a .safetensors.")
+        raise UserError(f"there is no weights file at {path}; give a .safetensors file.")
     try:
         with safe_open(path, framework="np") as file:
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
             return tensors, file.metadata() or {}
     except SafetensorError as error:
         raise UserError(
-            f"{path} is not a whole safetensors file ({_damage(path) or error}); copy or write it "
+            f"{path} is not a valid safetensors file ({_damage(path) or error}); copy or write it "
             "again."
         ) from error
 
 
 def _damage(path: Path) -> str:
-    """What became of a safetensors file that can't be read, if it can be told.
+    """Why a safetensors file can't be read; empty if unknown.
 
-    It begins with its header's length in 8 bytes, and its header with where each tensor ends.
+    The file begins with the header's length in 8 bytes; the header holds each tensor's end.
     """
     size = path.stat().st_size
     with path.open("rb") as file:
         start = file.read(8)
         if start.startswith(PYTORCH_MAGIC):
-            return f"PyTorch's are read by python -m xkd_jax.convert --from {path}"
+            return f"PyTorch's files are read by python -m xkd_jax.convert --from {path}"
         begin = 8 + int.from_bytes(start, "little")
         if begin > 100_000_000:  # safetensors' own limit
             return ""
@@ -134,10 +132,10 @@ def _damage(path: Path) -> str:
 
 
 def parse_metadata(path: Path, text: str) -> dict[str, Any]:
-    """What `text`, a part of the metadata of the file at `path`, tells of a network.
+    """Parses `text`, JSON from the metadata of the file at `path`.
 
     Raises:
-      UserError: it is damaged.
+      UserError: it is not a JSON object.
     """
     try:
         metadata = json.loads(text)
@@ -151,27 +149,27 @@ def parse_metadata(path: Path, text: str) -> dict[str, Any]:
 def check_weights(
     path: str | os.PathLike, variables: dict, expected: dict, network: str = "the network"
 ) -> None:
-    """Compares weights with what a network needs, tensor by tensor.
+    """Checks that weights have exactly the tensors and shapes that a network needs.
 
     Args:
-      path: where they came from, for the message.
+      path: their origin, for the message.
       variables: nested dict of arrays.
       expected: nested dict of `jax.ShapeDtypeStruct`, as `jax.eval_shape` of `init` returns it.
-      network: what it is called, for the message.
+      network: its name, for the message.
 
     Raises:
-      UserError: any tensor is missing, extra or misshapen; one sentence tells the first five
-        and how many there are.
+      UserError: a tensor is missing, unexpected or has another shape; the message names the first
+        five and gives their number.
     """
     have = {name: np.shape(leaf) for name, leaf in _flat_items(variables)}
     want = {name: tuple(leaf.shape) for name, leaf in _flat_items(expected)}
     wrong = [f"{name} is missing" for name in sorted(want.keys() - have.keys())]
     wrong += [
-        f"{name} is {list(have[name])} where {list(want[name])} is needed"
+        f"{name} has the shape {list(have[name])} instead of {list(want[name])}"
         for name in sorted(want.keys() & have.keys())
         if have[name] != want[name]
     ]
-    wrong += [f"{name} has no place" for name in sorted(have.keys() - want.keys())]
+    wrong += [f"unexpected tensor {name}" for name in sorted(have.keys() - want.keys())]
     if wrong:
         more = f", and {len(wrong) - 5} more" if len(wrong) > 5 else ""
         raise UserError(
@@ -181,7 +179,7 @@ def check_weights(
 
 
 def fingerprint(variables: dict) -> str:
-    """Sixteen hex digits that change with any name, shape, dtype or bit of `variables`.
+    """A hash of 16 hex digits over all names, shapes, dtypes and values of `variables`.
 
     SHA-256 over the tensors in the order of their names: the same on every machine.
     """

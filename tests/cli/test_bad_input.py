@@ -162,7 +162,7 @@ def test_teacher_files(tmp_path):
     whole = Path(path).read_bytes()
     torn = tmp_path / "torn.safetensors"
     torn.write_bytes(whole[: len(whole) // 2])
-    refuse(tmp_path / "b", "is not a whole safetensors file", teacher__weights=str(torn))
+    refuse(tmp_path / "b", "is not a valid safetensors file", teacher__weights=str(torn))
     other = teacher_file(tmp_path / "o.safetensors", metadata={"num_classes": 7})
     refuse(tmp_path / "c", "has 7 classes but fashion_mnist_mini has 10",
            teacher__weights=other)  # fmt: skip

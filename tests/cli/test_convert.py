@@ -111,7 +111,7 @@ def test_the_hubs_config_beside_a_file(run, resnet, tmp_path):
         (["--from", "FILE", "--model", "resnet81", "--out", "FOLDER/a.safetensors"], "resnet18"),
         (["--timm", "vit_basic", "--out", "FOLDER/a.safetensors"], "did you mean vit_base"),
         (["--timm", "resnet8", "--out", "FOLDER/a.safetensors"], "no weights for resnet8"),
-        (["--timm", "resnet18.a/b", "--out", "FOLDER/a.safetensors"], "is no name of weights"),
+        (["--timm", "resnet18.a/b", "--out", "FOLDER/a.safetensors"], "is not a name of weights"),
         (["--from", "FILE", "--arg", "width", "--out", "FOLDER/a.safetensors"], "NAME=VALUE"),
         (["--from", "FILE", "--num_classes", "0", "--out", "FOLDER/a.safetensors"], "'0'"),
         (["--from", "OURS", "--to_timm", "FOLDER/a.npz"], "must end in .safetensors, .pth or"),
@@ -259,7 +259,8 @@ def test_a_student_that_starts_from_timms(hub, capsys):
         checkpoint("resnet18", TINY_RESNET).state["bn1.bias"],
     )
     config.student.args = {**TINY_RESNET, "stem": "cifar"}
-    with pytest.raises(UserError, match=r"conv1.weight is \[8, 3, 7, 7\] where \[8, 3, 3, 3\]"):
+    wrong = r"conv1.weight has the shape \[8, 3, 7, 7\] instead of \[8, 3, 3, 3\]"
+    with pytest.raises(UserError, match=wrong):
         experiment.create_experiment(config)
 
 
@@ -295,7 +296,7 @@ def test_pytorch_files(torch, tmp_path, run):
     torch.save({"a": torch.ones(3, dtype=torch.bfloat16)}, path)
     np.testing.assert_array_equal(read_checkpoint(path).state["a"], np.ones(3, np.float32))
     torch.save({"model": types.SimpleNamespace()}, path)
-    with pytest.raises(UserError, match=r"holds types.SimpleNamespace beside its tensors"):
+    with pytest.raises(UserError, match=r"holds types.SimpleNamespace besides its tensors"):
         read_checkpoint(path)
     torch.save([1], path)
     with pytest.raises(UserError, match="holds a list"):

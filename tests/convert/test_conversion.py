@@ -139,9 +139,9 @@ def test_everything_that_does_not_fit_is_told_at_once():
         "w.pth does not fit resnet18 in 4 of its tensors:\n"
         "  bn1.running_var [8] is missing (batch_stats/bn1/var);\n"
         "  fc.weight [5, 64] is missing (params/fc/kernel);\n"
-        "  layer1.0.conv1.weight is [8, 4, 3, 3] where [8, 8, 3, 3] is needed "
+        "  layer1.0.conv1.weight has the shape [8, 4, 3, 3] instead of [8, 8, 3, 3] "
         "(params/layer1_0/conv1/kernel);\n"
-        "  extra.bias [3] has no place."
+        "  unexpected tensor extra.bias [3]."
     )
 
 
@@ -182,15 +182,16 @@ def test_recognition():
     resnet = checkpoint("resnet34")
     assert convert(resnet).metadata["model"] == "resnet34"
     assert message(resnet, "resnet18").startswith(
-        "w.pth is no resnet18, it looks like resnet34; name that as the model (layer1.2."
+        "w.pth is not resnet18 but looks like resnet34; choose that model instead "
+        "(unexpected tensor layer1.2."
     )
     efficient = convert(checkpoint("efficientnet_b0"))
-    assert efficient.changes == ["took it for efficientnet_b0, and not efficientnet_b0_32"]
-    assert "fits vit_tiny_patch16_224, deit_tiny_patch16_224 alike; name the right one" in message(
+    assert efficient.changes == ["recognised efficientnet_b0, not efficientnet_b0_32"]
+    assert "fits vit_tiny_patch16_224, deit_tiny_patch16_224 equally well; choose one" in message(
         checkpoint("vit_tiny_patch16_224")
     )
     nothing = Checkpoint("w.pth", {"a": np.zeros(3), "b": np.zeros(2)}, {})
-    assert "looks like none of the networks here (it begins with a, b)" in message(nothing)
+    assert "does not match any known network (its first tensors are a, b)" in message(nothing)
 
 
 @pytest.mark.slow
@@ -281,7 +282,9 @@ def test_another_image_size_for_a_vit():
     ]
     assert "img_size 30 must be a multiple of patch_size 4" in message(theirs, image_size=30)
     distilled = {**TINY_VIT, "distilled": True}
-    assert "pos_embed is [1, 17, 8] where [1, 18, 8] is needed" in message(theirs, args=distilled)
+    assert "pos_embed has the shape [1, 17, 8] instead of [1, 18, 8]" in message(
+        theirs, args=distilled
+    )
 
 
 def test_another_window_for_a_swin():

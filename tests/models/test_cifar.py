@@ -164,7 +164,7 @@ def test_training_reaches_everything(make, behind):
         assert not jnp.allclose(old, stats)
     _, (two, same, _) = step(variables["params"], jax.random.key(1))
     assert not jnp.allclose(one, two)
-    # Wide ResNets drop inside their blocks, the others behind what methods see.
+    # Wide ResNets drop inside their blocks, the others after what methods see.
     assert jnp.array_equal(pooled, same) == behind
     with pytest.raises(Exception, match="dropout"):
         jax.eval_shape(lambda: model.apply(variables, x, train=True, mutable=["batch_stats"]))
@@ -198,13 +198,13 @@ def test_starts_as_the_published_code():
     ("model", "size", "message"),
     [
         (resnet(depth=18), 32, r"depth must be 6n \+ 2"),
-        (resnet(depth=2), 32, r"n of at least 1, not 2"),
+        (resnet(depth=2), 32, r"an integer n >= 1, not 2"),
         (resnet(channels=(16, 32, 64)), 32, "channels must be four positive numbers"),
         (wide(depth=18), 32, r"depth must be 6n \+ 4"),
         (wide(widen_factor=0), 32, "widen_factor must be at least 1"),
         (vgg(channels=((64,), (128,))), 32, "channels must be five blocks"),
         (vgg(channels=((64,), (128,), (), (512,), (512,))), 32, "at least one positive number"),
-        (vgg(), 7, "8 pixels or more a side, not 7x7"),
+        (vgg(), 7, "at least 8 pixels a side, not 7x7"),
     ],
 )
 def test_wrong_values(model, size, message):

@@ -176,7 +176,7 @@ def test_training_changes_the_statistics(trained):
     variables, x, [(_, (_, new)), _] = trained
     for path, var in jax.tree_util.tree_leaves_with_path(new):
         assert var.dtype == jnp.float32
-        # The mean behind a linear bottleneck stays what it was, 0: its own input's is.
+        # The mean after a linear bottleneck stays 0, because that of its input is.
         assert path[-1].key == "mean" or not np.allclose(var, 1.0), path
     # One step of momentum 0.9 from zero mean: the batch's mean is ten times what is stored.
     first = jax.lax.conv_general_dilated(

@@ -1,7 +1,7 @@
 """Every network against golden files of timm's: logits, taps and running statistics.
 
-The weights are made from parameter names on both sides. `python -m tests.parity.make_goldens`
-wrote the files, with PyTorch; this needs none.
+Both sides derive the weights from parameter names. `python -m tests.parity.make_goldens` wrote the
+files with PyTorch, which these tests don't need.
 """
 
 import functools
@@ -33,7 +33,7 @@ def differences(name):
     golden = read(goldens.family_of(name))[name]
     case = specimen.small(name)
     for field in ("size", "batch", "train_size", "train_batch"):
-        assert golden[field] == getattr(case, field), "made at another size: make it anew"
+        assert golden[field] == getattr(case, field), "made at another size: regenerate it"
     records = specimen.ours(case, specimen.filled(case))
     assert {key: list(array.shape) for key, array in records.items()} == golden["shapes"]
     return {
@@ -43,7 +43,7 @@ def differences(name):
 
 
 def first_of_their_kind():
-    """One network for each class and set of arguments; the others differ in numbers alone."""
+    """One network for each class and set of arguments; the others only differ in numbers."""
     kinds = {}
     for name, variant in MODELS.items():
         kind = variant.network, variant.args.get("block"), frozenset(variant.args)

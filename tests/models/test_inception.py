@@ -95,7 +95,7 @@ def test_training_pass():
         assert not jnp.allclose(old, stats)
     (two, same), _ = train(variables, jax.random.key(1))
     assert not jnp.allclose(one, two)
-    assert jnp.array_equal(out["pooled"], same["pooled"])  # dropout is behind what methods see
+    assert jnp.array_equal(out["pooled"], same["pooled"])  # dropout comes after what methods see
     with pytest.raises(Exception, match="dropout"):
         jax.eval_shape(lambda: model.apply(variables, x, train=True, mutable=["batch_stats"]))
 
@@ -143,8 +143,8 @@ def test_starts_as_timms():
 @pytest.mark.parametrize(
     ("side", "train", "message"),
     [
-        (74, False, "75 pixels or more a side, not 74x74"),
-        (298, True, "299 pixels or more a side, not 298x298; set aux_logits=False"),
+        (74, False, "at least 75 pixels a side, not 74x74"),
+        (298, True, "at least 299 pixels a side, not 298x298; set aux_logits=False"),
     ],
 )
 def test_wrong_sizes(side, train, message):

@@ -17,7 +17,7 @@ def _small(name, **args):
     return lambda **more: create_model(name, num_classes=5, **args | more)
 
 
-# What makes the network, how many pixels it takes, how many blocks it has.
+# The network, the side of its images, and its number of blocks.
 NETWORKS = {
     "vit": (tiny_vit, 32, 2),
     "deit": (_small("deit_tiny_distilled_patch16_224", img_size=32, embed_dim=16, num_heads=2,
@@ -36,13 +36,13 @@ NETWORKS = {
 
 
 def recomputed(jaxpr):
-    """How many computations the backward pass makes anew."""
+    """The number of computations that the backward pass repeats."""
     names = [equation.primitive.name for equation in jaxpr.eqns]
     return sum(name.startswith(("remat", "checkpoint")) for name in names)
 
 
 def scanned(jaxpr):
-    """The same, inside of each loop."""
+    """The same, inside each loop."""
     loops = [equation for equation in jaxpr.eqns if equation.primitive.name == "scan"]
     return [recomputed(loop.params["jaxpr"].jaxpr) for loop in loops]
 

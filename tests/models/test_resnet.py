@@ -74,7 +74,7 @@ def test_resnet_drop_rate_needs_a_key():
     (one, out), _ = run(init(model), {"dropout": jax.random.key(0)})
     (two, same), _ = run(init(model), {"dropout": jax.random.key(1)})
     assert not jnp.allclose(one, two)
-    assert jnp.array_equal(out["pooled"], same["pooled"])  # dropout is behind what methods see
+    assert jnp.array_equal(out["pooled"], same["pooled"])  # dropout comes after what methods see
 
 
 def test_resnet_starts_as_timms():

@@ -185,7 +185,7 @@ def test_merging_keeps_each_positions_neighbours():
         ({"img_size": 64}, r"takes images \[N, 64, 64, 3\], not \[1, 32, 32, 3\].*multiple of"),
         ({"num_heads": (1, 3, 2, 4)}, "stage 2 has 16 channels .* multiple of its num_heads 3"),
         ({"depths": (2, 2)}, "four numbers each"),
-        ({"depths": (1, 0, 1, 1)}, "from 1 up"),
+        ({"depths": (1, 0, 1, 1)}, "depths at least 1"),
     ],
 )
 def test_wrong_values(args, message):

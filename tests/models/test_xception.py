@@ -74,7 +74,7 @@ def test_training_pass():
         assert not jnp.allclose(old, stats)
     (two, same), _ = train(jax.random.key(1))
     assert not jnp.allclose(one, two)
-    assert jnp.array_equal(out["pooled"], same["pooled"])  # dropout is behind what methods see
+    assert jnp.array_equal(out["pooled"], same["pooled"])  # dropout comes after what methods see
     with pytest.raises(Exception, match="dropout"):
         jax.eval_shape(lambda: model.apply(variables, x, train=True, mutable=["batch_stats"]))
 
@@ -130,8 +130,8 @@ def test_starts_as_timms():
 @pytest.mark.parametrize(
     ("args", "size", "message"),
     [
-        ({"width": 0.01}, 32, "width must leave at least one channel of 32, not 0.01"),
-        ({}, 6, "7 pixels or more a side, not 6x6"),
+        ({"width": 0.01}, 32, "width must leave at least one channel of the stem's 32, not 0.01"),
+        ({}, 6, "at least 7 pixels a side, not 6x6"),
     ],
 )
 def test_wrong_values(args, size, message):

@@ -1,4 +1,4 @@
-"""Compiling a network block by block, equal blocks once."""
+"""Compiles a network block by block, identical blocks only once."""
 
 import functools
 import threading
@@ -18,10 +18,10 @@ _lock = threading.Lock()
 
 
 def blockwise() -> Any:
-    """A context in which `apply` compiles each of a network's parts by itself.
+    """A context in which `apply` compiles each of a network's parts separately.
 
-    That is several times faster than compiling a network whole or each of its operations, and
-    what has been compiled serves all networks with the same part.
+    This is several times faster than compiling a whole network or each of its operations, and
+    networks that share a part share its compiled program.
     """
     return nn.intercept_methods(_compiled_part)
 

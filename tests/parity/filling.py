@@ -1,4 +1,4 @@
-"""Weights from parameter names: the same on both sides, so that nobody has to ship them."""
+"""Weights derived from parameter names: the same on both sides without shipping any."""
 
 import math
 import re
@@ -43,8 +43,8 @@ def images(batch: int, size: int) -> np.ndarray:
 def fill(name: str, shape: tuple[int, ...]) -> np.ndarray:
     """The tensor called `name` in PyTorch's state dict, float32 of PyTorch's `shape`.
 
-    A convolution's lies in memory as Flax wants it, HWIO, and a linear layer's as [in, out]:
-    transposed to Flax's layout it needs no copy.
+    In memory a convolution's is laid out as in Flax, HWIO, and a linear layer's as [in, out], so
+    that transposing to Flax's layout needs no copy.
     """
     if name.endswith(".running_mean"):
         return noise(name, shape, 0.02)

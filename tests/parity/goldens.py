@@ -1,4 +1,4 @@
-"""Golden files: enough of what the references made to know it again, without keeping it."""
+"""Golden files: sketches of the reference outputs, small enough to keep in the repository."""
 
 import json
 import math
@@ -22,10 +22,10 @@ def family_of(name: str) -> str:
 
 
 def sketch(key: str, array: np.ndarray) -> np.ndarray:
-    """What is kept of a tap: logits whole; of others see below; float32, of one dimension.
+    """What is kept of a tap, float32 and flat: logits in full, and a summary of others.
 
-    The largest magnitude, a projection on fixed random signs, to which every element counts,
-    and, but for running statistics, eight elements.
+    The summary is the largest magnitude, a projection on fixed random signs, to which every element
+    contributes, and eight elements, except for running statistics.
     """
     flat = np.asarray(array, np.float32).reshape(-1)
     if key.endswith("logits"):
@@ -40,7 +40,7 @@ def sketch(key: str, array: np.ndarray) -> np.ndarray:
 
 
 def _length(key: str, shape: list[int]) -> int:
-    """Of the sketch of a tap of that shape."""
+    """The length of the sketch of a tap with that shape."""
     if key.endswith("logits"):
         return math.prod(shape)
     return 2 if key.startswith("train/") else 2 + _ENTRIES
@@ -56,8 +56,8 @@ def read(family: str) -> dict[str, dict[str, Any]]:
     """The goldens of a family by network.
 
     Returns:
-      of each `size`, `batch`, `train_size`, `train_batch`, the `versions` of what made it, the
-      `shapes` and the `sketches` of its taps by key.
+      for each network its `size`, `batch`, `train_size`, `train_batch`, the `versions` of the
+      libraries that made it, and the `shapes` and `sketches` of its taps by key.
     """
     goldens = {}
     with np.load(FOLDER / f"{family}.npz") as file:

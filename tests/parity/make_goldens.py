@@ -1,7 +1,6 @@
-"""Writes the golden files anew: `python -m tests.parity.make_goldens [NAME ...]`.
+"""Regenerates the golden files: `python -m tests.parity.make_goldens [NAME ...]`.
 
-Needs the extra `parity`. Without names it writes all networks' goldens; with names it keeps the
-other networks' as they are.
+Needs the extra `parity`. Without names it writes all networks' goldens; with names, only theirs.
 """
 
 import argparse

@@ -18,10 +18,10 @@ from xkd_jax.models import cifar
 
 
 def import_timm():
-    """timm, in spite of a torchvision that lacks its C++ operators.
+    """Imports timm, even with a torchvision that lacks its C++ operators.
 
-    That is PyPI's beside a CPU build of PyTorch. timm needs only the import of it, for which the
-    declared operators are enough.
+    PyPI's torchvision lacks them alongside a CPU build of PyTorch. timm only has to import it, for
+    which declared operators are enough.
     """
     try:
         import torchvision  # noqa: F401
@@ -152,7 +152,7 @@ def compare(specimen: Specimen) -> dict[str, float]:
 
 
 def theirs(specimen: Specimen, model: nn.Module) -> dict[str, np.ndarray]:
-    """What PyTorch's network, of `build`, makes of the images.
+    """The outputs of PyTorch's network, from `build`.
 
     Returns:
       every tap in evaluation by its key; for a network with running statistics also, from one
@@ -221,7 +221,7 @@ def _resnet(model: nn.Module, taps: Taps):
 
 def _efficientnet(model: nn.Module, taps: Taps):
     for stage, blocks in enumerate((1, 2, 4, 6), start=1):
-        # Linear bottlenecks: no activation tells the two apart.
+        # Linear bottlenecks: without an activation the two are equal.
         taps.after(model.blocks[blocks], f"stage{stage}_pre")
         taps.after(model.blocks[blocks], f"stage{stage}")
     return _cnn(model, taps)

@@ -1,4 +1,4 @@
-"""What is compared: a network, its weights, the sizes of its images, what it makes of them."""
+"""What parity tests compare: a network, its weights, its image sizes, and its outputs."""
 
 import dataclasses
 from typing import Any
@@ -24,11 +24,11 @@ class Specimen:
 
     Attributes:
       name: a key of `MODELS`.
-      size: of the images in evaluation, pixels.
-      batch: how many.
-      train_size: of the images in training, where there are running statistics; 0 where not.
-      train_batch: how many.
-      args: fields of the network, over the variant's.
+      size: the side of the evaluation images, pixels.
+      batch: the number of evaluation images.
+      train_size: the side of the training images; 0 for networks without running statistics.
+      train_batch: the number of training images.
+      args: fields of the network, which override the variant's.
     """
 
     name: str
@@ -45,7 +45,7 @@ class Specimen:
         return {**({"img_size": self.size} if "img_size" in fields else {}), **self.args}
 
 
-# Where the rule of `small` does not do.
+# Exceptions from the rule of `small`.
 _SIZES = {
     # Swin: shifted windows, windows as large as the map, padding to windows and to even sides.
     "swin_tiny_patch4_window7_224": 224,
@@ -107,7 +107,7 @@ def filled(specimen: Specimen) -> dict[str, Any]:
 
 
 def ours(specimen: Specimen, variables: dict[str, Any]) -> dict[str, np.ndarray]:
-    """What our network makes of the images: see `reference.theirs`."""
+    """Our network's outputs, as `reference.theirs` returns PyTorch's."""
     model = create_model(specimen.name, num_classes=CLASSES, **specimen.network_args)
     variables = jax.device_put(variables)
 

@@ -70,7 +70,7 @@ def _row(name: str, images: str, found: dict[str, float]) -> str:
 
 
 def _condense(found: dict[str, float], number: str) -> str:
-    """The differences; of those that only differ in what matches `number`, the largest."""
+    """The differences; the largest of those whose keys only differ in what matches `number`."""
     kinds: dict[str, float] = {}
     for key, value in found.items():
         kind = re.sub(number, "", key)

@@ -17,7 +17,7 @@ pytestmark = pytest.mark.parity
 
 
 def folder_of(package):
-    """Where a package lies; finding it runs none of it."""
+    """The folder of a package, found without importing it."""
     spec = importlib.util.find_spec(package)
     assert spec is not None
     return Path(spec.submodule_search_locations[0])
@@ -44,7 +44,7 @@ def test_lite0_classifies_photographs(tmp_path, monkeypatch, capsys):
     )
     assert main() == 0
     said = capsys.readouterr().out
-    assert "took it for tf_efficientnet_lite0" in said
+    assert "recognised tf_efficientnet_lite0" in said
     assert "efficientnet-pytorch's names" in said
 
     variables, metadata = load_weights(out)

@@ -1,4 +1,4 @@
-"""timm's and PyTorch's weights in and out; the command line is `python -m xkd_jax.convert`.
+"""Converts weights from timm and PyTorch, and back; also as `python -m xkd_jax.convert`.
 
 In Python, `conversion.convert(hub.download("resnet18"))` is timm's ResNet-18 as variables and
 metadata, for `xkd_jax.weights.save_weights`; `files.read_checkpoint` reads files instead, and

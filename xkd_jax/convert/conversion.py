@@ -1,4 +1,4 @@
-"""From a checkpoint to a network's variables."""
+"""Turns a checkpoint into a network's variables."""
 
 import dataclasses
 import os
@@ -20,9 +20,9 @@ from xkd_jax.errors import UserError, unknown
 from xkd_jax.models import MODELS
 from xkd_jax.weights import save_weights
 
-_ENOUGH = 0.5  # of the tensors in common: below, a checkpoint looks like nothing here
-_SURE = 0.9  # of the tensors in common: above, no other network is looked for
-_NAMED = 5  # tensors that are named when another network fits better
+_ENOUGH = 0.5  # share of tensors in common below which a checkpoint matches no network
+_SURE = 0.9  # share of tensors in common above which no other network is considered
+_NAMED = 5  # tensors that the message names when another network fits better
 
 
 @dataclasses.dataclass(frozen=True)
@@ -32,7 +32,7 @@ class Converted:
     Attributes:
       variables: nested dict of float32 arrays.
       metadata: model, args, num_classes, image_size, mean, std, source ...
-      changes: what was done beyond renaming, a sentence each.
+      changes: everything that was done beyond renaming, a sentence each.
     """
 
     variables: dict[str, Any]
@@ -50,24 +50,25 @@ def convert(
     mean: Sequence[float] = (),
     std: Sequence[float] = (),
 ) -> Converted:
-    """Turns a checkpoint into a network's variables; what isn't given is the checkpoint's own.
+    """Turns a checkpoint into a network's variables; arguments default to the checkpoint's own.
 
     Where the network's image or patch size differs, position embeddings, bias tables and patch
-    projections are resized as timm does. A head for other classes starts at zero (as in
-    arXiv:2010.11929, section 3.2).
+    projections are resized as in timm. With another number of classes, the head is set to zero
+    (as in arXiv:2010.11929, section 3.2).
 
     Args:
-      checkpoint: of `read_checkpoint` or `download`.
-      model: a key of `MODELS`; if neither this nor the checkpoint says it, it is recognised.
-      num_classes: how many.
-      image_size: the side, pixels.
-      args: fields of the network's module, all that differ from the name's.
-      mean: per channel, of images in [0, 1].
-      std: likewise.
+      checkpoint: from `read_checkpoint` or `download`.
+      model: a key of `MODELS`; recognised from the tensors if the checkpoint doesn't name it.
+      num_classes: the number of classes.
+      image_size: the side of the images, pixels.
+      args: all fields of the network's module that differ from the variant's.
+      mean: the mean per channel of images in [0, 1] that the network expects.
+      std: the standard deviation per channel, in the same units.
 
     Raises:
-      UserError: any tensor is missing, extra or misshapen, all of which are named at once; the
-        network is unknown or can't be told; or the arguments contradict each other.
+      UserError: a tensor is missing, unexpected or has another shape (the message names all of
+        them); the network is unknown or can't be recognised; or the arguments contradict each
+        other.
     """
     state, changes = _normalize(checkpoint.state)
     known = dict(checkpoint.metadata)
@@ -75,7 +76,7 @@ def convert(
     if model not in MODELS:
         raise unknown("network", model, MODELS)
     if model != known.get("model", model):
-        # Another network than the checkpoint's has sizes of its own.
+        # The checkpoint's sizes are those of its own network.
         known = {key: value for key, value in known.items() if key not in ("args", "image_size")}
     args, image_size = _arguments(model, state, known, args, image_size)
     places = get_places(model, args)
@@ -87,23 +88,28 @@ def convert(
     if not classes:
         raise UserError(
             f"{checkpoint.name} has no classifier; python -m xkd_jax.convert --num_classes N "
-            "gives it one that is still to be trained."
+            "adds an untrained one."
         )
     changes += done
     if classes != old_classes:
         known.pop("class_names", None)
-    if changes:
-        known.pop("test_top1", None)
-        known["changes"] = [*known.get("changes", ()), *changes]
-    metadata = {"source": checkpoint.name, **known, "model": model, "args": args}
+    metadata = {"source": checkpoint.name, **_record(known, changes), "model": model, "args": args}
     metadata |= {"num_classes": classes, "image_size": image_size}
     for field, given in (("mean", mean), ("std", std)):
         metadata[field] = list(given or known.get(field, getattr(MODELS[model], field)))
     return Converted(traverse_util.unflatten_dict(flat, sep="/"), metadata, changes)
 
 
+def _record(metadata: Mapping[str, Any], changes: list[str]) -> dict[str, Any]:
+    """The metadata with `changes` added; any change invalidates its test score."""
+    if not changes:
+        return dict(metadata)
+    kept = {key: value for key, value in metadata.items() if key != "test_top1"}
+    return {**kept, "changes": [*kept.get("changes", ()), *changes]}
+
+
 def fetch(name: str) -> Path:
-    """The converted file of timm's weights, which is downloaded and converted only once.
+    """Downloads and converts timm's weights, unless they are cached; returns the file's path.
 
     Args:
       name: timm's, "resnet18" or "resnet18.a1_in1k".
@@ -120,7 +126,7 @@ def fetch(name: str) -> Path:
 
 
 def _normalize(state: Mapping[str, np.ndarray]) -> tuple[dict[str, np.ndarray], list[str]]:
-    """The state with timm's names, in float32, and what that took."""
+    """The state with timm's names in float32, and a sentence for each change."""
     changes = []
     layout = find_layout(state)
     if layout:
@@ -133,27 +139,27 @@ def _normalize(state: Mapping[str, np.ndarray]) -> tuple[dict[str, np.ndarray], 
 
 
 def _recognized(name: str, state: Mapping[str, np.ndarray], changes: list[str]) -> str:
-    """The network whose tensors these are; adds a sentence about it to `changes`.
+    """Recognises the network from its tensors, and adds a sentence about it to `changes`.
 
     Raises:
-      UserError: none is, or several are.
+      UserError: no network matches, or several do.
     """
     alike, score = recognize(_shapes(state))
     if score < _ENOUGH:
         some = ", ".join(list(state)[:3])
         raise UserError(
-            f"{name} looks like none of the networks here (it begins with {some}); if it is one, "
-            "name it with --model."
+            f"{name} does not match any known network (its first tensors are {some}); if it is "
+            "one, name it with --model."
         )
     published = [model for model in alike if model in DEFAULT_TAGS]
     if len(alike) > 1 and len(published) != 1:
         raise UserError(
-            f"{name} fits {', '.join(alike)} alike; name the right one with --model, because "
-            "their images may be prepared differently."
+            f"{name} fits {', '.join(alike)} equally well; choose one with --model, because they "
+            "may expect differently prepared images."
         )
     model = published[0] if published else alike[0]
     others = [other for other in alike if other != model]
-    changes.append(f"took it for {model}" + (f", and not {', '.join(others)}" if others else ""))
+    changes.append(f"recognised {model}" + (f", not {', '.join(others)}" if others else ""))
     return model
 
 
@@ -164,7 +170,7 @@ def _arguments(
     args: Mapping[str, Any] | None,
     image_size: int,
 ) -> tuple[dict[str, Any], int]:
-    """The network's arguments that fit the checkpoint and the images, and the images' size."""
+    """The network's arguments for the checkpoint and the image size, and that size."""
     args = dict(known.get("args", {}) if args is None else args)
     for pattern, arg in family_of(model).optional:
         if arg not in args and not any(re.fullmatch(pattern, name) for name in state):
@@ -178,7 +184,7 @@ def _arguments(
 
 
 def _count_classes(state: Mapping[str, np.ndarray], places: Mapping[str, Place]) -> int:
-    """How many classes the checkpoint's head tells apart; 0 without one."""
+    """The number of classes of the checkpoint's head; 0 without one."""
     for name, place in places.items():
         if place.in_head and name in state and place.takes(state[name].shape):
             return state[name].shape[place.torch_shape.index(-1)]
@@ -195,7 +201,7 @@ def _put(
     """Puts each tensor of a checkpoint in its place.
 
     Returns:
-      the tensors by our path, what was done to them, and which ones don't fit.
+      the tensors by our path, the changes made to them, and a phrase for each that doesn't fit.
     """
     flat, wrong, reset = {}, [], []
     resized: Counter[str] = Counter()
@@ -216,12 +222,14 @@ def _put(
             resized[f"{name.rpartition('attn.')[2]} {change}"] += 1
         else:
             wrong.append(
-                f"{name} is {list(array.shape)} where {list(want)} is needed ({place.path})"
+                f"{name} has the shape {list(array.shape)} instead of {list(want)} ({place.path})"
             )
     extra = [name for name in state if name not in places]
     skipped = [name for name in extra if re.fullmatch(family.skipped, name)]
     wrong += [
-        f"{name} {list(state[name].shape)} has no place" for name in extra if name not in skipped
+        f"unexpected tensor {name} {list(state[name].shape)}"
+        for name in extra
+        if name not in skipped
     ]
     changes = [
         f"{change}, {count} times" if count > 1 else change for change, count in resized.items()
@@ -241,7 +249,7 @@ def _misfit(
     places: Mapping[str, Place],
     wrong: list[str],
 ) -> UserError:
-    """The error about tensors that don't fit: all of them, unless another network fits better."""
+    """The error that lists all tensors that don't fit, or names a network that fits better."""
     shapes = _shapes(state)
     own = fit(shapes, places)
     if own < _SURE:
@@ -249,8 +257,8 @@ def _misfit(
         if score > max(own, _ENOUGH):
             more = f" and {len(wrong) - _NAMED} more" if len(wrong) > _NAMED else ""
             return UserError(
-                f"{name} is no {model}, it looks like {' or '.join(alike)}; name that as the model "
-                f"({'; '.join(wrong[:_NAMED])}{more})."
+                f"{name} is not {model} but looks like {' or '.join(alike)}; choose that model "
+                f"instead ({'; '.join(wrong[:_NAMED])}{more})."
             )
     lines = ";\n  ".join(wrong)
     return UserError(f"{name} does not fit {model} in {len(wrong)} of its tensors:\n  {lines}.")

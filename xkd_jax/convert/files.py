@@ -1,4 +1,4 @@
-"""Checkpoints as they come: safetensors, PyTorch's own files, and this library's."""
+"""Checkpoint files: safetensors, PyTorch's, and this library's."""
 
 import argparse
 import dataclasses
@@ -27,21 +27,21 @@ from xkd_jax.weights import (
     write_file,
 )
 
-_EXPORTED_KEY = "xkd_jax_exported"  # metadata of a state dict that was written here
-# What training scripts wrap a state dict in; an average of the weights goes first.
+_EXPORTED_KEY = "xkd_jax_exported"  # metadata key of state dicts written here
+# Keys under which training scripts store a state dict; averaged weights come first.
 _WRAPPERS = ("state_dict_ema", "model_ema", "state_dict", "model")
-_PREFIXES = re.compile(r"^(module\.|_orig_mod\.)+")  # of parallel and of compiled modules
-_COUNTER = "num_batches_tracked"  # of PyTorch's BatchNorm: one count, repeated by every layer
+_PREFIXES = re.compile(r"^(module\.|_orig_mod\.)+")  # added by parallel and compiled modules
+_COUNTER = "num_batches_tracked"  # of PyTorch's BatchNorm: the same in every layer
 
 
 @dataclasses.dataclass(frozen=True)
 class Checkpoint:
-    """A state dict and what is known about it.
+    """A state dict and its metadata.
 
     Attributes:
-      name: where it comes from, for messages.
+      name: its origin, for messages.
       state: tensors by name, in PyTorch's layout, without BatchNorm's counters.
-      metadata: what is known of model, args, image_size, mean, std, class_names, source ...
+      metadata: model, args, image_size, mean, std, class_names, source ..., where known.
     """
 
     name: str
@@ -50,16 +50,16 @@ class Checkpoint:
 
 
 def read_checkpoint(path: str | os.PathLike, name: str = "") -> Checkpoint:
-    """Reads a checkpoint of any kind: timm's, one like it, or one of ours.
+    """Reads a checkpoint: timm's, a similar one, or this library's.
 
-    A `config.json` beside a state dict is read as the hub's.
+    A `config.json` in the folder of a state dict is read as the Hugging Face hub's.
 
     Args:
-      path: of a .safetensors, or of what `torch.save` wrote.
-      name: what to call it in messages; the path if not given.
+      path: a .safetensors file, or one written by `torch.save`.
+      name: its name in messages; by default the path.
 
     Raises:
-      UserError: the file is missing, damaged, cut off, or holds something else.
+      UserError: the file is missing, damaged, truncated or not a checkpoint.
     """
     path = Path(path)
     if not path.is_file():
@@ -81,7 +81,7 @@ def read_checkpoint(path: str | os.PathLike, name: str = "") -> Checkpoint:
 
 
 def to_state(variables: Mapping[str, Any], model: str) -> dict[str, np.ndarray]:
-    """A network's variables as timm's state dict, without BatchNorm's counters.
+    """Turns a network's variables into timm's state dict, without BatchNorm's counters.
 
     Args:
       variables: nested dict of numpy arrays, or flat by path, "params/conv1/kernel".
@@ -95,15 +95,15 @@ def to_state(variables: Mapping[str, Any], model: str) -> dict[str, np.ndarray]:
 def write_state(
     path: str | os.PathLike, state: Mapping[str, np.ndarray], metadata: Mapping[str, Any]
 ) -> None:
-    """Writes a state dict that PyTorch loads strictly.
+    """Writes a state dict that PyTorch's `load_state_dict` accepts with `strict=True`.
 
     Args:
-      path: .safetensors, which keeps `metadata` too, or .pth or .bin, which needs PyTorch.
-      state: by timm's name, without BatchNorm's counters.
-      metadata: of the network, as `save_weights` has it.
+      path: a .safetensors, which also holds `metadata`, or a .pth or .bin, which needs PyTorch.
+      state: tensors by timm's name, without BatchNorm's counters.
+      metadata: of the network, as for `save_weights`.
 
     Raises:
-      UserError: PyTorch is needed and missing, or the name ends otherwise.
+      UserError: PyTorch is needed but not installed, or `path` has another suffix.
     """
     path = Path(path)
     state = {name: np.asarray(array, order="C") for name, array in state.items()}
@@ -138,7 +138,7 @@ def _checkpoint(name: str, tensors: Mapping[str, np.ndarray], metadata: dict) ->
 
 
 def _read_config(path: Path) -> dict[str, Any]:
-    """What the hub's config.json tells; nothing where it is missing or something else."""
+    """The metadata in the hub's config.json; empty if it is missing or of another kind."""
     try:
         config = json.loads(path.read_text())
         model, pretrained = config["architecture"], config.get("pretrained_cfg", config)
@@ -152,7 +152,7 @@ def _read_config(path: Path) -> dict[str, Any]:
 
 
 def first_line(error: Exception) -> str:
-    """The first line of what an error says, or what it is called if it says nothing."""
+    """The first line of an error's message, or its type's name if the message is empty."""
     return (str(error) or type(error).__name__).splitlines()[0]
 
 
@@ -161,7 +161,7 @@ def _import_torch(path: Path) -> Any:
         import torch  # pyright: ignore[reportMissingImports]
     except ImportError as error:
         raise UserError(
-            f"{path} needs PyTorch: pip install torch, or take a .safetensors instead."
+            f"{path} needs PyTorch: pip install torch, or use a .safetensors instead."
         ) from error
     return torch
 
@@ -175,15 +175,15 @@ def _read_torch(path: Path) -> dict[str, np.ndarray]:
         raise UserError(f"{path} is cut off: its end is missing; copy or download it again.")
     torch = _import_torch(path)
     try:
-        # Tensors and plain data only: unpickling anything else can run a stranger's code.
-        # timm's and DeiT's checkpoints keep their command line in a Namespace, which can't.
+        # Tensors and plain data only: unpickling anything else can run arbitrary code. A Namespace,
+        # in which timm's and DeiT's checkpoints hold their command line, can't.
         with torch.serialization.safe_globals([argparse.Namespace]):
             holder = torch.load(path, map_location="cpu", weights_only=True)
     except UnpicklingError as error:
         found = re.search(r"GLOBAL (\S+)", str(error))
         raise UserError(
-            f"{path} holds {found[1] if found else 'an object'} beside its tensors, which is never "
-            "unpickled; load it where you trust it and save its state_dict() alone."
+            f"{path} holds {found[1] if found else 'an object'} besides its tensors, which is not "
+            "unpickled for safety; load it where you trust it and save only its state_dict()."
         ) from error
     except (RuntimeError, EOFError, LookupError, ValueError, OSError) as error:
         raise UserError(
@@ -200,7 +200,7 @@ def _read_torch(path: Path) -> dict[str, np.ndarray]:
     if not tensors:
         raise UserError(f"{path} holds no tensors; save a network's state_dict().")
     return {
-        # NumPy has no bfloat16 of PyTorch's; a wider float holds the same numbers.
+        # PyTorch's bfloat16 has no NumPy dtype; float32 holds the same numbers.
         key: (value.float() if value.dtype == torch.bfloat16 else value).numpy()
         for key, value in tensors.items()
     }

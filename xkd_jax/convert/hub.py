@@ -7,7 +7,7 @@ from xkd_jax.convert.files import Checkpoint, first_line, read_checkpoint
 from xkd_jax.errors import UserError, unknown
 from xkd_jax.models import MODELS
 
-# The weights that timm means by a bare name (version 1.0.31).
+# The tag that timm uses for a name without one (version 1.0.31).
 DEFAULT_TAGS = {
     **dict.fromkeys(
         (
@@ -70,7 +70,7 @@ DEFAULT_TAGS = {
 
 
 def full_name(name: str) -> str:
-    """A timm name with its tag, "resnet18.a1_in1k"; timm's default tag if it has none.
+    """Adds timm's default tag to a timm name without one: "resnet18.a1_in1k".
 
     Raises:
       UserError: the network is unknown, or timm has no weights for it.
@@ -79,14 +79,16 @@ def full_name(name: str) -> str:
     if model not in MODELS:
         raise unknown("network", model, MODELS)
     if model not in DEFAULT_TAGS:
-        raise UserError(f"timm publishes no weights for {model}; train it, or give its file.")
+        raise UserError(
+            f"timm publishes no weights for {model}; train it, or give a file of weights."
+        )
     if not re.fullmatch(r"\w*", tag):
-        raise UserError(f"{name!r} is no name of weights; write NAME or NAME.TAG, as timm does.")
+        raise UserError(f"{name!r} is not a name of weights; write NAME or NAME.TAG, as in timm.")
     return f"{model}.{tag or DEFAULT_TAGS[model]}"
 
 
 def download(name: str) -> Checkpoint:
-    """timm's weights from the hub, or from the hub's cache on this machine.
+    """Downloads timm's weights from the hub, or takes them from its local cache.
 
     Args:
       name: timm's, "resnet18" or "resnet18.a1_in1k".
@@ -115,7 +117,7 @@ def download(name: str) -> Checkpoint:
             path = hf_hub_download(repository, "pytorch_model.bin")
     except (errors.LocalEntryNotFoundError, errors.OfflineModeIsEnabled) as error:
         raise UserError(
-            f"huggingface.co can't be reached, and {repository} was not downloaded before; "
+            f"huggingface.co can't be reached, and {repository} is not in the local cache; "
             "connect, or give its file with --from."
         ) from error
     except (errors.RepositoryNotFoundError, errors.EntryNotFoundError) as error:

@@ -1,4 +1,4 @@
-"""What each of our networks needs, tensor by tensor, and which one a checkpoint looks like."""
+"""The tensors of each network, and which network a checkpoint's tensors belong to."""
 
 import dataclasses
 import functools
@@ -16,7 +16,7 @@ from xkd_jax.convert.rules import family_of, timm_name, torch_shape
 from xkd_jax.models import MODELS, create_model
 
 _RESIZING = {"img_size", "patch_size", "window_size"}
-_CLASSES = 999_983  # a prime that no network has channels of: its place in a shape is the head's
+_CLASSES = 999_983  # a prime that no other axis has as length: it marks the axis of classes
 
 
 @dataclasses.dataclass(frozen=True)
@@ -24,7 +24,7 @@ class Place:
     """Where a tensor belongs.
 
     Attributes:
-      path: ours, such as "params/conv1/kernel".
+      path: in our variables, such as "params/conv1/kernel".
       shape: in our layout; -1 stands for the number of classes, which only heads have.
     """
 
@@ -50,7 +50,7 @@ class Place:
 
 
 def get_places(model: str, args: Mapping[str, Any]) -> dict[str, Place]:
-    """The place of every tensor, by timm's name, of a network and its arguments.
+    """The place of every tensor of a network with these arguments, by timm's name.
 
     Raises:
       UserError: the name or an argument is unknown, or the arguments contradict each other.
@@ -72,11 +72,11 @@ def get_places(model: str, args: Mapping[str, Any]) -> dict[str, Place]:
 def fit(shapes: Mapping[str, tuple[int, ...]], wanted: Mapping[str, Place]) -> float:
     """The share of tensors, by name and shape, that a checkpoint and a network have in common.
 
-    The number of classes, and the shape of what can be resized, is left out of it.
+    The number of classes and the shapes of resizable tensors don't count.
 
     Args:
-      shapes: the checkpoint's, by timm's name, in PyTorch's layout.
-      wanted: the network's.
+      shapes: of the checkpoint's tensors, by timm's name, in PyTorch's layout.
+      wanted: the network's places, by timm's name.
     """
     same = sum(
         name in shapes and (is_resizable(name) or place.takes(shapes[name]))
@@ -86,10 +86,9 @@ def fit(shapes: Mapping[str, tuple[int, ...]], wanted: Mapping[str, Place]) -> f
 
 
 def recognize(shapes: Mapping[str, tuple[int, ...]]) -> tuple[list[str], float]:
-    """The networks that a checkpoint looks most like, and how much, by `fit`.
+    """The networks that a checkpoint fits best, and how well, by `fit`.
 
-    Several networks can have the same tensors: DeiT's and ViT's differ in nothing that is
-    stored.
+    Several networks can have the same tensors, such as DeiT and ViT.
 
     Args:
       shapes: of the checkpoint's tensors, by timm's name, in PyTorch's layout.
@@ -102,7 +101,7 @@ def recognize(shapes: Mapping[str, tuple[int, ...]]) -> tuple[list[str], float]:
         return likeness[MODELS[name].network], len(dims.intersection(_sizes(name)))
 
     scores: dict[Any, float] = {}
-    sizes = None  # of a network that fits wholly: one of other sizes can't
+    sizes = None  # of a network that fits completely: those with other sizes can't
     for name in sorted(MODELS, key=promise, reverse=True):
         if likeness[MODELS[name].network] < bound or sizes not in (None, _sizes(name)):
             continue
@@ -119,7 +118,7 @@ def recognize(shapes: Mapping[str, tuple[int, ...]]) -> tuple[list[str], float]:
 
 
 def _likeness(shapes: Iterable[str]) -> dict[type, float]:
-    """By class of network, the share of names in common but for their numbers."""
+    """The share of names in common for each class of network, ignoring numbers."""
     kinds = {_pattern(name) for name in shapes}
     likeness = {}
     for name, variant in MODELS.items():
@@ -135,14 +134,14 @@ def _pattern(name: str) -> str:
 
 @functools.cache
 def _build(name: str) -> nn.Module:
-    """A network less what only changes tensors that can be resized."""
+    """A network without the options that only affect resizable tensors."""
     fields = {field.name for field in dataclasses.fields(MODELS[name].network)}
     return create_model(name, num_classes=1, **dict.fromkeys(_RESIZING & fields, 0))
 
 
 @functools.cache
 def _sizes(name: str) -> tuple:
-    """The numbers that a network is made with."""
+    """The numeric fields of a network."""
     values = [getattr(_build(name), field.name) for field in dataclasses.fields(_build(name))]
     leaves = jax.tree.leaves([value for value in values if not isinstance(value, nn.Module)])
     return tuple(leaf for leaf in leaves if type(leaf) in (int, float) and leaf)

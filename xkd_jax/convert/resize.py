@@ -1,7 +1,7 @@
-"""Tensors whose size follows the image: position embeddings, bias tables, patch projections.
+"""Resizes tensors that depend on the image size: position embeddings, bias tables, patches.
 
-They are resized as timm (Ross Wightman, Apache-2.0) does when it loads a checkpoint: the same
-numbers, to float32's last digits.
+The results are those of timm (Ross Wightman, Apache-2.0) when it loads a checkpoint, to float32
+precision.
 """
 
 import math
@@ -13,13 +13,13 @@ import numpy as np
 
 
 def resize_position_embedding(table: np.ndarray, tokens: int) -> np.ndarray | None:
-    """A position embedding [1, T, D] for another square grid, [1, tokens, D].
+    """Resizes a position embedding [1, T, D] to another square grid, [1, tokens, D].
 
-    Bicubic with anti-aliasing, as in timm's `resample_abs_pos_embed`. The tokens before the
-    patches (class, distillation) keep theirs.
+    Bicubic with anti-aliasing, as in timm's `resample_abs_pos_embed`. The embeddings of prefix
+    tokens (class, distillation) are kept.
 
     Returns:
-      None where `tokens` has another number of tokens before the patches.
+      The embedding, or None if `tokens` implies another number of prefix tokens.
     """
     old, new = math.isqrt(table.shape[1]), math.isqrt(tokens)
     prefix = tokens - new**2
@@ -32,19 +32,19 @@ def resize_position_embedding(table: np.ndarray, tokens: int) -> np.ndarray | No
 
 
 def resize_patch_kernel(kernel: np.ndarray, patch: int) -> np.ndarray:
-    """A patch projection [h, w, 3, D] for other patches, [patch, patch, 3, D].
+    """Resizes a patch projection [h, w, 3, D] to another patch size, [patch, patch, 3, D].
 
     The pseudo-inverse of enlarging a patch (FlexiViT, arXiv:2212.08013), as in timm's
-    `resample_patch_embed`: an enlarged patch gives the enlarged kernel what the patch gave.
+    `resample_patch_embed`: an enlarged patch has the same projection as the original one.
     """
     rows, columns = (np.linalg.pinv(_bicubic(side, patch)) for side in kernel.shape[:2])
     return np.einsum("hH,wW,hwio->HWio", rows, columns, kernel).astype(kernel.dtype)
 
 
 def resize_bias_table(table: np.ndarray, rows: int) -> np.ndarray:
-    """A table of relative position biases [(2w - 1)**2, heads] for another window, [rows, heads].
+    """Resizes relative position biases [(2w - 1)**2, heads] to another window, [rows, heads].
 
-    Linear between positions that lie closer together near the middle, as in timm's
+    Linear interpolation between positions that are denser near the centre, as in timm's
     `resize_rel_pos_bias_table` (the idea is BEiT's, arXiv:2106.08254): near neighbours keep
     their biases.
     """
@@ -60,11 +60,11 @@ def resize_bias_table(table: np.ndarray, rows: int) -> np.ndarray:
 
 
 class _Resizer(NamedTuple):
-    pattern: str  # of timm's name
+    pattern: str  # matches timm's name
     function: Callable[[np.ndarray, int], np.ndarray | None]
-    axis: int  # whose new length the function takes; the axes behind it are channels
-    what: str  # is resized
-    side: Callable[[int], int]  # of it, from that length
+    axis: int  # its new length is the function's argument; the axes after it are channels
+    what: str  # what the message says is resized
+    side: Callable[[int], int]  # that thing's side, from the axis' length
 
 
 _RESIZERS = (
@@ -81,20 +81,20 @@ _RESIZERS = (
 
 
 def is_resizable(name: str) -> bool:
-    """Whether the tensor that timm calls `name` follows the image size."""
+    """Whether the size of the tensor that timm calls `name` depends on the image size."""
     return any(re.fullmatch(resizer.pattern, name) for resizer in _RESIZERS)
 
 
 def resize(name: str, array: np.ndarray, shape: tuple[int, ...]) -> tuple[np.ndarray, str] | None:
-    """Resizes a tensor that follows the image size.
+    """Resizes a tensor that depends on the image size.
 
     Args:
-      name: timm's.
-      array: in our layout.
-      shape: that is needed.
+      name: timm's name.
+      array: the tensor in our layout.
+      shape: the shape that it should have.
 
     Returns:
-      the resized tensor and what happened in words, or None where resizing can't help.
+      the resized tensor and a description of the change, or None if it can't be resized so.
     """
     for pattern, function, axis, what, side in _RESIZERS:
         channels = axis + 1
@@ -111,7 +111,7 @@ def resize(name: str, array: np.ndarray, shape: tuple[int, ...]) -> tuple[np.nda
 
 
 def _bicubic(old: int, new: int) -> np.ndarray:
-    """The matrix [new, old] that resizes a line: Keys' kernel with a = -1/2, anti-aliased."""
+    """The matrix [new, old] that resizes one axis: Keys' kernel with a = -1/2, anti-aliased."""
     scale = max(old / new, 1.0)
     centres = (np.arange(new) + 0.5) * (old / new) - 0.5
     x = np.abs(np.arange(old) - centres[:, None]) / scale

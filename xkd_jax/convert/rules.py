@@ -1,8 +1,8 @@
-"""Which tensor of a PyTorch checkpoint is which of ours, and where a family departs from it.
+"""The rules that map PyTorch's tensor names and layouts to ours.
 
-One rule names almost all of them: our path is timm's name, where a number joins the part before
-it (`layer1.0.conv1` is `layer1_0/conv1`), and the leaves are called as Flax calls them. What a
-family does otherwise stands in `FAMILIES`.
+One rule covers almost all tensors: our path is timm's name, with numbers joined to the part before
+(`layer1.0.conv1` is `layer1_0/conv1`) and Flax's names for the leaves. `FAMILIES` lists the
+exceptions.
 """
 
 import dataclasses
@@ -19,9 +19,9 @@ class Layout:
     """Another library's, or an older timm's, names for the same tensors.
 
     Attributes:
-      source: whose.
-      marker: what the name of a tensor matches that only this layout has.
-      renames: pattern and replacement; every one is applied in turn.
+      source: whose names they are.
+      marker: a pattern that matches a name in this layout, and none in others.
+      renames: patterns and replacements, applied in order.
     """
 
     source: str
@@ -31,14 +31,14 @@ class Layout:
 
 @dataclasses.dataclass(frozen=True)
 class Family:
-    """How the tensors of a family of networks depart from the common rule.
+    """The exceptions of a family of networks from the common rule.
 
     Attributes:
-      underscored: the parts of a name whose number belongs to an underscore in timm too.
-      skipped: tensors that hold nothing learnt, or belong to a part that may be left out.
-      optional: what the tensors of an optional part match, and the network's argument, which is
-        False where a checkpoint has none of them.
-      layouts: names that the checkpoint may have instead of timm's.
+      underscored: pattern of the parts of a name whose number follows an underscore in timm too.
+      skipped: pattern of tensors that are not learnt, or belong to an optional part.
+      optional: pattern of an optional part's tensors, and the network's argument that is False if
+        a checkpoint has none of them.
+      layouts: the other layouts in which checkpoints occur.
     """
 
     underscored: str = r"(?!)"
@@ -58,7 +58,7 @@ _OLD_SWIN = Layout(
     ),
 )
 
-# The 16 blocks of EfficientNet-B0 by stage; in the lite one too.
+# Stage and index of the 16 blocks of EfficientNet-B0 and Lite0.
 _B0_BLOCKS = [(i, j) for i, depth in enumerate((1, 2, 2, 3, 3, 4, 1)) for j in range(depth)]
 _EFFICIENTNET_PYTORCH = Layout(
     "efficientnet-pytorch's",
@@ -95,7 +95,7 @@ FAMILIES = {
     ),
 }
 
-# The head and what `resize` can resize are found by themselves: they aren't in this table.
+# The table omits the head, which is recognised by its shape, and the tensors that `resize` handles.
 
 _LEAVES = {"kernel": "weight", "scale": "weight", "mean": "running_mean", "var": "running_var"}
 
@@ -106,7 +106,7 @@ def family_of(model: str) -> Family:
 
 
 def find_layout(names: Iterable[str]) -> Layout | None:
-    """The layout that tensors with these `names` have, if it isn't timm's."""
+    """The layout of tensors with these `names`; None for timm's."""
     names = list(names)
     for family in FAMILIES.values():
         for layout in family.layouts:
@@ -145,7 +145,7 @@ def from_torch(path: str, array: np.ndarray) -> np.ndarray:
 
 
 def torch_shape(path: str, shape: tuple[int, ...]) -> tuple[int, ...]:
-    """What `to_torch` makes of a tensor's shape."""
+    """The shape that `to_torch` gives a tensor of `shape`."""
     return tuple(shape[axis] for axis in _torch_axes(path, len(shape)))
 
 

@@ -1,7 +1,7 @@
 """Networks by name: `create_model("resnet50", num_classes=10)`.
 
-A family is a file of its own with its module class and `VARIANTS`, a `Variant` by timm name.
-Adding one: an import, and an entry in `_FAMILIES`.
+Each family is one file with its module class and `VARIANTS`, which maps timm's names to `Variant`s.
+To add a family, import it here and list it in `_FAMILIES`.
 """
 
 import dataclasses
@@ -42,21 +42,21 @@ MODELS: dict[str, Variant] = {
 
 
 def create_model(name: str, *, num_classes: int, dtype: Any = jnp.float32, **args) -> nn.Module:
-    """The network called `name`, without weights.
+    """Creates the network called `name`, without weights.
 
-    `logits, out = model.apply(variables, images, train=...)`, where `images` is
-    `[N, H, W, 3]` and the keys of `out` depend on `model.kind`, "cnn" or "transformer" alone.
-    With `remat=True`, which all but VGGs have, gradients compute the insides of blocks anew.
+    `logits, out = model.apply(variables, images, train=...)`, where `images` is `[N, H, W, 3]`
+    and the keys of `out` depend only on `model.kind`, "cnn" or "transformer". With `remat=True`,
+    an option of all networks except VGGs, the backward pass recomputes the insides of blocks.
 
     Args:
       name: a key of `MODELS`.
-      num_classes: how many logits.
-      dtype: what the layers compute in; parameters and logits are float32 always.
-      **args: fields of the module, over the variant's; a list becomes a tuple, so that what
-        went through JSON still hashes.
+      num_classes: the number of logits.
+      dtype: the dtype that layers compute in; parameters and logits are always float32.
+      **args: fields of the module, which override the variant's; lists become tuples, so that
+        values read from JSON are hashable.
 
     Raises:
-      UserError: no network or no argument has that name.
+      UserError: the network or an argument is unknown.
     """
     if name not in MODELS:
         raise errors.unknown("network", name, MODELS)

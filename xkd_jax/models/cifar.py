@@ -4,8 +4,8 @@ He et al., "Deep Residual Learning for Image Recognition" (arXiv:1512.03385, sec
 Zagoruyko and Komodakis, "Wide Residual Networks" (arXiv:1605.07146); Simonyan and Zisserman,
 "Very Deep Convolutional Networks" (arXiv:1409.1556). The variants are those of Tian et al.,
 "Contrastive Representation Distillation" (arXiv:1910.10699): names, layout and numerics follow
-its RepDistiller (BSD-2), in whose format the published teachers come. So `vgg13` is not timm's,
-the ImageNet network of that name.
+its RepDistiller (BSD-2), whose published teachers can be converted. `vgg13` is therefore not
+timm's ImageNet network of that name.
 """
 
 from typing import Any, ClassVar
@@ -24,9 +24,10 @@ from xkd_jax.models.variant import Variant
 class CifarResNet(nn.Module):
     """A ResNet of 6n + 2 layers: a stem and three groups of n blocks.
 
-    `channels` are the stem's and the groups'. The shortcut projects where the shape changes (He
-    et al. pad with zeros there). Training changes the collection `batch_stats`; with `drop_rate`
-    above 0, before the classifier, it needs `rngs={"dropout": key}`.
+    `channels` are those of the stem and the groups. The shortcut is a projection where the shape
+    changes (He et al. pad with zeros instead). `drop_rate` is that of the dropout before the
+    classifier. Training updates the collection `batch_stats`; with `drop_rate` above 0 it needs
+    `rngs={"dropout": key}`.
     """
 
     kind: ClassVar[str] = "cnn"
@@ -44,11 +45,11 @@ class CifarResNet(nn.Module):
 
         Returns:
           logits [N, num_classes] float32, and the intermediates: `stage1`, the stem, and
-          `stage2` ... `stage4`, the groups, [N, h, w, C] after the activation, `stage1_pre` ...
-          before it, `pooled` [N, C], `logits`. The literature calls the stages f0 ... f3.
+          `stage2` ... `stage4`, the groups, [N, h, w, C] after the activation; `stage1_pre` ...
+          before it; `pooled` [N, C], `logits`. The literature calls the stages f0 ... f3.
 
         Raises:
-          UserError: `depth` is not 6n + 2, or `channels` are not four positive numbers.
+          UserError: `depth` is not 6n + 2, or `channels` is not four positive numbers.
         """
         self._check()
         out: dict[str, Any] = {}
@@ -76,11 +77,11 @@ class CifarResNet(nn.Module):
     def _check(self) -> None:
         if self.depth < 8 or (self.depth - 2) % 6:
             raise errors.UserError(
-                f"depth must be 6n + 2 for a whole n of at least 1, not {self.depth}."
+                f"depth must be 6n + 2 with an integer n >= 1, not {self.depth}."
             )
         if len(self.channels) != 4 or min(self.channels) < 1:
             raise errors.UserError(
-                "channels must be four positive numbers, the stem's and three groups', not "
+                "channels must be four positive numbers (of the stem and three groups), not "
                 f"{self.channels}."
             )
 
@@ -88,7 +89,7 @@ class CifarResNet(nn.Module):
 class WideBlock(nn.Module):
     """A pre-activation block; the projection shares the first norm and ReLU.
 
-    `drop_rate` drops elements between the two convolutions.
+    `drop_rate` is that of the dropout between the two convolutions.
     """
 
     planes: int
@@ -101,7 +102,7 @@ class WideBlock(nn.Module):
         """Maps `x` [N, h, w, C] to [N, h / stride, w / stride, planes].
 
         Returns:
-          the sum, which no activation follows, and what the first ReLU takes [N, h, w, C].
+          the sum, without an activation, and the input of the first ReLU [N, h, w, C].
         """
         pre = BatchNorm(dtype=self.dtype, name="bn1")(x, train)
         y = nn.relu(pre)
@@ -115,7 +116,7 @@ class WideBlock(nn.Module):
 
 
 class WideGroup(nn.Module):
-    """Blocks of which the first has the stride."""
+    """A sequence of blocks; the first has the stride."""
 
     depth: int
     planes: int
@@ -129,7 +130,7 @@ class WideGroup(nn.Module):
         """Maps `x` [N, h, w, C] to [N, h / stride, w / stride, planes].
 
         Returns:
-          the last sum, and what the first ReLU takes [N, h, w, C].
+          the last block's sum, and the input of the first block's first ReLU [N, h, w, C].
         """
         pres = []
         block = recomputed(WideBlock, self.remat and train)
@@ -144,9 +145,9 @@ class WideGroup(nn.Module):
 class WideResNet(nn.Module):
     """A wide ResNet of 6n + 4 layers: a stem and three groups of n pre-activation blocks.
 
-    `widen_factor` multiplies the groups' 16, 32 and 64 channels. Training changes the collection
-    `batch_stats`; with `drop_rate` above 0, inside the blocks, it needs
-    `rngs={"dropout": key}`.
+    `widen_factor` multiplies the groups' 16, 32 and 64 channels; `drop_rate` is that of the
+    dropout inside the blocks. Training updates the collection `batch_stats`; with `drop_rate`
+    above 0 it needs `rngs={"dropout": key}`.
     """
 
     kind: ClassVar[str] = "cnn"
@@ -162,11 +163,11 @@ class WideResNet(nn.Module):
     def __call__(self, images: jax.Array, train: bool = False) -> tuple[jax.Array, dict[str, Any]]:
         """Classifies `images` [N, H, W, 3], already normalised, of any size.
 
-        The activations of a pre-activation network belong to the next group. The literature's
-        features, which published results come from, are therefore neither of the usual pair:
-        `stage1` ... `stage4` are the convolution of the stem and the sums at the groups' ends
-        (f0 ... f3), with no norm or activation; `stage1_pre` ... are the same behind the norm
-        that follows, which the next ReLU takes (preact; there f0 stays without its norm).
+        In a pre-activation network, the activation of a group's output belongs to the next group.
+        The features behind published results are therefore not the usual pair: `stage1` ...
+        `stage4` are the stem's convolution and the last sum of each group (f0 ... f3), without
+        norm or activation; `stage1_pre` ... are the same after the norm that follows, the input
+        of the next ReLU (the literature's preact, except that its f0 is not normalised).
 
         Returns:
           logits [N, num_classes] float32, and the intermediates: `stage1` ... `stage4` and
@@ -197,7 +198,7 @@ class WideResNet(nn.Module):
     def _check(self) -> None:
         if self.depth < 10 or (self.depth - 4) % 6:
             raise errors.UserError(
-                f"depth must be 6n + 4 for a whole n of at least 1, not {self.depth}."
+                f"depth must be 6n + 4 with an integer n >= 1, not {self.depth}."
             )
         if self.widen_factor < 1:
             raise errors.UserError(f"widen_factor must be at least 1, not {self.widen_factor}.")
@@ -206,8 +207,9 @@ class WideResNet(nn.Module):
 class CifarVGG(nn.Module):
     """A VGG of five blocks with batch normalisation and one linear layer.
 
-    `channels` are the convolutions of each block. Training changes the collection `batch_stats`;
-    with `drop_rate` above 0, before the classifier, it needs `rngs={"dropout": key}`.
+    `channels` lists the output channels of each block's convolutions; `drop_rate` is that of the
+    dropout before the classifier. Training updates the collection `batch_stats`; with `drop_rate`
+    above 0 it needs `rngs={"dropout": key}`.
     """
 
     kind: ClassVar[str] = "cnn"
@@ -219,18 +221,18 @@ class CifarVGG(nn.Module):
 
     @nn.compact
     def __call__(self, images: jax.Array, train: bool = False) -> tuple[jax.Array, dict[str, Any]]:
-        """Classifies `images` [N, H, W, 3], already normalised, of 8 pixels or more a side.
+        """Classifies `images` [N, H, W, 3], already normalised, at least 8 pixels a side.
 
-        A 2x2 max-pool separates the blocks, but the last two only in images 64 pixels high, as
-        in the literature.
+        A 2x2 max-pool separates the blocks; the last two, only for images 64 pixels high, as in
+        the literature.
 
         Returns:
           logits [N, num_classes] float32, and the intermediates: `stage1` ... `stage4`, the
-          second to fifth block [N, h, w, C] after the activation, `stage1_pre` ... before it,
-          both before the pooling, `pooled` [N, C], `logits`.
+          second to fifth block [N, h, w, C] after the activation; `stage1_pre` ... before it,
+          both before the pooling; `pooled` [N, C], `logits`.
 
         Raises:
-          UserError: `images` is smaller, or `channels` are not five blocks of positive numbers.
+          UserError: `images` is smaller, or `channels` is not five blocks of positive numbers.
         """
         self._check(images.shape)
         out: dict[str, Any] = {}
@@ -262,8 +264,8 @@ class CifarVGG(nn.Module):
     def _check(self, shape: tuple[int, ...]) -> None:
         if min(shape[1:3]) < 8:
             raise errors.UserError(
-                f"this VGG takes images of 8 pixels or more a side, not {shape[1]}x{shape[2]}; "
-                "it was made for 32."
+                f"this VGG needs images of at least 8 pixels a side, not {shape[1]}x{shape[2]}; "
+                "it was designed for 32x32."
             )
         if len(self.channels) != 5 or min(min(block, default=0) for block in self.channels) < 1:
             raise errors.UserError(

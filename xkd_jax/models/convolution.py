@@ -1,8 +1,8 @@
-"""Convolutions as the backend computes them fastest.
+"""Convolutions in the form that is fastest on the current backend.
 
-XLA's own are what GPUs and TPUs want. On a CPU its depthwise ones take forty times as long as the
-sums and products that they stand for, the kernel gradients of its grouped ones take seconds, and
-its 1x1 ones lose to a matrix product.
+GPUs and TPUs use XLA's. On a CPU, XLA's depthwise convolutions take forty times as long as the
+equivalent shifted products and sums, the kernel gradients of its grouped convolutions take
+seconds, and its 1x1 convolutions are slower than a matrix product.
 `docs/results/networks_speed.md` has the measurements.
 """
 
@@ -26,8 +26,8 @@ def convolve(
 ) -> jax.Array:
     """Convolves `x` [N, H, W, C] with `kernel` [kh, kw, C / groups, features].
 
-    Returns [N, h, w, features]. `padding` is before and after, vertical and horizontal, or
-    "SAME", TensorFlow's.
+    Returns [N, h, w, features]. `padding` is ((top, bottom), (left, right)), or "SAME" as in
+    TensorFlow.
     """
     height, width, channels, features = kernel.shape
     if isinstance(padding, str):
@@ -62,14 +62,14 @@ def _xla(
 def _grouped(
     x: jax.Array, kernel: jax.Array, stride: tuple[int, int], pads: Pairs, groups: int
 ) -> jax.Array:
-    """Groups in bundles of about 64 channels, each bundle dense with zeros between its groups."""
+    """Merges groups into bundles of about 64 channels: dense, with zeros between the groups."""
     height, width, channels, features = kernel.shape
     size = max(
         n for n in range(1, groups + 1) if n == 1 or (groups % n == 0 and n * channels <= 64)
     )
     bundles = groups // size
     kernel = kernel.reshape(height, width, channels, bundles, size, features // groups)
-    # The zeros cost less than convolutions of a few channels do.
+    # Multiplying by zeros costs less than many convolutions of a few channels.
     kernel = jnp.einsum("hwcbgf,gn->bhwncgf", kernel, jnp.eye(size, dtype=kernel.dtype))
     kernel = kernel.reshape(bundles, height, width, size * channels, features // bundles)
     parts = jnp.split(x, bundles, axis=-1)
@@ -80,7 +80,7 @@ def _grouped(
 
 @partial(jax.custom_vjp, nondiff_argnums=(2, 3))
 def _depthwise(x: jax.Array, kernel: jax.Array, stride: tuple[int, int], pads: Pairs) -> jax.Array:
-    """One [kh, kw, 1, C] filter a channel, as shifted products: XLA fuses them into one loop."""
+    """One filter per channel, [kh, kw, 1, C], as shifted products: XLA fuses them into one loop."""
     x = jnp.pad(x, ((0, 0), *pads, (0, 0)))
     height, width = kernel.shape[:2]
     rows = (x.shape[1] - height) // stride[0] + 1
@@ -106,7 +106,7 @@ def _depthwise_backward(stride, pads, saved, dy):
 
 
 def _input_gradient(x, kernel, stride, pads, dy):
-    """The same convolution with the flipped kernel, over `dy` spread out by the stride."""
+    """The same convolution with the flipped kernel, over `dy` dilated by the stride."""
     spread = []
     for axis in range(2):
         low = kernel.shape[axis] - 1 - pads[axis][0]
@@ -118,7 +118,7 @@ def _input_gradient(x, kernel, stride, pads, dy):
 
 
 def _kernel_gradient(x, kernel, stride, pads, dy):
-    """Row by row: a reduction of products over the whole batch at once would miss the cache."""
+    """Accumulated row by row: a single reduction over the whole batch would miss the cache."""
     x = jnp.pad(x, ((0, 0), *pads, (0, 0)))
     height, width = kernel.shape[:2]
     reach = stride[1] * (dy.shape[2] - 1) + 1
@@ -134,7 +134,7 @@ def _kernel_gradient(x, kernel, stride, pads, dy):
 
     zeros = [jnp.zeros((dy.shape[0], *dy.shape[2:]), dy.dtype)] * (height * width)
     sums, _ = jax.lax.scan(add_row, zeros, jnp.arange(dy.shape[1]))
-    # XLA would fuse the loop's last step into the reduction, which then reads across the rows.
+    # Otherwise XLA fuses the loop's last step into the reduction, which then reads across rows.
     sums = jax.lax.optimization_barrier(sums)
     return jnp.stack([jnp.sum(part, (0, 1)) for part in sums]).reshape(kernel.shape)
 

@@ -2,7 +2,7 @@
 
 Tan and Le, "EfficientNet: Rethinking Model Scaling for Convolutional Neural Networks"
 (arXiv:1905.11946). The layout follows `EfficientNet` in timm (Ross Wightman, Apache-2.0), which
-builds MobileNetV2 of the same blocks; here `mobilenetv2` does.
+builds MobileNetV2 from the same blocks, as `mobilenetv2` does here.
 """
 
 import math
@@ -19,24 +19,24 @@ from xkd_jax.models.layers import BatchNorm, Conv, classify, drop_path, recomput
 from xkd_jax.models.variant import Variant
 
 _ACTIVATIONS = {"silu": nn.silu, "relu6": nn.relu6}
-# Of the stem, then of the stages. "cifar" removes the first two, so that 32x32 ends at 4x4.
+# Of the stem and the seven stages; "cifar" drops the first two, so that 32x32 images end at 4x4.
 _STRIDES = {"imagenet": (2, 1, 2, 2, 2, 1, 2, 1), "cifar": (1, 1, 1, 2, 2, 1, 2, 1)}
-# The last stage of each resolution, less the first: timm's reductions 4, 8, 16 and 32.
+# The last stage at each resolution except the highest: timm's reductions 4, 8, 16 and 32.
 _TAPS = {1: "stage1", 2: "stage2", 4: "stage3", 6: "stage4"}
 
-# Google's: uniform within +-1/sqrt(num_classes).
+# As in Google's code: uniform within +-1/sqrt(num_classes).
 _head_init = nn.initializers.variance_scaling(1 / 3, "fan_out", "uniform")
 
 
 def round_channels(channels: int, width: float) -> int:
-    """`channels` times `width`, to the nearest multiple of 8 that loses at most a tenth."""
+    """`channels` times `width`, rounded to a multiple of 8, but never down by more than 10%."""
     scaled = channels * width
     rounded = max(8, int(scaled + 4) // 8 * 8)
     return rounded + 8 if rounded < 0.9 * scaled else rounded
 
 
 class SqueezeExcite(nn.Module):
-    """Gates channels by what the whole image holds (Hu et al., arXiv:1709.01507)."""
+    """Scales channels by gates computed from the whole image (Hu et al., arXiv:1709.01507)."""
 
     reduced: int
     activation: str
@@ -44,7 +44,7 @@ class SqueezeExcite(nn.Module):
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
-        """Gates `x` [N, h, w, C], with `reduced` channels between the two 1x1 convolutions."""
+        """Scales `x` [N, h, w, C]; `reduced` channels are between the two 1x1 convolutions."""
         conv = partial(Conv, kernel_size=1, use_bias=True, dtype=self.dtype)
         gate = jnp.mean(x, axis=(1, 2), keepdims=True)
         gate = _ACTIVATIONS[self.activation](conv(self.reduced, name="conv_reduce")(gate))
@@ -54,9 +54,9 @@ class SqueezeExcite(nn.Module):
 class InvertedResidual(nn.Module):
     """Expansion, depthwise convolution and linear projection (MobileNetV2, arXiv:1801.04381).
 
-    `expansion` 1 drops the first, and names the rest as timm's `DepthwiseSeparableConv` does.
-    The other fields are those of `EfficientNet`; `drop_path` drops the branch beside the
-    shortcut, which there is where neither size nor channels change.
+    With `expansion` 1 there is no expansion, and the layers have the names of timm's
+    `DepthwiseSeparableConv`. The other fields are those of `EfficientNet`; `drop_path` is the rate
+    of stochastic depth. There is a shortcut where neither size nor channel count changes.
     """
 
     features: int
@@ -88,7 +88,7 @@ class InvertedResidual(nn.Module):
             self.kernel_size,
             self.stride,
             groups=hidden,
-            # Fan out counts the outputs that one input reaches: one channel's.
+            # timm's fan-out counts the outputs that one input reaches: those of one channel.
             kernel_init=nn.initializers.variance_scaling(2.0 * hidden, "fan_out", "normal"),
             name="conv_dw",
         )(y)
@@ -106,11 +106,11 @@ class EfficientNet(nn.Module):
     """timm's `EfficientNet` of seven stages; the defaults are B0's.
 
     `width` multiplies every channel count, rounded to multiples of 8, and `depth` every stage's
-    blocks, rounded up; `fix_stem_head` exempts the stem, the head and the first and last stage's
-    blocks. The stem is "imagenet" (stride 2) or, for 32x32 images, "cifar" (stride 1, and the
-    second stage too). `activation` is "silu" or "relu6"; `padding` is None, PyTorch's, or
-    "SAME", TensorFlow's. Training changes the collection `batch_stats`; with `drop_rate` or
-    `drop_path_rate` above 0 it needs `rngs={"dropout": key}`.
+    blocks, rounded up; `fix_stem_head` exempts the channels of the stem and the head, and the
+    number of blocks of the first and the last stage. The stem is "imagenet" (stride 2) or, for
+    32x32 images, "cifar" (stride 1, in the second stage too). `activation` is "silu" or "relu6";
+    `padding` is None, as in PyTorch, or "SAME", as in TensorFlow. Training updates the collection
+    `batch_stats`; with `drop_rate` or `drop_path_rate` above 0 it needs `rngs={"dropout": key}`.
     """
 
     kind: ClassVar[str] = "cnn"
@@ -150,7 +150,7 @@ class EfficientNet(nn.Module):
           `logits`.
 
         Raises:
-          UserError: `width`, `depth`, `stem`, `activation` or `padding` is not one of the above.
+          UserError: `width`, `depth`, `stem`, `activation` or `padding` has an invalid value.
         """
         self._check()
         stem_stride, *strides = _STRIDES[self.stem]
@@ -192,7 +192,7 @@ class EfficientNet(nn.Module):
         names: tuple[str, str],
         train: bool,
     ) -> jax.Array:
-        """Convolution, normalisation and activation, the first two under `names`."""
+        """Convolution and normalisation, called `names`, and the activation."""
         conv, norm = names
         x = Conv(channels, kernel_size, stride, padding=self.padding, dtype=self.dtype, name=conv)(
             x
@@ -232,6 +232,6 @@ _LITE = {
 VARIANTS = {
     "efficientnet_b0": Variant(EfficientNet, {}),
     "tf_efficientnet_lite0": Variant(EfficientNet, _LITE, mean=HALF_MEAN, std=HALF_STD),
-    # Ours, not timm's: for the 32x32 images of CIFAR.
+    # Not in timm: for the 32x32 images of CIFAR.
     "efficientnet_b0_32": Variant(EfficientNet, {"stem": "cifar"}, 32, CIFAR100_MEAN, CIFAR100_STD),
 }

@@ -15,19 +15,19 @@ from xkd_jax.augment.normalization import HALF_MEAN, HALF_STD
 from xkd_jax.models.layers import BatchNorm, Conv, classify, max_pool, recomputed
 from xkd_jax.models.variant import Variant
 
-# timm truncates at +-2 in absolute terms: at these deviations that is a plain normal.
+# timm truncates at an absolute +-2: with these deviations that is a plain normal.
 _weight_init = nn.initializers.normal(0.1)
 _aux_head_init = nn.initializers.normal(0.001)
 
-_SMALLEST = 75  # leaves one pixel of the last map
-_SMALLEST_AUX = 299  # leaves the 17x17 map that the auxiliary classifier is built for
+_SMALLEST = 75  # makes the last map one pixel
+_SMALLEST_AUX = 299  # makes the 17x17 map that the auxiliary classifier is built for
 
 # Name, features and kernel size (vertical, horizontal) of a convolution.
 _Layer = tuple[str, int, int | tuple[int, int]]
 
 
 class ConvNorm(nn.Module):
-    """A convolution and its normalisation; the activation is the caller's."""
+    """A convolution and batch normalisation, without an activation."""
 
     features: int
     kernel_size: int | tuple[int, int]
@@ -51,24 +51,12 @@ class ConvNorm(nn.Module):
 
 
 class Mixed(nn.Module):
-    """Parallel branches, concatenated before their common ReLU.
-
-    A subclass lists its branches in `branches`, `_run` and `_pool` do the rest.
-    """
+    """The base of blocks with parallel branches, concatenated before their common ReLU."""
 
     dtype: Any = jnp.float32
 
-    @nn.compact
-    def __call__(self, x: jax.Array, train: bool = False) -> jax.Array:
-        """Maps `x` [N, h, w, C], which a ReLU has left, to the branches side by side."""
-        return jnp.concatenate(self.branches(x, train), axis=-1)
-
-    def branches(self, x: jax.Array, train: bool) -> list[jax.Array]:
-        """The branches of `x` [N, h, w, C], each [N, h', w', C'], before their ReLU."""
-        raise NotImplementedError
-
     def _run(self, x: jax.Array, train: bool, *layers: _Layer, stride: int = 1) -> jax.Array:
-        """Convolutions with ReLUs between them; the last has the stride, and then no padding."""
+        """Convolutions with ReLUs between them; only the last is strided, and then unpadded."""
         for i, (name, features, kernel) in enumerate(layers):
             x = nn.relu(x) if i > 0 else x
             strided = stride > 1 and i == len(layers) - 1
@@ -93,9 +81,10 @@ class MixedA(Mixed):
 
     pool_features: int = 64
 
-    def branches(self, x: jax.Array, train: bool) -> list[jax.Array]:
-        """See `Mixed`."""
-        return [
+    @nn.compact
+    def __call__(self, x: jax.Array, train: bool = False) -> jax.Array:
+        """Maps `x` [N, h, w, C] to the concatenated branches [N, h, w, C'], before their ReLU."""
+        branches = [
             self._run(x, train, ("branch1x1", 64, 1)),
             self._run(x, train, ("branch5x5_1", 48, 1), ("branch5x5_2", 64, 5)),
             self._run(
@@ -107,14 +96,16 @@ class MixedA(Mixed):
             ),
             self._pool(x, train, self.pool_features),
         ]
+        return jnp.concatenate(branches, axis=-1)
 
 
 class MixedB(Mixed):
-    """From the 35x35 to the 17x17 grid (figure 10 of the paper)."""
+    """Reduces the 35x35 grid to 17x17 (figure 10 of the paper)."""
 
-    def branches(self, x: jax.Array, train: bool) -> list[jax.Array]:
-        """See `Mixed`."""
-        return [
+    @nn.compact
+    def __call__(self, x: jax.Array, train: bool = False) -> jax.Array:
+        """Maps `x` [N, h, w, C] to the concatenated branches [N, h', w', C'], before their ReLU."""
+        branches = [
             self._run(x, train, ("branch3x3", 384, 3), stride=2),
             self._run(
                 x,
@@ -124,8 +115,9 @@ class MixedB(Mixed):
                 ("branch3x3dbl_3", 96, 3),
                 stride=2,
             ),
-            max_pool(x, 3, 2),  # not negative: the ReLU behind it changes nothing
+            max_pool(x, 3, 2),  # non-negative, so that the ReLU that follows changes nothing
         ]
+        return jnp.concatenate(branches, axis=-1)
 
 
 class MixedC(Mixed):
@@ -133,10 +125,11 @@ class MixedC(Mixed):
 
     features: int = 192
 
-    def branches(self, x: jax.Array, train: bool) -> list[jax.Array]:
-        """See `Mixed`."""
+    @nn.compact
+    def __call__(self, x: jax.Array, train: bool = False) -> jax.Array:
+        """Maps `x` [N, h, w, C] to the concatenated branches [N, h, w, C'], before their ReLU."""
         inner = self.features
-        return [
+        branches = [
             self._run(x, train, ("branch1x1", 192, 1)),
             self._run(
                 x,
@@ -156,14 +149,16 @@ class MixedC(Mixed):
             ),
             self._pool(x, train, 192),
         ]
+        return jnp.concatenate(branches, axis=-1)
 
 
 class MixedD(Mixed):
-    """From the 17x17 to the 8x8 grid."""
+    """Reduces the 17x17 grid to 8x8."""
 
-    def branches(self, x: jax.Array, train: bool) -> list[jax.Array]:
-        """See `Mixed`."""
-        return [
+    @nn.compact
+    def __call__(self, x: jax.Array, train: bool = False) -> jax.Array:
+        """Maps `x` [N, h, w, C] to the concatenated branches [N, h', w', C'], before their ReLU."""
+        branches = [
             self._run(x, train, ("branch3x3_1", 192, 1), ("branch3x3_2", 320, 3), stride=2),
             self._run(
                 x,
@@ -176,18 +171,20 @@ class MixedD(Mixed):
             ),
             max_pool(x, 3, 2),
         ]
+        return jnp.concatenate(branches, axis=-1)
 
 
 class MixedE(Mixed):
-    """Branches that fork into 1x3 and 3x1 (figure 7 of the paper)."""
+    """Branches that split into 1x3 and 3x1 convolutions (figure 7 of the paper)."""
 
-    def branches(self, x: jax.Array, train: bool) -> list[jax.Array]:
-        """See `Mixed`."""
+    @nn.compact
+    def __call__(self, x: jax.Array, train: bool = False) -> jax.Array:
+        """Maps `x` [N, h, w, C] to the concatenated branches [N, h, w, C'], before their ReLU."""
         single = nn.relu(self._run(x, train, ("branch3x3_1", 384, 1)))
         double = nn.relu(
             self._run(x, train, ("branch3x3dbl_1", 448, 1), ("branch3x3dbl_2", 384, 3))
         )
-        return [
+        branches = [
             self._run(x, train, ("branch1x1", 320, 1)),
             self._run(single, train, ("branch3x3_2a", 384, (1, 3))),
             self._run(single, train, ("branch3x3_2b", 384, (3, 1))),
@@ -195,6 +192,7 @@ class MixedE(Mixed):
             self._run(double, train, ("branch3x3dbl_3b", 384, (3, 1))),
             self._pool(x, train, 192),
         ]
+        return jnp.concatenate(branches, axis=-1)
 
 
 class AuxHead(nn.Module):
@@ -216,11 +214,11 @@ class AuxHead(nn.Module):
 
 
 class InceptionV3(nn.Module):
-    """Inception-v3; `aux_logits` gives it the auxiliary classifier, which only training runs.
+    """Inception-v3; `aux_logits` adds the auxiliary classifier, which only runs in training.
 
-    Its cross-entropy joins the loss with weight 0.4, as in TF-Slim and PyTorch's tutorials (the
-    paper names no weight). Training changes the collection `batch_stats`; with `drop_rate` above
-    0 it needs `rngs={"dropout": key}`.
+    Its cross-entropy is added to the loss with weight 0.4, as in TF-Slim and PyTorch's tutorials
+    (the paper gives no weight). Training updates the collection `batch_stats`; with `drop_rate`
+    above 0 it needs `rngs={"dropout": key}`.
     """
 
     kind: ClassVar[str] = "cnn"
@@ -233,7 +231,7 @@ class InceptionV3(nn.Module):
 
     @nn.compact
     def __call__(self, images: jax.Array, train: bool = False) -> tuple[jax.Array, dict[str, Any]]:
-        """Classifies `images` [N, H, W, 3], already normalised, of 75 pixels or more a side.
+        """Classifies `images` [N, H, W, 3], already normalised, at least 75 pixels a side.
 
         The stages are timm's features at reductions 4, 8, 16 and 32: `Conv2d_4a_3x3`,
         `Mixed_5d`, `Mixed_6e` and `Mixed_7c`.
@@ -267,7 +265,7 @@ class InceptionV3(nn.Module):
         x = nn.relu(mixed(MixedC, "6c", x, features=160))
         x = nn.relu(mixed(MixedC, "6d", x, features=160))
         x = tap(3, mixed(MixedC, "6e", x))
-        self._classify_aside(x, train, out)
+        self._add_aux_logits(x, train, out)
         x = nn.relu(mixed(MixedD, "7a", x))
         x = nn.relu(mixed(MixedE, "7b", x))
         x = tap(4, mixed(MixedE, "7c", x))
@@ -291,27 +289,27 @@ class InceptionV3(nn.Module):
         x = nn.relu(conv("3b", x, 80, 1))
         return conv("4a", x, 192, 3, padding=0)
 
-    def _classify_aside(self, x: jax.Array, train: bool, out: dict[str, Any]) -> None:
+    def _add_aux_logits(self, x: jax.Array, train: bool, out: dict[str, Any]) -> None:
         if not self.aux_logits:
             return
         head = AuxHead(self.num_classes, self.dtype, name="AuxLogits")
         if train:
             out["aux_logits"] = head(x, train)
         elif self.is_initializing():
-            # The parameters exist whatever the size of the images at hand.
+            # Creates the parameters, whatever the size of the images.
             head(jnp.zeros((1, 17, 17, x.shape[-1]), x.dtype))
 
     def _check(self, shape: tuple[int, ...], train: bool) -> None:
         if min(shape[1:3]) < _SMALLEST:
             raise errors.UserError(
-                f"Inception-v3 takes images of {_SMALLEST} pixels or more a side, not "
-                f"{shape[1]}x{shape[2]}; it was made for 299."
+                f"Inception-v3 needs images of at least {_SMALLEST} pixels a side, not "
+                f"{shape[1]}x{shape[2]}; it was designed for 299x299."
             )
         if train and self.aux_logits and min(shape[1:3]) < _SMALLEST_AUX:
             raise errors.UserError(
-                f"the auxiliary classifier of Inception-v3 trains on images of {_SMALLEST_AUX} "
-                f"pixels or more a side, not {shape[1]}x{shape[2]}; set aux_logits=False for "
-                "smaller ones."
+                f"training Inception-v3's auxiliary classifier needs images of at least "
+                f"{_SMALLEST_AUX} pixels a side, not {shape[1]}x{shape[2]}; set aux_logits=False "
+                "for smaller ones."
             )
 
 

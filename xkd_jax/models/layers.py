@@ -1,4 +1,4 @@
-"""Layers that several families share, with PyTorch's padding, statistics and initialisation."""
+"""Layers shared by several families, with PyTorch's padding, statistics and initialisation."""
 
 from collections.abc import Sequence
 from functools import partial
@@ -19,9 +19,9 @@ torch_default = nn.initializers.variance_scaling(1 / 3, "fan_in", "uniform")
 class Conv(nn.Module):
     """A convolution with PyTorch's arguments; its parameters are those of `nn.Conv`.
 
-    `kernel_size`, `stride` and `padding` are one number or (vertical, horizontal). `padding`
-    None is "same" at stride 1, PyTorch's (kernel - 1) / 2 on every side; "SAME" is TensorFlow's,
-    uneven where the stride asks for it. `groups` as in PyTorch.
+    `kernel_size`, `stride` and `padding` are one number or (vertical, horizontal). `padding=None`
+    pads (kernel - 1) / 2 on every side, as PyTorch's networks do; "SAME" is TensorFlow's, which is
+    asymmetric for some strides and sizes.
     """
 
     features: int
@@ -57,10 +57,10 @@ def _pair(value: int | Sequence[int]) -> tuple[int, int]:
 class BatchNorm(nn.Module):
     """Batch normalisation with PyTorch's running statistics (arXiv:1502.03167).
 
-    `momentum` is PyTorch's, the share of the new batch. Unlike Flax's own, the running variance
-    takes the unbiased estimate, as PyTorch's does; the normalisation itself takes the biased one
-    in both. Under jit the batch is the global one, so its statistics need no axis name.
-    Parameters, statistics and their computation are float32 whatever `dtype` is.
+    `momentum` is PyTorch's, the weight of the new batch. The running variance is the unbiased
+    estimate, as in PyTorch but not in Flax; the normalisation uses the biased one, as both do.
+    Under jit the batch is the global one, so its statistics need no axis name. Parameters,
+    statistics and their computation are float32, whatever `dtype` is.
     """
 
     epsilon: float = 1e-5
@@ -95,15 +95,16 @@ class BatchNorm(nn.Module):
 def normalize_batch(
     x: jax.Array, scale: jax.Array, bias: jax.Array, epsilon: float
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Normalises `x` [..., C] by its own mean and biased variance, which come back too.
+    """Normalises `x` [..., C] by its own mean and biased variance, and returns these too.
 
-    No gradient flows through the two that come back. The derivative is written out because the
-    automatic one keeps several arrays of the size of `x`, and memory is what it all costs.
+    No gradient flows through the returned mean and variance. The derivative is written by hand
+    because the automatic one keeps several arrays of the size of `x`, and memory traffic is the
+    cost of this layer.
     """
     axes = tuple(range(x.ndim - 1))
     full = x.astype(jnp.float32)
     mean = jnp.mean(full, axes)
-    # Both sums read `x` as it is; centring it first would write it out once more.
+    # Both sums read `x` directly; centring it first would write another copy.
     var = jnp.maximum(jnp.mean(jnp.square(full), axes) - jnp.square(mean), 0.0)
     y = (full - mean) * (scale * jax.lax.rsqrt(var + epsilon)) + bias
     return y.astype(x.dtype), mean, var
@@ -143,12 +144,12 @@ def classify(
     name: str,
     kernel_init: Any = torch_default,
 ) -> jax.Array:
-    """Dropout and the linear head called `name`, of the module whose `__call__` this is part of.
+    """Dropout and the linear head called `name`, as submodules of the calling module.
 
     Maps `x` [N, C] to logits [N, num_classes], always float32.
     """
     x = nn.Dropout(drop_rate, deterministic=not train)(x)
-    # The head is a sliver of the work: in float32 it costs nothing and rounds nothing.
+    # The head is a tiny part of the work: float32 is almost free here and avoids rounding.
     return nn.Dense(num_classes, dtype=jnp.float32, kernel_init=kernel_init, name=name)(x)
 
 
@@ -159,10 +160,11 @@ def max_pool(x: jax.Array, size: int, stride: int, padding: int = 0) -> jax.Arra
 
 
 def recomputed(block: type[nn.Module], on: bool, static: tuple[int, ...] = (2,)) -> Any:
-    """`block` or, where `on`, one whose insides the backward pass computes anew: less memory.
+    """`block`, if `on` with gradient checkpointing (Chen et al., arXiv:1604.06174).
 
-    Gradient checkpointing (Chen et al., arXiv:1604.06174). Parameters keep their names. `static`
-    are the places of the call's arguments that are no arrays, such as `train`; `self` is 0.
+    The backward pass then recomputes the block's insides, which saves memory; parameters keep
+    their names. `static` are the positions of the call's arguments that are not arrays, such as
+    `train`; `self` is 0.
     """
     return nn.remat(block, static_argnums=static) if on else block
 
@@ -170,7 +172,7 @@ def recomputed(block: type[nn.Module], on: bool, static: tuple[int, ...] = (2,))
 def drop_path(module: nn.Module, x: jax.Array, rate: float | jax.Array, train: bool) -> jax.Array:
     """Stochastic depth (arXiv:1603.09382): drops whole samples of a branch `x` [N, ...].
 
-    Draws from the "dropout" key of `module`, and only where `rate` is not plainly 0.
+    Draws from the "dropout" key of `module`, unless `rate` is the Python float 0.
     """
     if not train or (isinstance(rate, float) and rate == 0.0):
         return x

@@ -1,7 +1,7 @@
 """MobileNetV2, with timm's names, weights and numerics.
 
 Sandler et al., "MobileNetV2: Inverted Residuals and Linear Bottlenecks" (arXiv:1801.04381). The
-layout follows timm (Ross Wightman, Apache-2.0), whose MobileNetV2 is an `EfficientNet` too.
+layout follows timm (Ross Wightman, Apache-2.0), whose MobileNetV2 is also an `EfficientNet`.
 """
 
 from typing import Any, ClassVar
@@ -12,10 +12,10 @@ from xkd_jax.models.variant import Variant
 
 
 class MobileNetV2(EfficientNet):
-    """A MobileNetV2: the `EfficientNet` of other stages, with ReLU6 and no squeeze-excite.
+    """MobileNetV2: an `EfficientNet` with other stages, ReLU6 and no squeeze-excite.
 
-    Fields, call, intermediates and errors are `EfficientNet`'s. Its head never has fewer than
-    1280 channels, however small the `width`.
+    Fields, call, intermediates and errors are those of `EfficientNet`. The head never has fewer
+    than 1280 channels, however small the `width`.
     """
 
     stages: ClassVar[tuple[tuple[int, int, int], ...]] = (
@@ -46,7 +46,7 @@ _ARGS: dict[str, dict[str, Any]] = {
 }
 
 VARIANTS = {name: Variant(MobileNetV2, args) for name, args in _ARGS.items()}
-# Ours, not timm's: for the 32x32 images of CIFAR.
+# Not in timm: for the 32x32 images of CIFAR.
 VARIANTS["mobilenetv2_100_32"] = Variant(
     MobileNetV2, {"stem": "cifar"}, 32, CIFAR100_MEAN, CIFAR100_STD
 )

@@ -27,7 +27,7 @@ def _shortcut(x: jax.Array, features: int, stride: int, dtype: Any, train: bool)
 
 
 class BasicBlock(nn.Module):
-    """Two 3x3 convolutions beside a shortcut; returns the sum before its ReLU."""
+    """Two 3x3 convolutions and a shortcut; returns the sum before its ReLU."""
 
     planes: int
     stride: int = 1
@@ -49,7 +49,7 @@ class BasicBlock(nn.Module):
 
 
 class Bottleneck(nn.Module):
-    """1x1, 3x3 and 1x1 convolutions beside a shortcut; returns the sum before its ReLU."""
+    """1x1, 3x3 and 1x1 convolutions and a shortcut; returns the sum before its ReLU."""
 
     planes: int
     stride: int = 1
@@ -63,7 +63,7 @@ class Bottleneck(nn.Module):
     def __call__(self, x: jax.Array, train: bool = False) -> jax.Array:
         """Maps `x` [N, h, w, C] to [N, h / stride, w / stride, 4 planes]."""
         features = 4 * self.planes
-        # ResNeXt's rule: `groups` paths, each base_width wide where the stage has 64 planes.
+        # ResNeXt's rule: `groups` paths, each `base_width` wide in the stage with 64 planes.
         inner = self.planes * self.base_width // 64 * self.groups
         conv, norm = partial(Conv, dtype=self.dtype), partial(BatchNorm, dtype=self.dtype)
         last_init = nn.initializers.zeros if self.zero_init_last else nn.initializers.ones
@@ -86,10 +86,10 @@ class ResNet(nn.Module):
 
     `block` is "basic" or "bottleneck"; `layers` counts the blocks of each stage; `width`
     multiplies every channel count (2 for the paper's ResNet50x2, which is not timm's
-    `wide_resnet50_2`). `groups` and `base_width` are ResNeXt's cardinality and its paths' width,
-    32 and 4 in "32x4d". The stem is "imagenet" (7x7 stride 2, max-pool) or, for 32x32 images,
-    "cifar" (3x3 stride 1, no pool). Training changes the collection `batch_stats`; with
-    `drop_rate` or `drop_path_rate` above 0 it needs `rngs={"dropout": key}`.
+    `wide_resnet50_2`). `groups` and `base_width` are ResNeXt's cardinality and path width, 32 and
+    4 in "32x4d". The stem is "imagenet" (7x7 stride 2, max-pool) or, for 32x32 images, "cifar"
+    (3x3 stride 1, no pool). Training updates the collection `batch_stats`; with `drop_rate` or
+    `drop_path_rate` above 0 it needs `rngs={"dropout": key}`.
     """
 
     kind: ClassVar[str] = "cnn"
@@ -117,7 +117,7 @@ class ResNet(nn.Module):
           `logits`.
 
         Raises:
-          UserError: `block`, `layers`, `width` or `stem` is not one of the above.
+          UserError: `block`, `layers`, `width` or `stem` has an invalid value.
         """
         self._check()
         block = recomputed(BasicBlock, self.remat and train)
@@ -163,7 +163,7 @@ class ResNet(nn.Module):
             )
         if round(64 * self.width) < 1:
             raise errors.UserError(
-                f"width must leave at least one channel of 64, not {self.width}."
+                f"width must leave at least one channel of the stem's 64, not {self.width}."
             )
 
 
@@ -186,7 +186,7 @@ _ARGS: dict[str, dict[str, Any]] = {
 }
 
 VARIANTS = {name: Variant(ResNet, args) for name, args in _ARGS.items()}
-# Ours, not timm's: for the 32x32 images of CIFAR.
+# Not in timm: for the 32x32 images of CIFAR.
 VARIANTS |= {
     f"{name}_32": Variant(ResNet, {**_ARGS[name], "stem": "cifar"}, 32, CIFAR100_MEAN, CIFAR100_STD)
     for name in ("resnet18", "resnet34", "resnet50")

@@ -26,9 +26,9 @@ class Gather(Protocol):
 
 
 def pays(depth: int, train: bool) -> bool:
-    """Whether scanning over `depth` blocks is worth its copy of the weights.
+    """Whether scanning over `depth` blocks is worth the copy of their weights.
 
-    On a CPU XLA compiles a forward pass in no time: there only gradients of deep networks gain.
+    On a CPU, XLA compiles a forward pass quickly: only the gradients of deep networks gain there.
     """
     return depth > 12 and (train or backend.current() != "cpu")
 

@@ -1,4 +1,4 @@
-"""Swin Transformers, with timm's names, weights layout and numerics.
+"""Swin Transformers, with timm's names, weight layout and numerics.
 
 Liu et al., "Swin Transformer: Hierarchical Vision Transformer using Shifted Windows"
 (arXiv:2103.14030). The layout follows `SwinTransformer` in timm (Ross Wightman, Apache-2.0).
@@ -19,15 +19,13 @@ from xkd_jax.models.layers import classify, drop_path, layer_norm, recomputed
 from xkd_jax.models.variant import Variant
 from xkd_jax.models.vit import Grid, Mlp, add_block, check_images, project_patches
 
-# torch's trunc_normal_ cuts at +-2 in absolute terms: at std .02 that is a plain normal.
+# torch's trunc_normal_ truncates at an absolute +-2: with std 0.02 that is a plain normal.
 _weight_init = nn.initializers.normal(0.02)
-
-
 _layer_norm = partial(layer_norm, epsilon=1e-5)
 
 
 def _side(x: jax.Array) -> int:
-    """The side of the square map whose positions `x` [N, T, C] lists in raster order."""
+    """The side of the square map that `x` [N, T, C] holds in raster order."""
     return math.isqrt(x.shape[1])
 
 
@@ -46,7 +44,7 @@ class PatchEmbed(nn.Module):
 
 
 class PatchMerging(nn.Module):
-    """Halves a map, rounding up: 2x2 neighbours become one position with twice the channels."""
+    """Halves a map's side, rounding up: 2x2 positions become one with twice the channels."""
 
     dtype: Any = jnp.float32
 
@@ -59,7 +57,7 @@ class PatchMerging(nn.Module):
         if side % 2:
             x = jnp.pad(x, ((0, 0), (0, 1), (0, 1), (0, 0)))
         half = (side + 1) // 2
-        # Channels by column, then row of the neighbour: the order that the weights know.
+        # Neighbours by column, then row: the order of the published weights.
         x = x.reshape(n, half, 2, half, 2, dim).transpose(0, 1, 3, 4, 2, 5)
         x = _layer_norm("norm", dtype=self.dtype)(x.reshape(n * half * half, 4 * dim))
         x = nn.Dense(
@@ -69,7 +67,7 @@ class PatchMerging(nn.Module):
 
 
 def _relative_position_index(window: int) -> np.ndarray:
-    """The row of the bias table for each pair of a window's positions, [L, L]."""
+    """The row of the bias table for each pair of positions in a window, [L, L]."""
     row, column = np.divmod(np.arange(window * window), window)
     rows = row[:, None] - row + window - 1
     columns = column[:, None] - column + window - 1
@@ -77,9 +75,9 @@ def _relative_position_index(window: int) -> np.ndarray:
 
 
 def _regions(side: int, window: int, shift: int) -> np.ndarray:
-    """Which part of the image each position of the rolled map shows, by window [windows, L].
+    """The image region of each position of the rolled map, by window [windows, L].
 
-    The roll brings opposite edges of the image together in the last row and column of windows;
+    Rolling brings opposite edges of the image together in the last row and column of windows;
     positions there attend to each other only within a region.
     """
     position = np.arange(side)
@@ -93,8 +91,9 @@ def _regions(side: int, window: int, shift: int) -> np.ndarray:
 class WindowAttention(nn.Module):
     """Multi-head self-attention within (shifted) windows, with a bias by relative position.
 
-    A map that no window size divides is padded with zeros on the right and below, which take
-    part in the attention, as in timm. Windows no smaller than the map are the map, unshifted.
+    A map whose side is not a multiple of the window's is padded with zeros on the right and below;
+    as in timm, these take part in the attention. A window at least as large as the map covers the
+    whole map, unshifted.
     """
 
     num_heads: int
@@ -107,7 +106,7 @@ class WindowAttention(nn.Module):
     def __call__(self, x: jax.Array) -> tuple[jax.Array, tuple[jax.Array, ...]]:
         """Attends over `x` [N, T, C], a square map in raster order.
 
-        Also returns query, key and value [N, heads, T, d], in raster order whatever the windows.
+        Also returns query, key and value [N, heads, T, d], in raster order too.
         """
         n, t, dim = x.shape
         side, heads, head_dim = _side(x), self.num_heads, dim // self.num_heads
@@ -145,7 +144,7 @@ class WindowAttention(nn.Module):
         )
         scores = scores + self._position_bias(window)
         if shift:
-            # From the regions at run time: the mask itself is [windows, L, L] per block.
+            # Computed from the regions: as a constant, the mask takes [windows, L, L] per block.
             region = jnp.asarray(_regions(padded, window, shift))
             apart = region[:, None, :, None] != region[:, None, None, :]
             scores = scores + jnp.where(apart, -100.0, 0.0)
@@ -157,14 +156,14 @@ class WindowAttention(nn.Module):
         return y.reshape(n, t, dim), tuple(raster)
 
     def _position_bias(self, window: int) -> jax.Array:
-        """What each pair of a window's positions adds to its score, [heads, L, L]."""
+        """The bias of the score of each pair of positions in a window, [heads, L, L]."""
         shape = ((2 * window - 1) ** 2, self.num_heads)
         table = self.param("relative_position_bias_table", _weight_init, shape)
         return table[_relative_position_index(window)].transpose(2, 0, 1)
 
 
 class Block(nn.Module):
-    """A pre-norm Transformer block whose attention keeps to (shifted) windows."""
+    """A pre-norm Transformer block with attention within (shifted) windows."""
 
     num_heads: int
     window_size: int
@@ -179,7 +178,7 @@ class Block(nn.Module):
     ) -> tuple[jax.Array, tuple[jax.Array, ...]]:
         """Maps `x` [N, T, C] to [N, T, C]; also returns query, key and value.
 
-        `rate` is how often a branch is dropped, sample by sample.
+        `rate` is the probability that a branch is dropped, per sample.
         """
         y = _layer_norm("norm1", dtype=self.dtype)(x)
         y, qkv = WindowAttention(
@@ -215,7 +214,7 @@ class Stage(nn.Module):
         )  # fmt: skip
         remat, outs, first, depth = self.remat and train, [], 0, len(self.drop_paths)
         if scan.pays(depth, train) and not self.is_initializing():
-            first = (depth - 1) // 2 * 2  # the last ones' taps are what methods read
+            first = (depth - 1) // 2 * 2  # pairs; methods read the last block's taps
             pair = [Block(*options, shifted=shifted, parent=None) for shifted in (False, True)]
             names = [f"blocks_{i}" for i in range(first)]
             rates = self.drop_paths[:first]
@@ -229,7 +228,7 @@ class Stage(nn.Module):
 
 
 class Head(nn.Module):
-    """timm's `ClassifierHead` behind the pooling: dropout and the linear classifier."""
+    """timm's `ClassifierHead` after the pooling: dropout and the linear classifier."""
 
     num_classes: int
     drop_rate: float
@@ -243,9 +242,9 @@ class Head(nn.Module):
 class SwinTransformer(nn.Module):
     """timm's `SwinTransformer`, with its names and, except for drop_path_rate, its defaults.
 
-    `img_size` is any multiple of `patch_size`: maps are padded where a window or a halving asks
-    for it, and windows shrink to a map smaller than they are. With `drop_rate` or
-    `drop_path_rate` above 0, training needs `rngs={"dropout": key}`.
+    `img_size` is any multiple of `patch_size`: maps are padded where windows or halving need it,
+    and windows shrink to fit smaller maps. With `drop_rate` or `drop_path_rate` above 0, training
+    needs `rngs={"dropout": key}`.
     """
 
     kind: ClassVar[str] = "transformer"
@@ -274,11 +273,11 @@ class SwinTransformer(nn.Module):
 
         Returns:
           logits [N, num_classes] float32, and the intermediates: `tokens` [N, T, D] after the
-          final norm and `grid` (h, w), theirs; `stage1` ... `stage4` [N, h, w, C], each before
-          the next one's downsampling; by block, counted through all stages and each with its
+          final norm and their `grid` (h, w); `stage1` ... `stage4` [N, h, w, C], each before the
+          next one's downsampling; for each block, numbered through all stages and with its
           stage's T and C, `block01` ... [N, T, C] and `block01_query` ... [N, heads, T, d];
-          `query`, `key`, `value` of the last block; `pooled` [N, D], `logits`. Whatever has a T
-          is in raster order.
+          `query`, `key`, `value` of the last block; `pooled` [N, D], `logits`. Everything with an
+          axis T is in raster order.
 
         Raises:
           UserError: the options contradict each other, or `images` has another size.
@@ -317,7 +316,7 @@ class SwinTransformer(nn.Module):
         if len(self.depths) != 4 or len(self.num_heads) != 4 or min(self.depths) < 1:
             raise errors.UserError(
                 f"depths {self.depths} and num_heads {self.num_heads} must be four numbers each, "
-                "one by stage and from 1 up."
+                "one per stage, and depths at least 1."
             )
         for i, heads in enumerate(self.num_heads):
             if (self.embed_dim << i) % heads:
@@ -347,5 +346,5 @@ VARIANTS = {
     for window, img in ((7, 224), (12, 384))
     if img == 224 or size in ("base", "large")
 }
-# Ours, not timm's: for the 32x32 images of CIFAR.
+# Not in timm: for the 32x32 images of CIFAR.
 VARIANTS["swin_tiny_patch2_window4_32"] = _variant("tiny", 2, 4, 32)

@@ -1,4 +1,4 @@
-"""Vision Transformers, with timm's names, weights layout and numerics.
+"""Vision Transformers, with timm's names, weight layout and numerics.
 
 Dosovitskiy et al., "An Image is Worth 16x16 Words" (arXiv:2010.11929). The options and their
 meaning follow `VisionTransformer` and `VisionTransformerDistilled` in timm (Ross Wightman,
@@ -18,7 +18,7 @@ from xkd_jax.models import scan
 from xkd_jax.models.layers import classify, drop_path, layer_norm, recomputed, torch_default
 from xkd_jax.models.variant import Variant
 
-# torch's trunc_normal_ cuts at +-2 in absolute terms: at std .02 that is a plain normal.
+# torch's trunc_normal_ truncates at an absolute +-2: with std 0.02 that is a plain normal.
 _weight_init = nn.initializers.normal(0.02)
 
 
@@ -26,7 +26,7 @@ _weight_init = nn.initializers.normal(0.02)
 class Grid(tuple):
     """The patch grid (h, w): a tuple that stays Python integers through jit and grad.
 
-    A plain tuple would come out of a transformation as two traced arrays, useless for reshapes.
+    A plain tuple would come out of a transformation as two traced arrays, unusable in reshapes.
     """
 
     __slots__ = ()
@@ -38,7 +38,7 @@ _layer_norm = partial(layer_norm, epsilon=1e-6)
 def project_patches(images: jax.Array, patch: int, features: int, dtype: Any) -> jax.Array:
     """The convolution "proj" of a patch embedding: [N, H, W, 3] to [N, H/patch, W/patch, features].
 
-    timm leaves its weights as PyTorch makes them, uniform +-1/sqrt(fan_in), the bias too.
+    As in timm, weights and bias have PyTorch's default initialisation, uniform +-1/sqrt(fan_in).
     """
     bound = (images.shape[-1] * patch**2) ** -0.5
 
@@ -58,10 +58,10 @@ def project_patches(images: jax.Array, patch: int, features: int, dtype: Any) ->
 
 
 def check_images(img_size: int, patch_size: int, shape: tuple[int, ...]) -> None:
-    """Refuses an `img_size` that doesn't fit, and images of another `shape` [N, H, W, 3].
+    """Checks `img_size` and the `shape` of images, [N, H, W, 3].
 
     Raises:
-      UserError: what is wrong, and which sizes would be right.
+      UserError: `img_size` is not a multiple of `patch_size`, or the images have another size.
     """
     if img_size % patch_size:
         near = max(img_size // patch_size, 1) * patch_size
@@ -72,17 +72,17 @@ def check_images(img_size: int, patch_size: int, shape: tuple[int, ...]) -> None
     if shape[1:] != (img_size, img_size, 3):
         raise errors.UserError(
             f"this Transformer takes images [N, {img_size}, {img_size}, 3], not {list(shape)}; for "
-            f"another size set img_size, a multiple of patch_size {patch_size}."
+            f"another size set img_size to a multiple of patch_size {patch_size}."
         )
 
 
 def add_block(
     out: dict[str, Any], number: int, tokens: jax.Array, qkv: tuple[jax.Array, ...]
 ) -> None:
-    """Adds a block's taps to `out`: `block01`, `block01_query` ..., and `query` ... so far."""
+    """Adds a block's taps to `out`: `block01`, `block01_query` ... and `query` ..."""
     out[f"block{number:02d}"] = tokens
     for name, head in zip(("query", "key", "value"), qkv, strict=True):
-        # The last block's overwrite the earlier ones' under the short name.
+        # The short name ends up with the last block's.
         out[name] = out[f"block{number:02d}_{name}"] = head
 
 
@@ -139,8 +139,8 @@ class Mlp(nn.Module):
     def __call__(self, x: jax.Array) -> jax.Array:
         """Maps `x` [..., D] to [..., D]."""
         shape, dim = x.shape, x.shape[-1]
-        # As one matrix: XLA on a CPU takes three times as long for the gradients of the products
-        # with [N, T, D], because it fuses the GELU into them and computes it over and over.
+        # As one matrix: with [N, T, D], XLA on a CPU takes three times as long for the gradients
+        # of the products, because it fuses the GELU into them and recomputes it.
         x = x.reshape(-1, dim)
         x = nn.Dense(self.hidden, dtype=self.dtype, kernel_init=_weight_init, name="fc1")(x)
         x = nn.gelu(x, approximate=False)
@@ -162,7 +162,7 @@ class Block(nn.Module):
     ) -> tuple[jax.Array, tuple[jax.Array, ...]]:
         """Maps `x` [N, T, D] to [N, T, D]; also returns query, key and value.
 
-        `rate` is how often a branch is dropped, sample by sample.
+        `rate` is the probability that a branch is dropped, per sample.
         """
         y = _layer_norm("norm1", dtype=self.dtype)(x)
         y, qkv = Attention(self.num_heads, self.qkv_bias, self.dtype, name="attn")(y)
@@ -175,10 +175,10 @@ class Block(nn.Module):
 class VisionTransformer(nn.Module):
     """timm's `VisionTransformer`; the fields have timm's names and defaults.
 
-    `distilled` is DeiT's: a second token beside the class token, with a head of its own.
-    `fc_norm=None` is timm's rule: with `global_pool="avg"` the final norm moves behind the
-    pooling, and the tokens stay unnormalised. With `drop_rate` or `drop_path_rate` above 0,
-    training needs `rngs={"dropout": key}`.
+    `distilled` adds DeiT's distillation token, which has its own head. `fc_norm=None` is timm's
+    rule: with `global_pool="avg"` the final norm comes after the pooling, and the tokens are not
+    normalised. With `drop_rate` or `drop_path_rate` above 0, training needs
+    `rngs={"dropout": key}`.
     """
 
     kind: ClassVar[str] = "transformer"
@@ -212,9 +212,9 @@ class VisionTransformer(nn.Module):
           logits [N, num_classes] float32, and the intermediates: `tokens` [N, T, D], `cls`
           [N, D] with a class token, `block01` ... [N, T, D], `query`, `key`, `value` of the
           last block and `block01_query` ... of each [N, heads, T, d], `grid` (h, w), `pooled`
-          [N, D], `logits`. Everything by token covers the patch tokens alone. With `distilled`
-          also `dist` [N, D], and the two heads' `cls_logits` and `dist_logits`, whose mean
-          `logits` is.
+          [N, D], `logits`. Everything per token covers only the patch tokens. With `distilled`
+          also `dist` [N, D], and the two heads' `cls_logits` and `dist_logits`; `logits` is their
+          mean.
 
         Raises:
           UserError: the options contradict each other, or `images` has another size.
@@ -251,12 +251,12 @@ class VisionTransformer(nn.Module):
     def _blocks(
         self, x: jax.Array, train: bool, gather: scan.Gather | None
     ) -> tuple[jax.Array, list]:
-        """The last block's output, and of each its output and its query, key and value."""
+        """The last block's output, and each block's output with its query, key and value."""
         rates = [self.drop_path_rate * i / max(self.depth - 1, 1) for i in range(self.depth)]
         options = self.num_heads, self.mlp_ratio, self.qkv_bias, self.dtype
         remat, outs, first = self.remat and train, [], 0
         if scan.pays(self.depth, train) and not self.is_initializing():
-            first = self.depth - 1  # the last one's taps are what methods read
+            first = self.depth - 1  # methods read the last block's taps
             names = [f"blocks_{i}" for i in range(first)]
             one = [Block(*options, parent=None)]
             x, outs = scan.scan_blocks(self, one, names, x, train, rates[:first], remat, gather)
@@ -294,8 +294,8 @@ class VisionTransformer(nn.Module):
             )
         if self.distilled and not (self.class_token and self.global_pool == "token"):
             raise errors.UserError(
-                "distilled=True needs class_token=True and global_pool='token'; its head reads "
-                "both tokens."
+                "distilled=True needs class_token=True and global_pool='token'; its heads "
+                "read both tokens."
             )
         if self.embed_dim % self.num_heads:
             raise errors.UserError(
@@ -324,5 +324,5 @@ VARIANTS = {
     for img in (224, 384)
     if (size, patch) != ("tiny", 32)
 }
-# Ours, not timm's: for the 32x32 images of CIFAR.
+# Not in timm: for the 32x32 images of CIFAR.
 VARIANTS |= {f"vit_{size}_patch4_32": _variant(size, 4, 32) for size in ("tiny", "small")}

@@ -19,11 +19,11 @@ from xkd_jax.models.variant import Variant
 # Channels and stride of block1 ... block12.
 _BLOCKS = ((128, 2), (256, 2), (728, 2), *((728, 1),) * 8, (1024, 2))
 _STAGE_ENDS = {1: "stage1", 2: "stage2", 11: "stage3"}
-_SMALLEST = 7  # the unpadded stem leaves one pixel of it
+_SMALLEST = 7  # the unpadded stem reduces it to one pixel
 
 
 class SeparableConv(nn.Module):
-    """A 3x3 convolution by channel, then a 1x1 across channels."""
+    """A depthwise 3x3 convolution, then a pointwise (1x1) one."""
 
     features: int
     dtype: Any = jnp.float32
@@ -36,9 +36,9 @@ class SeparableConv(nn.Module):
 
 
 class Block(nn.Module):
-    """Separable convolutions beside a shortcut; returns the sum, which no activation follows.
+    """Separable convolutions and a shortcut; returns the sum, without an activation.
 
-    Each convolution comes after a ReLU, but for the first without `start_with_relu`. Without
+    A ReLU precedes each convolution, except the first without `start_with_relu`. Without
     `grow_first` only the last one changes the channel count. A stride is a max-pool at the end.
     """
 
@@ -72,7 +72,7 @@ class Block(nn.Module):
 class Xception(nn.Module):
     """Xception of twelve blocks; `width` multiplies every channel count.
 
-    Training changes the collection `batch_stats`; with `drop_rate` above 0 it needs
+    Training updates the collection `batch_stats`; with `drop_rate` above 0 it needs
     `rngs={"dropout": key}`.
     """
 
@@ -86,12 +86,12 @@ class Xception(nn.Module):
 
     @nn.compact
     def __call__(self, images: jax.Array, train: bool = False) -> tuple[jax.Array, dict[str, Any]]:
-        """Classifies `images` [N, H, W, 3], already normalised, of 7 pixels or more a side.
+        """Classifies `images` [N, H, W, 3], already normalised, at least 7 pixels a side.
 
         The stages are timm's features at reductions 4, 8, 16 and 32: blocks 1, 2 and 11, and
         the last convolution. A block ends in a sum without an activation, `stage1_pre` ...
-        `stage3_pre`; `stage1` ... `stage3` are that sum behind the ReLU with which the next
-        block's convolutions start (its shortcut goes round it).
+        `stage3_pre`; `stage1` ... `stage3` are that sum after the ReLU with which the next
+        block's convolutions start (its shortcut bypasses that ReLU).
 
         Returns:
           logits [N, num_classes] float32, and the intermediates: `stage1` ... `stage4`
@@ -139,17 +139,17 @@ class Xception(nn.Module):
     def _check(self, shape: tuple[int, ...]) -> None:
         if min(shape[1:3]) < _SMALLEST:
             raise errors.UserError(
-                f"Xception takes images of {_SMALLEST} pixels or more a side, not "
-                f"{shape[1]}x{shape[2]}; it was made for 299."
+                f"Xception needs images of at least {_SMALLEST} pixels a side, not "
+                f"{shape[1]}x{shape[2]}; it was designed for 299x299."
             )
         if self._channels(32) < 1:
             raise errors.UserError(
-                f"width must leave at least one channel of 32, not {self.width}."
+                f"width must leave at least one channel of the stem's 32, not {self.width}."
             )
 
 
 VARIANTS = {
     "legacy_xception": Variant(Xception, {}, 299, HALF_MEAN, HALF_STD),
-    # Ours, not timm's: the paper's Xceptionx2.
+    # Not in timm: the paper's Xceptionx2.
     "legacy_xception_x2": Variant(Xception, {"width": 2.0}, 299, HALF_MEAN, HALF_STD),
 }
