@@ -1,4 +1,4 @@
-"""Fixtures of several test files."""
+"""Fixtures that several test files use."""
 
 import jax
 import pytest
@@ -8,7 +8,7 @@ from tests.runs import starter
 
 @pytest.fixture(scope="module")
 def quick_compilation():
-    """Compiling is most of these tests' time; XLA's optimizations change none of the claims."""
+    """These tests mostly wait for compilation, and don't depend on XLA's optimizations."""
     jax.config.update("jax_disable_most_optimizations", True)
     yield
     jax.config.update("jax_disable_most_optimizations", False)
@@ -16,5 +16,5 @@ def quick_compilation():
 
 @pytest.fixture(scope="module")
 def start(tmp_path_factory):
-    """Starts `python -m xkd_jax.main`; a file's processes share a new compilation cache."""
+    """Starts `python -m xkd_jax.main`; all processes of a test file share a compilation cache."""
     return starter(tmp_path_factory.mktemp("cache"))

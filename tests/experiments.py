@@ -1,4 +1,4 @@
-"""Small experiments for tests: making them, changing them, running a few steps of them."""
+"""Small experiments for tests: creates them, changes them and runs a few steps."""
 
 import collections
 import dataclasses
@@ -39,9 +39,9 @@ def change(experiment, **changes):
 
 
 def run(experiment, steps, *, step_fn=None, state=None):
-    """The states before, between and after the steps, and the metrics of each.
+    """The states before, between and after the steps, and the metrics of each step.
 
-    `step_fn`, compiled for another experiment like this one, saves compiling.
+    Pass the `step_fn` of a similar experiment to avoid compiling again.
     """
     state = init_state(experiment) if state is None else state
     step_fn = step_fn or Stepper(experiment, state, donate=False)
@@ -54,7 +54,7 @@ def run(experiment, steps, *, step_fn=None, state=None):
 
 
 def leaves(tree):
-    """Host arrays by path; keys as their data."""
+    """Host arrays by path; random keys as their data."""
     return {
         jax.tree_util.keystr(path): np.asarray(
             jax.random.key_data(leaf) if jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.prng_key)

@@ -1,4 +1,4 @@
-"""Runs as processes of their own: starting them, watching them, comparing what they leave."""
+"""Runs in separate processes: starts them, waits for steps, compares their results."""
 
 import os
 import subprocess
@@ -39,7 +39,7 @@ def finish(process):
 
 
 def wait_for_step(process, folder, step):
-    """Returns as soon as metrics.jsonl tells of `step`."""
+    """Returns as soon as metrics.jsonl contains `step`."""
     deadline = time.monotonic() + 240
     while time.monotonic() < deadline and process.poll() is None:
         lines = read_metrics(folder)
@@ -50,7 +50,7 @@ def wait_for_step(process, folder, step):
 
 
 def timeless(folder):
-    """The run's metrics without the speeds."""
+    """The run's metrics without speeds."""
     lines = read_metrics(folder)
     return [{k: v for k, v in line.items() if k != "images_per_second"} for line in lines]
 
@@ -68,7 +68,7 @@ def final_state(folder):
 
 
 def assert_same_run(folder, unbroken):
-    """Bit for bit: weights, optimizers, adversary, key, the student's file and the metrics."""
+    """Bit-identical weights, optimizer states, adversary, key, students' files and metrics."""
     step, state = final_state(folder)
     expected_step, expected = final_state(unbroken)
     assert step == expected_step

@@ -1,4 +1,4 @@
-"""The public names, as a notebook uses them."""
+"""The public API, as used in a notebook."""
 
 import re
 import subprocess
@@ -44,7 +44,7 @@ def test_importing_is_quick_and_brings_no_jax():
     bare = time.perf_counter() - begun
     begun = time.perf_counter()
     subprocess.run([sys.executable, "-c", "import xkd_jax"], cwd=ROOT, check=True)
-    assert time.perf_counter() - begun < bare + 1  # 0.01 s, on a machine that does nothing else
+    assert time.perf_counter() - begun < bare + 1  # takes 0.01 s on an idle machine
 
 
 def test_names_that_are_not_there():
@@ -112,7 +112,7 @@ def test_any_optax_optimizer_and_a_method_with_options(teacher, student):
         seen.append(metrics)
     assert [bool(jnp.isnan(m["discriminator"])) for m in seen] == [False, True, False]
     assert all(value.ndim == 0 for value in seen[0].values())
-    with pytest.raises(UserError, match="a batch of 7 doesn't divide"):
+    with pytest.raises(UserError, match="a batch of 7 doesn't divide evenly over"):
         distiller.step(state, data.images[:7], data.labels[:7])
     trained = distiller.student_model(state)
     assert trained(data.images).shape == (8, 10)

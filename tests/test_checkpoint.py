@@ -1,4 +1,4 @@
-"""Checkpoints of a small state."""
+"""Saving and restoring checkpoints, with a small state."""
 
 import shutil
 from pathlib import Path
@@ -47,7 +47,7 @@ def test_nothing_to_restore(tmp_path, state):
 def test_another_teacher_is_refused(tmp_path, state):
     saved(tmp_path / "c", state)
     checkpoints = Checkpoints(tmp_path / "c", 2, "xyz")
-    with pytest.raises(UserError, match=r"teacher abc, and teacher.weights now holds x"):
+    with pytest.raises(UserError, match=r"teacher abc, but teacher.weights now holds x"):
         checkpoints.restore(state)
     checkpoints.close()
 
@@ -60,7 +60,7 @@ def test_a_state_of_another_shape_is_refused(tmp_path, state):
     checkpoints.close()
 
 
-def test_the_one_before_is_used_whichever_file_is_torn(tmp_path, state, capsys):
+def test_the_previous_one_is_used_whichever_file_is_truncated(tmp_path, state, capsys):
     older = state | {"half": state["half"] * 2}
     checkpoints = Checkpoints(tmp_path / "whole", 2, "abc")
     checkpoints.save(2, older)
@@ -73,7 +73,7 @@ def test_the_one_before_is_used_whichever_file_is_torn(tmp_path, state, capsys):
         torn.write_bytes(torn.read_bytes()[: torn.stat().st_size // 2])
         checkpoints = Checkpoints(tmp_path / "torn", 2, "abc")
         restored = checkpoints.restore(state)["half"]
-        checkpoints.save(3, state)  # its place is free again
+        checkpoints.save(3, state)  # the damaged one has been deleted
         checkpoints.close()
         said = "the checkpoint of step 3 is damaged" in capsys.readouterr().err
         np.testing.assert_array_equal(restored, (older if said else state)["half"], str(file))
@@ -82,36 +82,36 @@ def test_the_one_before_is_used_whichever_file_is_torn(tmp_path, state, capsys):
         shutil.rmtree(tmp_path / "torn")
 
 
-def test_one_without_a_commit_marker_is_no_checkpoint(tmp_path, state):
+def test_a_folder_without_a_commit_marker_is_not_a_checkpoint(tmp_path, state):
     saved(tmp_path / "c", state)
-    half = tmp_path / "c" / "3.orbax-checkpoint-tmp"  # what a save that was killed leaves
+    half = tmp_path / "c" / "3.orbax-checkpoint-tmp"  # the remains of an interrupted save
     (tmp_path / "c" / "3").rename(half)
     (half / "commit_success.txt").unlink()
     checkpoints = Checkpoints(tmp_path / "c", 2, "abc")
     assert checkpoints.restore(state) is not None
-    checkpoints.save(3, state)  # waits for Orbax's thread that clears half of a save away
+    checkpoints.save(3, state)  # waits for Orbax's thread that deletes interrupted saves
     checkpoints.close()
     assert {path.name for path in (tmp_path / "c").iterdir() if path.is_dir()} == {"2", "3"}
 
 
-def test_no_state_is_saved_that_is_not_finite(tmp_path, state):
+def test_a_non_finite_state_is_not_saved(tmp_path, state):
     saved(tmp_path / "c", state)
     checkpoints = Checkpoints(tmp_path / "c", 2, "abc")
-    with pytest.raises(UserError, match="after step 4 half are not finite"):
+    with pytest.raises(UserError, match="Non-finite values after step 4: half; the checkpoint"):
         checkpoints.save(4, state | {"half": state["half"] / 0})
     assert checkpoints.restore(state) is not None
     checkpoints.close()
     assert not (tmp_path / "c" / "4").exists()
 
 
-def test_a_folder_that_cannot_be_written_is_told_in_one_sentence(tmp_path):
-    """Before the run; test_faults.py has what breaks while it saves."""
+def test_a_folder_that_cannot_be_written_is_reported_in_one_sentence(tmp_path):
+    """At the start; test_faults.py covers failures while saving."""
     (tmp_path / "file").write_text("")
-    with pytest.raises(UserError, match=r"file/c can't be written \(.*\); the checkpoints from"):
+    with pytest.raises(UserError, match=r"file/c can't be written \(.*\); earlier checkpoints are"):
         Checkpoints(tmp_path / "file" / "c", 2, "abc")
 
 
-def test_where_checkpoints_lie():
+def test_the_folder_of_checkpoints():
     assert str(place(Path("runs/a"), "")) == "runs/a/checkpoints"
     assert str(place(Path("runs/a"), "gs://bucket/all")) == "gs://bucket/all/a"
     assert str(place(Path("runs/a"), "/disk")) == "/disk/a"

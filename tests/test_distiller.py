@@ -1,4 +1,4 @@
-"""The training step, on 64 small images with tiny networks."""
+"""The training step, with tiny networks on 64 small images."""
 
 import dataclasses
 import itertools
@@ -64,7 +64,7 @@ def test_discriminator_metrics_are_nan_between_updates(cakd):
 
 
 def test_every_step_moves_student_and_projectors(cakd):
-    # From the second step on: the zeros that end every residual branch hide what is behind them.
+    # From the second step on: at first, residual branches end in zeros, which block gradients.
     for before, after in itertools.pairwise(cakd.states[1:]):
         for old, new in (
             (before.params["student"], after.params["student"]),
@@ -88,9 +88,9 @@ def test_the_teacher_is_not_in_the_state(cakd):
     }
     state = {leaf.tobytes() for leaf in leaves(cakd.states[0]).values()}
     shapes = {leaf.shape for leaf in leaves(cakd.states[-1]).values()}
-    assert (1, 49, 16) not in shapes  # the position embedding
-    assert (16, 48) not in shapes  # query, key and value
-    ones = np.ones(16, np.float32).tobytes()  # any normalisation starts so
+    assert (1, 49, 16) not in shapes  # the shape of the position embedding
+    assert (16, 48) not in shapes  # the shape of the query, key and value kernel
+    ones = np.ones(16, np.float32).tobytes()  # the initial scale of any normalisation
     assert not (teacher - {ones}) & state
 
 
@@ -138,7 +138,7 @@ def test_another_seed_gives_another_run(none):
 
 def test_the_steps_draws_follow_the_states_key(cakd):
     state = cakd.states[0]
-    key = jax.device_put(jax.random.key(123), state.key.sharding)  # or it would compile again
+    key = jax.device_put(jax.random.key(123), state.key.sharding)  # so as not to compile again
     redrawn = run(
         cakd.experiment, 1, step_fn=cakd.step_fn, state=dataclasses.replace(state, key=key)
     ).metrics[0]
@@ -153,11 +153,11 @@ def test_student_variables_are_the_plain_network(none, cakd):
         assert jax.tree.structure(variables) == jax.tree.structure(shapes)
 
 
-# ---- what the step does, through a network of one layer
+# ---- the step's arithmetic, with a network of one layer
 
 
 class Linear(nn.Module):
-    """One layer on the mean colour."""
+    """A linear layer on the mean colour."""
 
     @nn.compact
     def __call__(self, images, train=False):
@@ -166,7 +166,7 @@ class Linear(nn.Module):
 
 
 class TwoHeads(nn.Module):
-    """As Inception-v3 does in training: with a second classifier."""
+    """A network with a second classifier in training, like Inception-v3."""
 
     @nn.compact
     def __call__(self, images, train=False):
@@ -175,7 +175,7 @@ class TwoHeads(nn.Module):
 
 
 class Probe(Method):
-    """Reports what it is given."""
+    """A method that reports its inputs."""
 
     def loss(self, params, state, teacher_out, student_out, batch, key, progress, adversary):
         seen = {"key": jax.random.key_data(key), "progress": progress, **batch}
@@ -187,7 +187,7 @@ class Probe(Method):
 
 
 class Adversarial(Probe):
-    """With an adversary of one number that always wants to grow."""
+    """A method whose adversary is a number that every update increases."""
 
     adversary_period = 2
 
@@ -213,7 +213,7 @@ def test_a_second_classifier_learns_too_with_weight_0_4():
     term = label_term(Method(), {"logits": logits, "aux_logits": 2 * logits}, targets)
     first, second = (label_loss(x, targets) for x in (logits, 2 * logits))
     np.testing.assert_allclose(term, first + 0.4 * second, rtol=1e-6)
-    # In the step: with labels alone the loss is that term, of the two heads of the module.
+    # In the step: without a distillation loss, the loss is this term for the module's two heads.
     student = Model(TwoHeads(), 28, (0.5,) * 3, (0.5,) * 3)
     (metrics,) = run(change(tiny_experiment("none"), method=Probe(), student=student), 1).metrics
     one = Model(Linear(), 28, (0.5,) * 3, (0.5,) * 3)
@@ -227,7 +227,7 @@ def probed():
 
 
 def test_every_step_has_a_key_of_its_own(probed):
-    """With which the partial replacement and the dropout draw afresh (test_cakd.py)."""
+    """For new random draws of partial replacement and dropout (test_cakd.py)."""
     keys = {metrics["key"].tobytes() for metrics in probed.metrics}
     assert len(keys) == len(probed.metrics)
     masks = {
@@ -257,7 +257,7 @@ def test_the_adversary_counts_steps_or_epochs_of_four_steps(clock, turns):
 
 
 def test_training_is_sgd_on_normalised_images(probed):
-    """Every step written out: cross-entropy, its gradient, decay, momentum and the rate."""
+    """In NumPy: cross-entropy, its gradient, weight decay, momentum and learning rate."""
     params = leaves(probed.states[0].params["student"])
     layer = np.vstack([params["['Dense_0']['kernel']"], params["['Dense_0']['bias']"]])
     layer, buffer = np.float64(layer), 0
@@ -287,7 +287,7 @@ def test_training_is_sgd_on_normalised_images(probed):
 
 
 def view(distiller, n=8, labels=None, **augment):
-    """What `create_views` gives for the first training images with a changed augmentation."""
+    """`create_views` of the first training images, with a changed augmentation."""
     distiller = dataclasses.replace(
         distiller, augment=dataclasses.replace(distiller.augment, **augment)
     )
@@ -347,7 +347,7 @@ def test_strong_augmentation_changes_both_networks_views_alike(probed):
 
 def test_the_average_is_evaluated_and_saved_where_there_is_one():
     states = run(change(tiny_experiment("none"), ema_decay=0.75), 3).states
-    # The first step leaves no trace of the random start.
+    # The average doesn't depend on the initialisation.
     average = states[1].params["student"]
     for state in states[2:]:
         average = jax.tree.map(

@@ -1,4 +1,4 @@
-"""Accuracy over a whole split."""
+"""Evaluation over a whole split."""
 
 import jax.numpy as jnp
 import numpy as np
@@ -13,7 +13,7 @@ from xkd_jax.model import Model
 
 
 class FirstRow(nn.Module):
-    """A network whose ten logits are the first row of the image."""
+    """A network whose ten logits are the image's first row."""
 
     @nn.compact
     def __call__(self, images, train=False):
@@ -27,9 +27,9 @@ def network():
 
 @pytest.fixture(scope="module")
 def split():
-    """300 images, so that the last batch is not full, and their labels at random."""
+    """300 images, so that the last batch isn't full, with random labels."""
     rng = np.random.default_rng(0)
-    # No two values of a row are equal: ties would make the rank a matter of taste.
+    # No two values of a row are equal: ties would make the rank ambiguous.
     rows = rng.permuted(np.tile(np.arange(10) * 25, (300, 1)), axis=1)
     images = np.broadcast_to(rows[:, None, :, None], (300, 10, 10, 3)).astype(np.uint8)
     labels = rng.integers(0, 10, 300).astype(np.int32)
@@ -55,8 +55,8 @@ def test_noise_is_the_same_each_time_and_changes_the_images(network, split):
     assert first["loss"] != evaluate(create_eval_step(network), {}, split, mesh)["loss"]
 
 
-class LookedAt(nn.Module):
-    """A network whose ten logits are pixels of what it sees, from all over it."""
+class Pixels(nn.Module):
+    """A network whose ten logits are pixels from all over its input."""
 
     @nn.compact
     def __call__(self, images, train=False):
@@ -64,8 +64,8 @@ class LookedAt(nn.Module):
 
 
 @pytest.mark.parametrize(("crop_pct", "resized"), [(0.0, 8), (1.0, 8), (0.8, 10), (0.5, 16)])
-def test_the_centre_is_cut_out_of_resident_images(crop_pct, resized):
-    """As Pillow does it: resized with its antialiased filter, then cropped."""
+def test_resident_images_are_centre_cropped(crop_pct, resized):
+    """As with Pillow: resized with its antialiased filter, then cropped."""
     y, x = np.mgrid[:20, :20] / 6
     waves = [127 + 100 * np.sin(phase + x + 0.7 * y) for phase in range(12)]
     images = np.stack(waves).astype(np.uint8)[..., None].repeat(3, -1)
@@ -81,14 +81,14 @@ def test_the_centre_is_cut_out_of_resident_images(crop_pct, resized):
     ]
     logits = np.stack(seen)[:, ::3, ::2, 1].reshape(12, -1)[:, :10] / 255
     likelihood = logits[np.arange(12), labels] - np.log(np.exp(logits).sum(axis=1))
-    step = create_eval_step(Model(LookedAt(), 8, (0.0,) * 3, (1.0,) * 3), split.crop_pct)
+    step = create_eval_step(Model(Pixels(), 8, (0.0,) * 3, (1.0,) * 3), split.crop_pct)
     scores = evaluate(step, {}, split, sharding.create_mesh())
     assert scores["loss"] == pytest.approx(-likelihood.mean(), abs=1e-3)
 
 
-def test_images_that_are_not_square_are_squeezed_unless_cropped(network):
+def test_images_that_are_not_square_are_squashed_unless_cropped(network):
     images = np.zeros((1, 10, 30, 3), np.uint8)
-    images[:, :, 10:20] = 255  # the centre is white, and the whole is a third white
+    images[:, :, 10:20] = 255  # the centre is white; of the whole image, a third
     split = Split(images, np.zeros(1, np.int32), tuple("abcdefghij"))
     mesh = sharding.create_mesh()
     whole = evaluate(create_eval_step(network), {}, split, mesh)["loss"]
@@ -116,7 +116,7 @@ def test_two_classes_have_an_equal_error_rate(split):
             return jnp.stack([jnp.zeros(len(images)), images[:, 0, 0, 0]], 1), {}
 
     images, labels = np.zeros((6, 10, 10, 3), np.uint8), np.array([0, 0, 0, 1, 1, 1], np.int32)
-    images[:, 0, 0, 0] = [10, 20, 90, 80, 100, 110]  # one of each three on the wrong side
+    images[:, 0, 0, 0] = [10, 20, 90, 80, 100, 110]  # one of three is wrong in each class
     network = Model(FirstPixel(), 10, (0.0,) * 3, (1.0,) * 3)
     two = Split(images, labels, ("live", "spoof"))
     mesh = sharding.create_mesh()

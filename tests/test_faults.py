@@ -1,4 +1,4 @@
-"""What befalls long runs, with real processes: kills, full disks, torn checkpoints, NaN."""
+"""Faults in long runs, with real processes: kills, full disks, truncated checkpoints, NaN."""
 
 import json
 import random
@@ -53,7 +53,7 @@ def steps_saved(folder):
 
 
 def assert_one_sentence(err, start):
-    """Threads of Orbax and TensorBoard whose writes fail may say more around it."""
+    """Other lines may come from Orbax's and TensorBoard's threads whose writes fail."""
     (line,) = [line for line in err.splitlines() if line.startswith("xkd_jax: ")]
     assert re.match(f"xkd_jax: {start}", line), err
 
@@ -89,26 +89,26 @@ def test_a_run_killed_twenty_times_ends_bit_identical(start, unbroken, tmp_path)
 
 
 def fill_disk(process, folder):
-    """Every write fails from here on, as if the disk were full."""
+    """Every write fails from now on, as if the disk were full."""
     del folder
     resource.prlimit(process.pid, resource.RLIMIT_FSIZE, (0, resource.RLIM_INFINITY))
 
 
 def fill_for_checkpoints(process, folder):
-    """The large files of a checkpoint no longer fit."""
+    """A checkpoint's large files can't be written any more."""
     del folder
     resource.prlimit(process.pid, resource.RLIMIT_FSIZE, (200_000, resource.RLIM_INFINITY))
 
 
 def block_folder(process, folder):
-    """The folder of the checkpoints can't be written; not even the superuser could."""
+    """The checkpoints' folder can't be written, not even by root."""
     del process
     (folder / "checkpoints").rename(folder / "kept")
     (folder / "checkpoints").write_text("")
 
 
 @pytest.mark.parametrize("harm", [fill_disk, fill_for_checkpoints, block_folder])
-def test_a_failed_save_stops_the_run_which_goes_on_after_the_repair(
+def test_a_failed_save_stops_the_run_which_resumes_after_the_repair(
     start, unbroken, tmp_path, harm
 ):
     folder = tmp_path / "run"
@@ -117,7 +117,7 @@ def test_a_failed_save_stops_the_run_which_goes_on_after_the_repair(
     harm(process, folder)
     code, _, err = finish(process)
     assert code == 2, err
-    assert_one_sentence(err, r".*checkpoints.* stay: .* run the same command again")
+    assert_one_sentence(err, r".*checkpoints are kept: .* run the same command again to resume")
     assert 20 <= read_metrics(folder)[-1]["step"] < STEPS
     if harm is block_folder:
         (folder / "checkpoints").unlink()
@@ -127,7 +127,7 @@ def test_a_failed_save_stops_the_run_which_goes_on_after_the_repair(
     assert_same_run(folder, unbroken)
 
 
-def test_of_a_torn_checkpoint_the_one_before_is_used(start, unbroken, unfinished):
+def test_a_truncated_checkpoint_is_replaced_by_the_previous_one(start, unbroken, unfinished):
     assert steps_saved(unfinished) == [STEPS - 1, STEPS]
     files = (unfinished / "checkpoints" / str(STEPS)).rglob("*")
     largest = max((path for path in files if path.is_file()), key=lambda path: path.stat().st_size)
@@ -135,7 +135,7 @@ def test_of_a_torn_checkpoint_the_one_before_is_used(start, unbroken, unfinished
         file.truncate(largest.stat().st_size // 2)
     err = run_to_the_end(start, unfinished)
     assert f"the checkpoint of step {STEPS} is damaged" in err
-    assert f"training goes on from step {STEPS - 1}." in err
+    assert f"training resumes from step {STEPS - 1}." in err
     assert_same_run(unfinished, unbroken)
 
 
@@ -163,7 +163,7 @@ def test_it_resumes_on_four_devices_after_eight_and_on_one_after_four(start, unb
         [line["loss"] for line in timeless(run) if "loss" in line] for run in (folder, unbroken)
     ]
     assert len(losses[0]) == len(losses[1]) == STEPS
-    # Sums in another order; the gap grows with the steps.
+    # Sums are in another order, and the difference grows with the steps.
     assert losses[0][:12] == pytest.approx(losses[1][:12], rel=2e-3)
 
 
@@ -174,8 +174,8 @@ def test_nan_stops_the_run_and_names_step_parameters_and_examples(start, tmp_pat
     assert code == 2, err
     assert_one_sentence(
         err,
-        r"step 11 isn't finite: its loss is nan, its gradients fail at "
-        r"student/fc/kernel, its examples are \d+, .* and 8 more",
+        r"Non-finite values at step 11: loss nan; gradients student/fc/kernel; "
+        r"examples \d+, .* and 8 more",
     )
     report = json.loads((folder / "not_finite.json").read_text())
     assert report["examples"] == batch_indices(64, 16, 0, 10).tolist()

@@ -1,4 +1,4 @@
-"""The launch scripts: what they would run, and that the flags in them exist."""
+"""The launch scripts: the commands they would run, and that XLA knows their flags."""
 
 import os
 import shlex
@@ -12,8 +12,8 @@ import yaml
 ROOT = Path(__file__).parent.parent
 SCRIPTS = ("local.sh", "slurm.sh", "kubernetes.sh", "tpu_pod.sh", "until_done.sh")
 
-# The JobSet API v1alpha2 (jobset.sigs.k8s.io) and batch/v1, as far as one is rendered: every field
-# that there may be, and of those with "!" that there must be one.
+# The rendered part of the JobSet API v1alpha2 (jobset.sigs.k8s.io) and batch/v1: every allowed
+# field; "!" marks required ones.
 JOBSET = {
     "apiVersion!": "jobset.x-k8s.io/v1alpha2",
     "kind!": "JobSet",
@@ -65,7 +65,7 @@ JOBSET = {
 
 
 def conform(value, schema, where="JobSet"):
-    """Fails where `value` isn't what `schema` says."""
+    """Asserts that `value` conforms to `schema`."""
     if isinstance(schema, dict):
         known = {name.rstrip("!"): inner for name, inner in schema.items()}
         required = {name[:-1] for name in schema if name.endswith("!")}
@@ -83,7 +83,7 @@ def conform(value, schema, where="JobSet"):
 
 
 def launch(script, *arguments, code=0, **variables):
-    """What a script prints."""
+    """The output of a script."""
     done = subprocess.run(
         [ROOT / "launch" / script, *map(str, arguments)],
         env=os.environ | {"PYTHON": sys.executable} | variables,
@@ -206,7 +206,7 @@ def test_tpu_pod_asks_trains_on_all_workers_and_gives_back():
 
 
 def test_until_done(tmp_path):
-    """75 where training ended well, but early."""
+    """Exit code 75 if training stopped early without an error."""
     launch("until_done.sh", tmp_path, "true", code=75)
     launch("until_done.sh", tmp_path, "sh", "-c", "exit 3", code=3)
     (tmp_path / "report.md").touch()
@@ -215,7 +215,7 @@ def test_until_done(tmp_path):
 
 @pytest.mark.parametrize("platform", ["cpu", "gpu"])
 def test_xla_knows_the_flags(platform):
-    """XLA ends a process at an unknown one; all builds know those of all platforms."""
+    """XLA aborts on unknown flags; every build knows the flags of all platforms."""
     code = "import jax; print(jax.device_count())"
     command = f". launch/xla_flags.sh && xla_flags {platform} && exec {sys.executable} -c '{code}'"
     environment = os.environ | {
@@ -225,4 +225,4 @@ def test_xla_knows_the_flags(platform):
         ["bash", "-c", command], cwd=ROOT, env=environment, capture_output=True, text=True,
         check=True,
     )  # fmt: skip
-    assert done.stdout.split()[-1] == "3"  # what was set before stays
+    assert done.stdout.split()[-1] == "3"  # earlier flags are kept

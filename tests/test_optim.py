@@ -1,4 +1,4 @@
-"""Learning-rate schedules, and the optimizers against NumPy transcriptions of what they follow."""
+"""Learning-rate schedules, and optimizers compared with NumPy versions of their references."""
 
 import jax
 import jax.numpy as jnp
@@ -21,7 +21,7 @@ from xkd_jax.optim import (
     select,
 )
 
-EPOCHS, STEPS = 200, 10  # steps an epoch
+EPOCHS, STEPS = 200, 10  # steps per epoch
 
 
 def rates(steps, learning_rate=0.1, **schedule):
@@ -55,7 +55,7 @@ def draws(n=5):
 
 @pytest.mark.parametrize("warmup", [0.0, 5.0])
 def test_step_schedule_falls_exactly_at_its_epochs(warmup):
-    """The paper's: x0.1 at 100 and 150 of 200 epochs; a warm-up moves neither."""
+    """The paper's schedule: x0.1 at 100 and 150 of 200 epochs; a warm-up doesn't shift them."""
     at = rates([999, 1000, 1499, 1500, 1999], warmup_epochs=warmup)
     np.testing.assert_allclose(at, [0.1, 0.01, 0.01, 0.001, 0.001], rtol=1e-5)
     at = rates([299, 300, 1999], boundaries=(30,), factor=0.5, warmup_epochs=warmup)
@@ -101,7 +101,7 @@ def test_a_warm_up_as_long_as_the_run_is_refused():
     [
         ({"end_factor": 2}, "schedule.end_factor is 2, but must be in [0, 1]."),
         ({"factor": -1}, "schedule.factor is -1, but must be at least 0."),
-        ({"boundaries": (9, 3)}, "schedule.boundaries are (9, 3), but must be rising epochs."),
+        ({"boundaries": (9, 3)}, "schedule.boundaries are (9, 3), but must be increasing epochs."),
         ({"learning_rate": -0.1}, "optimizer.learning_rate is -0.1, but must be at least 0."),
         ({"momentum": 1.0}, "optimizer.momentum is 1.0, but must be in [0, 1)."),
         ({"betas": (0.9, 1.5)}, "optimizer.betas is 1.5, but must be in [0, 1)."),
@@ -121,7 +121,7 @@ def test_options_out_of_range_are_named(options, says):
 @pytest.mark.parametrize("nesterov", [False, True])
 @pytest.mark.parametrize("momentum", [0.0, 0.9])
 def test_sgd_is_pytorchs(momentum, nesterov):
-    """torch.optim.SGD: L2 decay, then momentum, and the rate outside of the buffer."""
+    """torch.optim.SGD: L2 decay, then momentum, then the learning rate."""
     start, gradients = draws()
     schedule = [0.5, 0.5, 0.1, 0.1, 0.02]
     optimizer = create(
@@ -141,7 +141,7 @@ def test_sgd_is_pytorchs(momentum, nesterov):
 
 
 def adam_directions(gradients, betas=(0.9, 0.999), epsilon=1e-8):
-    """What Adam goes along at every step, for a rate of 1."""
+    """Adam's direction at every step, which is its update for a learning rate of 1."""
     (b1, b2), m, v = betas, 0, 0
     for t, g in enumerate(gradients, 1):
         m, v = b1 * m + (1 - b1) * g, b2 * v + (1 - b2) * g**2
@@ -181,7 +181,7 @@ def test_lamb_moves_each_tensor_by_a_part_of_its_norm():
 
 @pytest.mark.parametrize("nesterov", [False, True])
 def test_lars_moves_each_tensor_by_a_thousandth_of_its_norm(nesterov):
-    """LARS (arXiv:1708.03888), Algorithm 1: the rate is in the buffer."""
+    """LARS (arXiv:1708.03888), Algorithm 1: the learning rate is part of the momentum."""
     start, gradients = draws()
     optimizer = create("lars", 8.0, weight_decay=0.3, nesterov=nesterov)
     ours = descend(optimizer, np.float32(start), np.float32(gradients))
@@ -195,7 +195,7 @@ def test_lars_moves_each_tensor_by_a_thousandth_of_its_norm(nesterov):
 
 
 def test_rmsprop_is_tensorflows():
-    """As the MobileNets were trained: decay 0.9, 0.001 in the root, averages that start at 1."""
+    """As for the MobileNets: decay 0.9, epsilon 0.001 inside the root, averages that start at 1."""
     start, gradients = draws()
     optimizer = create("rmsprop", 0.1, weight_decay=0.3)
     ours = descend(optimizer, np.float32(start), np.float32(gradients))
@@ -239,7 +239,7 @@ def test_every_optimizer_goes_downhill_and_decays(name):
     assert not np.allclose(decayed, after)
 
 
-# ---- what a parameter is called decides: weight decay, and the rate of its layer
+# ---- by parameter name: weight decay and layer decay
 
 
 def tiny_vit():
@@ -306,7 +306,7 @@ def test_layers_are_numbered_as_beit_and_timm_number_them():
     stem = {"patch_embed": 0, "pos_embed": 0, "cls_token": 0, "dist_token": 0}
     rest = {"blocks_0": 1, "blocks_1": 2, "norm": 2, "head": 3, "head_dist": 3}
     assert {keys[0].key: layer for keys, layer in vit} == stem | rest
-    # 12 after 2 and 9: by number, not by letter.
+    # Sorted by number, not alphabetically.
     blocks = [f"blocks_{i}/mlp/fc1/kernel" for i in range(12)]
     assert ids(*blocks, "fc_norm/scale") == [*range(1, 13), 13]
     assert ids(
@@ -326,7 +326,7 @@ def test_layers_are_numbered_as_beit_and_timm_number_them():
 
 @pytest.mark.parametrize("name", OPTIMIZERS)
 def test_layer_decay_is_a_rate_for_each_layer(name):
-    """The same as an optimizer for each layer, whose rate is 0.5^(layers above)."""
+    """Equal to one optimizer per layer, with learning rate 0.5^(layers above)."""
     names = {"patch_embed": 0.1 / 8, "blocks_0": 0.1 / 4, "blocks_1": 0.1 / 2, "head": 0.1}
     shapes = {name: {"kernel": jax.ShapeDtypeStruct((2, 2), jnp.float32)} for name in names}
     params, gradients = drawn_like(shapes, 0), [drawn_like(shapes, i) for i in (1, 2, 3)]
@@ -406,7 +406,7 @@ def averages(decay, warmup):
 @pytest.mark.parametrize("warmup", [False, True])
 @pytest.mark.parametrize("decay", [0.0, 0.5, 0.9])
 def test_the_average_is_the_weighted_sum_of_all_that_was_seen(warmup, decay):
-    """Each one's weight is its own (1 - decay) times all later decays; the start's is 0."""
+    """Each value's weight is its (1 - decay) times all later decays; the initial value's is 0."""
     decays = [0.0] + [decay] * (SEEN - 1)
     if warmup:
         decays = [min(decay, 1 - (1 + step) ** (-2 / 3)) for step in range(SEEN)]
@@ -428,12 +428,12 @@ def test_warm_up_follows_young_weights_faster():
     assert np.linalg.norm(warm - last) < np.linalg.norm(cold - last)
 
 
-# ---- what is frozen
+# ---- frozen parameters
 
 
 @pytest.mark.parametrize("name", OPTIMIZERS)
 def test_frozen_leaves_keep_their_values_and_their_optimizer_state(name):
-    """Weight decay and momentum included; then they move as if the pause had not been."""
+    """No weight decay or momentum either; afterwards they resume as if there had been no pause."""
     optimizer = create(name, lambda step: 0.1 / (1 + step), weight_decay=0.1)
     params = {"a": np.float32([1, 2]), "b": {"c": np.float32([3, 4])}}
     gradients = jax.tree.map(np.ones_like, params)
@@ -450,7 +450,7 @@ def test_frozen_leaves_keep_their_values_and_their_optimizer_state(name):
     assert not np.array_equal(frozen["a"], params["a"])
     kept, whole = update(params, state, 0, jnp.asarray(False))
     jax.tree.map(np.testing.assert_array_equal, (kept, whole), (params, state))
-    # The rate is the schedule's at the run's step, not at the number of updates.
+    # The learning rate is that of the run's step, not of the number of updates.
     resumed, _ = update(kept, whole, 9, jnp.asarray(True))
     direct, _ = update(params, state, 9, True)
     jax.tree.map(np.testing.assert_array_equal, resumed, direct)

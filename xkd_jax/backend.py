@@ -1,4 +1,4 @@
-"""The kind of device that code is traced for."""
+"""The platform that code is traced for."""
 
 import contextlib
 from collections.abc import Iterator
@@ -16,9 +16,9 @@ def current() -> str:
 
 @contextlib.contextmanager
 def assume(platform: str) -> Iterator[None]:
-    """Inside, what is traced is for `platform`, wherever it is compiled.
+    """A context in which code is traced for `platform`, wherever it is compiled.
 
-    `jax.jit` remembers what it has traced: give it a function of its own for each platform.
+    `jax.jit` caches traces by function: jit a new function for each platform.
     """
     token = _assumed.set(platform)
     try:

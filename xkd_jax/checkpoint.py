@@ -16,33 +16,34 @@ from xkd_jax.reporting.logger import say
 
 
 def place(folder: Path, checkpoint_dir: str) -> epath.Path:
-    """Where the checkpoints of the run in `folder` lie, by `config.checkpoint_dir`."""
+    """The folder of the checkpoints of the run in `folder`, given `config.checkpoint_dir`."""
     if checkpoint_dir:
         return epath.Path(checkpoint_dir) / folder.absolute().name
     return epath.Path(folder) / "checkpoints"
 
 
 class Checkpoints:
-    """The checkpoints of one run, written while training goes on.
+    """The checkpoints of one run, written asynchronously.
 
     Args:
-      folder: where they lie, a path or a URI such as gs://bucket/run; the same for all processes.
-      keep: how many of the newest stay.
-      teacher: fingerprint of the teacher, "" for none; a checkpoint belongs to one teacher.
+      folder: a path or a URI such as gs://bucket/run; the same for all processes.
+      keep: number of newest checkpoints to keep.
+      teacher: fingerprint of the teacher, "" for none; checkpoints can only be restored with the
+        teacher they were saved with.
 
     Raises:
-      UserError: there can't be such a folder.
+      UserError: the folder can't be created.
     """
 
     def __init__(self, folder: epath.PathLike, keep: int, teacher: str):
         path = epath.Path(folder)
         if "://" not in str(folder):
             path = path.absolute()
-        # What a killed save left is as big as a checkpoint.
+        # The remains of an interrupted save can be as large as a checkpoint.
         options = ocp.CheckpointManagerOptions(
             max_to_keep=keep, create=True, cleanup_tmp_directories=True
         )
-        # Weights hardly shrink, and compressing them takes processors from the steps that follow.
+        # Weights hardly compress, and compressing takes CPU time from the next steps.
         handlers = {
             "state": ocp.PyTreeCheckpointHandler(use_compression=False),
             "meta": ocp.JsonCheckpointHandler(),
@@ -53,32 +54,32 @@ class Checkpoints:
         self._meta = {"teacher": teacher}
 
     def restore(self, state: Any) -> Any | None:
-        """The newest saved state, laid out on the devices as `state` is; None if there is none.
+        """The newest saved state, sharded like `state`; None if there is no checkpoint.
 
-        Damaged ones are passed over, and deleted once an older one is found whole.
+        Damaged checkpoints are skipped, and deleted once an older one has been restored.
 
         Raises:
-          UserError: it was saved under another teacher, doesn't fit `state`, or all are damaged.
+          UserError: it was saved with another teacher, doesn't fit `state`, or all are damaged.
         """
         abstract = jax.tree.map(ocp.utils.to_shape_dtype_struct, state)
         damaged: dict[int, str] = {}
         for step in sorted(self._manager.all_steps(), reverse=True):
             saved = self._read(step, abstract, damaged)
-            # Else one process could go on from another step than the rest.
+            # Otherwise processes could resume from different steps.
             if not np.all(multihost_utils.process_allgather(np.array(saved is not None))):
                 damaged.setdefault(step, "another process can't read it")
                 continue
             assert saved is not None
             if saved["meta"] != self._meta:
                 raise UserError(
-                    f"the checkpoint of step {step} learnt from teacher "
-                    f"{saved['meta']['teacher']}, and teacher.weights now holds "
-                    f"{self._meta['teacher']}; give the old file back or choose another --workdir."
+                    f"the checkpoint of step {step} was trained with teacher "
+                    f"{saved['meta']['teacher']}, but teacher.weights now holds "
+                    f"{self._meta['teacher']}; restore the old file or choose another --workdir."
                 )
             for torn, reason in damaged.items():
                 say(
                     f"the checkpoint of step {torn} is damaged ({reason}) and is deleted; "
-                    f"training goes on from step {step}."
+                    f"training resumes from step {step}."
                 )
                 self._manager.delete(torn)
             return saved["state"]
@@ -91,7 +92,7 @@ class Checkpoints:
         return None
 
     def _read(self, step: int, abstract: Any, damaged: dict[int, str]) -> Any | None:
-        """What was saved after `step`; None, and the reason in `damaged`, if it can't be read."""
+        """The checkpoint of `step`; None, with the reason in `damaged`, if it can't be read."""
         layout = ocp.checkpoint_utils.construct_restore_args(abstract)
         args = ocp.args.Composite(
             state=ocp.args.PyTreeRestore(abstract, restore_args=layout),
@@ -99,15 +100,15 @@ class Checkpoints:
         )
         try:
             return self._manager.restore(step, args=args)
-        except Exception as error:  # of many kinds, by which of the files is damaged
+        except Exception as error:  # the type depends on which file is damaged
             damaged[step] = _first_line(error)
             return None
 
     def save(self, step: int, state: Any) -> None:
-        """Starts saving `state`; its arrays are copied before this returns.
+        """Starts saving `state` in the background; its arrays are copied before this returns.
 
         Raises:
-          UserError: `state` is not finite; or it, or the one before, can't be written.
+          UserError: `state` has non-finite values; or it, or the previous one, can't be written.
         """
         if step == self._manager.latest_step():
             return
@@ -119,10 +120,10 @@ class Checkpoints:
             self._manager.save(step, args=args)
 
     def close(self) -> None:
-        """Returns when everything is on disk.
+        """Waits until everything is written.
 
         Raises:
-          UserError: the last one can't be written.
+          UserError: the last checkpoint can't be written.
         """
         with self._writing():
             self._manager.close()
@@ -131,10 +132,11 @@ class Checkpoints:
     def _writing(self):
         try:
             yield
-        except Exception as error:  # the file system's, or what Orbax and TensorStore make of it
+        except Exception as error:  # OSError, or whatever Orbax and TensorStore turn it into
             raise UserError(
-                f"{self._folder} can't be written ({_first_line(error)}); the checkpoints from "
-                "before stay: make room or give access, and run the same command again to go on."
+                f"{self._folder} can't be written ({_first_line(error)}); earlier checkpoints are "
+                "kept: free disk space or fix its permissions, then run the same command again to "
+                "resume."
             ) from error
 
 

@@ -1,7 +1,7 @@
 """The config of a run: every field with its default, and the checks that need no data.
 
-A recipe in `configs/` calls `default_config()` and sets what differs. The result is locked, so that
-a misspelt field fails where it is written.
+A recipe in `configs/` calls `default_config()` and changes fields. The config is locked, so that a
+misspelt field fails where it is set.
 """
 
 import copy
@@ -20,50 +20,51 @@ from xkd_jax.errors import UserError, unknown
 from xkd_jax.methods import METHODS, create_method
 from xkd_jax.optim import OptimizerOptions, ScheduleOptions
 
-Config = Any  # a ConfigDict; what its fields are is known at run time only
+Config = Any  # a ConfigDict, whose fields are only known at run time
 
 DTYPES = ("auto", "float32", "bfloat16")
 
 
 def default_config() -> Config:
-    """Plain supervised training with the paper's optimizer; every field there is."""
+    """All fields; by default plain supervised training with the paper's optimizer."""
     config = ConfigDict({"seed": 0, "epochs": 200, "batch_size": 64})
-    config.dtype = "auto"  # what networks compute in; auto: bfloat16 on a GPU or TPU
+    config.dtype = "auto"  # compute dtype of the networks; auto: bfloat16 on a GPU or TPU
 
-    # Methods to train one after the other with everything else equal; empty: `method.name` alone.
+    # Methods to compare, trained in turn with everything else equal; empty: only `method.name`.
     config.compare = ()
     config.label_smoothing = 0.0
     config.method = ConfigDict({"name": "none"})
     for name, method in METHODS.items():
         config.method[name] = ConfigDict(dataclasses.asdict(method))
 
-    # args: fields of the network's module. weights: a .safetensors, .pth or .bin, ours or timm's,
-    # or "timm:NAME" to download it; "" starts at random.
+    # args: fields of the network's module. weights: a .safetensors, .pth or .bin file of this
+    # library or timm; "timm:NAME" to download it; "packaged:NAME" for weights that are installed
+    # with xkd_jax; "" for a random initialisation.
     config.student = ConfigDict({"model": "resnet18", "args": {}, "weights": ""})
-    # weights: a .safetensors of ours, which says what it is: model may be ""; or "timm:NAME"; or
-    # "random", a control.
+    # weights: a .safetensors file of this library, whose metadata names the network, so model may
+    # be ""; "timm:NAME"; "packaged:NAME"; or "random", as a control.
     config.teacher = ConfigDict({"model": "", "args": {}, "weights": ""})
 
     config.data = ConfigDict(
         {
             "name": "",
             "dir": "",
-            "train": "train",  # what is learnt from
-            "eval": "test",  # what the curves show
-            "test": "test",  # measured once, at the end
-            "noisy": False,
+            "train": "train",  # split to train on
+            "eval": "test",  # split of the learning curves
+            "test": "test",  # split of the final evaluation
+            "noisy": False,  # also evaluate on corrupted test images
             "on_error": "stop",  # at damaged images; or "skip", which leaves them out
-            # "resident": as uint8 on the device; "host": decoded and cropped batch by batch;
-            # "auto": by whether the images have one size, and fit.
+            # "resident": stored on the device as uint8; "host": decoded and cropped batch by batch;
+            # "auto": "resident" if the images all have the same size and fit.
             "feed": "auto",
-            "repeats": 1,  # of an example in its epoch: repeated augmentation
-            "workers": 0,  # processes that decode for "host"; 0: threads
+            "repeats": 1,  # times each example appears per epoch: repeated augmentation
+            "workers": 0,  # worker processes that decode for "host"; 0: threads
         }
     )
-    config.image_size = 0  # the side that networks see, pixels; 0: the data's own
-    config.crop_scale = (0.08, 1.0)  # of images decoded batch by batch: a crop's share of the area
-    # The evaluation crop's share of the side: 0.875 is "resize 256, crop 224". 0: 0.875 of images
-    # decoded batch by batch, and resident ones whole, resized.
+    config.image_size = 0  # side of the networks' input, pixels; 0: that of the data
+    config.crop_scale = (0.08, 1.0)  # "host" feed: range of a random crop's share of the area
+    # Evaluation crop as a fraction of the side: 0.875 is "resize 256, crop 224". 0: 0.875 for the
+    # "host" feed; resident images are resized without a crop.
     config.crop_pct = 0.0
     config.augment = ConfigDict({"crop_padding": 4, "flip": True})
     config.augment.update(dataclasses.asdict(Augment()))
@@ -71,37 +72,37 @@ def default_config() -> Config:
 
     config.optimizer = ConfigDict(dataclasses.asdict(OptimizerOptions()))
     config.schedule = ConfigDict(dataclasses.asdict(ScheduleOptions()))
-    # The paper states none. Its rate stays constant.
+    # The paper doesn't specify it. The learning rate is constant.
     adversary = OptimizerOptions(name="adam", learning_rate=1e-3, weight_decay=0.0)
     config.adversary_optimizer = ConfigDict(dataclasses.asdict(adversary))
-    config.accumulate = 1  # parts that a batch is computed in, one after the other: less memory
-    config.remat = False  # the student's blocks, computed twice: less memory, a third more time
-    config.layer_decay = 1.0  # of the student's rate, from each layer to the one below it; 1: off
-    config.ema = ConfigDict({"decay": 0.0, "warmup": False})  # of the student; 0: off
+    config.accumulate = 1  # microbatches per batch (gradient accumulation): less memory
+    config.remat = False  # recompute the student's blocks: less memory, a third more time
+    config.layer_decay = 1.0  # factor of the student's learning rate per layer, top down; 1: off
+    config.ema = ConfigDict({"decay": 0.0, "warmup": False})  # EMA of the student; decay 0: off
 
     config.mesh = ConfigDict(
         {
-            # "replicated"; "fsdp": each device stores a share of the large weights and gathers
-            # them in every step; "auto": "fsdp" above 2 GiB.
+            # "replicated"; "fsdp": large weights are sharded and gathered in every step; "auto":
+            # "fsdp" above 2 GiB.
             "teacher": "auto",
-            "student": "replicated",  # or "fsdp": weights, optimizer state and average
+            "student": "replicated",  # or "fsdp": weights, optimizer state and EMA are sharded
         }
     )
     config.log_every = 50  # steps
     config.eval_every = 1  # epochs
     config.checkpoint_every = 1000  # steps; the last step is always saved
     config.keep_checkpoints = 2
-    # "": in the run's folder. Or a folder for those of many runs, which all processes share; any
-    # URI that Orbax takes, such as "gs://bucket/runs".
+    # "": the run's folder. Otherwise a folder for the checkpoints of several runs, shared by all
+    # processes: a path or any URI that Orbax supports, such as "gs://bucket/runs".
     config.checkpoint_dir = ""
     return config.lock()
 
 
 def validate(config: Config) -> None:
-    """Names the first value that can't be right.
+    """Checks everything that can be checked without data.
 
     Raises:
-      UserError: in one sentence, with what would be right.
+      UserError: names the first invalid value and what would be valid.
     """
     for name, _ in _fields(default_config()):
         if not has_field(config, name):
@@ -124,8 +125,8 @@ def validate(config: Config) -> None:
             raise UserError(f"{field} is {config[field]}, but must be at least 1.")
     if config.batch_size % config.accumulate:
         raise UserError(
-            f"batch_size={config.batch_size} doesn't divide into accumulate={config.accumulate} "
-            f"parts; take a multiple of {config.accumulate}."
+            f"batch_size={config.batch_size} isn't divisible by accumulate={config.accumulate}; "
+            f"take a multiple of {config.accumulate}."
         )
     if config.data.repeats < 1 or config.data.workers < 0:
         raise UserError("data.repeats must be at least 1, and data.workers at least 0.")
@@ -135,13 +136,17 @@ def validate(config: Config) -> None:
         raise UserError(f"ema.decay is {config.ema.decay}, but must be in [0, 1); 0 turns it off.")
     low, high = config.crop_scale
     if not 0 < low <= high <= 1:
-        raise UserError(f"crop_scale is {(low, high)}, but must be two shares, rising, in (0, 1].")
+        raise UserError(
+            f"crop_scale is {(low, high)}, but must be two increasing fractions in (0, 1]."
+        )
     if not 0 <= config.crop_pct <= 1:
-        raise UserError(f"crop_pct is {config.crop_pct}, but must be in (0, 1], or 0 to choose.")
+        raise UserError(
+            f"crop_pct is {config.crop_pct}, but must be in (0, 1], or 0 for the default."
+        )
     if config.data.noisy and config.augment.blur > 0:
         raise UserError(
-            "data.noisy measures on blurred images, which training must not have seen; set "
-            "augment.blur=0, or data.noisy=False."
+            "data.noisy evaluates on blurred images, which training must not have seen; set "
+            "augment.blur=0 or data.noisy=False."
         )
     MultiView(**config.views)
     augmentation(config)
@@ -156,15 +161,18 @@ def validate(config: Config) -> None:
 def _validate_methods(config: Config) -> None:
     if config.compare and config.method.name != "none":
         raise UserError(
-            f"method.name={config.method.name} has no effect beside compare={config.compare}; "
-            "add it there, or set compare=() for one run."
+            f"method.name={config.method.name} has no effect with compare={config.compare}; "
+            "add it there, or set compare=() for a single run."
         )
     for name in config.compare or (config.method.name,):
         if not isinstance(name, str):
             raise UserError(f"compare must be a tuple of method names, but holds {name!r}.")
         method = create_method(name, config.method)
         if method.needs_teacher and not (config.teacher.model or config.teacher.weights):
-            raise UserError(f"method {name} needs a teacher; set teacher.weights to its file.")
+            raise UserError(
+                f"method {name} needs a teacher; set teacher.weights to a .safetensors file, "
+                "timm:NAME or packaged:NAME."
+            )
 
 
 def for_method(config: Config, method: str) -> Config:
@@ -176,7 +184,7 @@ def for_method(config: Config, method: str) -> Config:
 
 
 def augmentation(config: Config) -> Augment:
-    """The strong part of `config.augment`: all but crop and flip.
+    """The augmentations of `config.augment` other than crop and flip.
 
     Raises:
       UserError: a value is out of range.
@@ -186,7 +194,7 @@ def augmentation(config: Config) -> Augment:
 
 
 def used(config: Config) -> dict[str, Any]:
-    """The config as plain data, without the options of methods that this run doesn't use."""
+    """The config as a plain dict, without the options of unused methods."""
     plain = config.to_dict()
     parts = {part for name in config.compare or (config.method.name,) for part in name.split("+")}
     plain["method"] = {k: v for k, v in plain["method"].items() if k == "name" or k in parts}
@@ -194,7 +202,7 @@ def used(config: Config) -> dict[str, Any]:
 
 
 def has_field(config: Config, name: str) -> bool:
-    """Whether there is a field "a.b.c"; networks' `args` are open, so any may be there."""
+    """Whether there is a field "a.b.c"; any name is accepted below a network's `args`."""
     first, _, rest = name.partition(".")
     if first not in config:
         return False

@@ -1,8 +1,8 @@
-"""The training step on one page: from images to new weights, for every method and scale.
+"""The training step: from images to new weights, for every method and scale.
 
-`train_step` is the page's spine and Algorithm 1 of the paper; `gradients` is one pass over a batch,
-`moves` says what is trained in a step and what is frozen. `Distiller` holds what doesn't change
-from step to step, `TrainState` (state.py) what does.
+`train_step` is Algorithm 1 of the paper; `gradients` is one pass over a batch, and `moves` decides
+which parts are trained in a step and which are frozen. `Distiller` holds what is constant during
+training, `TrainState` (state.py) what changes.
 """
 
 import dataclasses
@@ -30,27 +30,27 @@ from xkd_jax.state import TrainState, create_state, student_variables
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Distiller:
-    """What stays the same from the first step to the last.
+    """Everything about the training step that is constant during training.
 
     Attributes:
-      teacher: a frozen model with weights; None for a method that needs none.
-      student: the model to train, from its weights if it has some.
+      teacher: a frozen model with weights; None for methods that don't need a teacher.
+      student: the model to train; starts from its weights if it has any.
       method: a `Method`, or the name of one with its default options, such as "cakd+logits".
-      optimizer: of the student and of the method's own parameters.
-      method_optimizer: of the method's parameters, if they have one of their own.
-      adversary_optimizer: of the adversary, for methods that have one.
+      optimizer: optimizer of the student and, by default, of the method's parameters.
+      method_optimizer: optimizer of the method's parameters; None for `optimizer`.
+      adversary_optimizer: optimizer of the adversary, for methods that have one.
       augment: the augmentation.
-      steps_per_epoch: what methods with phases and warm-ups count in.
+      steps_per_epoch: number of steps per epoch, for methods with phases or warm-ups.
       labels: labels of the training set [n], for methods with a memory bank (crd).
-      accumulate: number of parts in which a batch is computed, one after the other.
-      ema_decay: of the student's moving average; 0: off.
+      accumulate: number of microbatches per batch (gradient accumulation).
+      ema_decay: decay of the student's exponential moving average; 0: off.
       ema_warmup: see `optim.average`.
       mesh: the devices.
       teacher_rule: "replicated", "fsdp" or "auto", see `sharding.of_teacher`.
       student_rule: "replicated" or "fsdp", see `sharding.of_state`.
 
     Raises:
-      UserError: the method can't take this pair of networks.
+      UserError: the method doesn't support this pair of networks.
     """
 
     teacher: Model | None
@@ -77,7 +77,7 @@ class Distiller:
         if not self.method.needs_teacher:
             return
         if self.teacher is None:
-            raise UserError("this method needs a teacher; give a model with weights.")
+            raise UserError("this method needs a teacher; pass a model with weights.")
         check_pair(self.method, self.teacher.output_shapes, self.student.output_shapes)
 
     def init(self, key: jax.Array, images: Any = None) -> TrainState:
@@ -85,14 +85,14 @@ class Distiller:
 
         Args:
           key: a typed key, such as `jax.random.key(0)`.
-          images: some images, as `step` will get them; only their form is checked.
+          images: example images; only their shape and dtype are checked.
 
         Raises:
-          UserError: the images have another form.
+          UserError: the images have the wrong shape or dtype.
         """
         if images is not None:
             ops.check_images(images)
-        # It runs once: on a CPU, optimising it would take longer than the first training steps.
+        # Runs once: on a CPU, XLA's optimisations would take longer than the first training steps.
         options = {"xla_backend_optimization_level": 0} if jax.default_backend() == "cpu" else None
         init = functools.partial(_init, self)
         init = jax.jit(init, out_shardings=self.shardings.state, compiler_options=options)
@@ -101,25 +101,28 @@ class Distiller:
     def step(
         self, state: TrainState, images: Any, labels: Any, index: Any = None
     ) -> tuple[TrainState, dict[str, jax.Array]]:
-        """One training step, for loops of your own; `xkd_jax.train` has the library's.
+        """One training step, for custom training loops; the library's own is in `xkd_jax.train`.
 
         Args:
-          state: from `init` or the step before; its memory is reused.
+          state: from `init` or the previous step; donated.
           images: [N, H, W, 3], uint8 or float in [0, 1].
           labels: int [N].
-          index: int [N], places of the examples in the training set, for methods with a bank.
+          index: int [N], indices of the examples in the training set, for methods with a memory
+            bank.
 
         Returns:
           The new state, and metrics: scalars on the device.
 
         Raises:
-          UserError: the images have another form, or the batch doesn't divide over the devices.
+          UserError: the images have the wrong shape or dtype, or the batch can't be split evenly
+            over the devices.
         """
         ops.check_images(images)
         if len(images) % (self.mesh.size * self.accumulate):
             raise UserError(
-                f"a batch of {len(images)} doesn't divide over {self.mesh.size} devices and "
-                f"{self.accumulate} parts; take a multiple of {self.mesh.size * self.accumulate}."
+                f"a batch of {len(images)} doesn't divide evenly over {self.mesh.size} devices and "
+                f"accumulate={self.accumulate}; take a multiple of "
+                f"{self.mesh.size * self.accumulate}."
             )
         index = jnp.zeros(len(images), jnp.int32) if index is None else index
         batch = {"image": images, "label": labels, "index": index}
@@ -133,13 +136,13 @@ class Distiller:
         return jax.jit(functools.partial(train_step, self), donate_argnums=0)
 
     def student_model(self, state: TrainState) -> Model:
-        """The student as it is now (its moving average, if there is one), on the host."""
+        """The current student (its moving average, if there is one), on the host."""
         variables = sharding.to_host(student_variables(state), self.mesh)
         return dataclasses.replace(self.student, variables=variables)
 
     @property
     def optimizers(self) -> dict[str, optax.GradientTransformationExtraArgs]:
-        """By part."""
+        """The optimizers of "student", "method" and "adversary"."""
         parts = {
             "student": self.optimizer,
             "method": self.method_optimizer or self.optimizer,
@@ -149,7 +152,7 @@ class Distiller:
 
     @functools.cached_property
     def state_shapes(self) -> TrainState:
-        """The state as shapes with their shardings; nothing is computed."""
+        """The state as `jax.ShapeDtypeStruct`s with shardings; nothing is computed."""
         return sharding.shaped(self._shapes, self.shardings.state)
 
     @functools.cached_property
@@ -158,7 +161,7 @@ class Distiller:
 
     @functools.cached_property
     def shardings(self) -> sharding.Shardings:
-        """How everything is laid out on the mesh; computed once."""
+        """The shardings of the state, the teacher and the batch; computed once."""
         teacher = self.teacher.shapes if self.teacher else {}
         return sharding.Shardings(
             state=sharding.of_state(self.mesh, self._shapes, self.student_rule),
@@ -186,16 +189,16 @@ def train_step(
     teacher_variables: Any,
     batch: dict[str, jax.Array],
 ) -> tuple[TrainState, dict[str, jax.Array]]:
-    """One update of the student, of the method's parameters and, in its turn, of the adversary.
+    """One update of the student, the method's parameters and, in some steps, the adversary.
 
     Algorithm 1 of the paper.
 
     Args:
-      distiller: what stays the same; static.
+      distiller: everything that is constant; static.
       state: the training state.
-      teacher_variables: frozen.
+      teacher_variables: the frozen teacher's variables.
       batch: `image` [N, H, W, 3], uint8 or float in [0, 1]; `label` [N]; `index` [N], the examples'
-        places in the training set.
+        indices in the training set.
 
     Returns:
       The new state and the step's metrics: scalars, and `nan_guard.FLAGS` of the gradients.
@@ -243,11 +246,10 @@ def gradients(
     batch: dict[str, jax.Array],
     key: jax.Array,
 ) -> tuple[tuple[Any, Any], tuple[dict[str, Any], dict[str, jax.Array]]]:
-    """One pass over a batch, or over a part of one.
+    """One forward and backward pass over a batch or microbatch.
 
     Returns:
-      The running statistics and the method's state after it; and the gradients of each part, with
-      the metrics.
+      The new running statistics and method state; and the gradients by part, with the metrics.
     """
     method, student = distiller.method, distiller.student
     view_key, dropout_key, method_key = jax.random.split(key, 3)
@@ -281,14 +283,14 @@ def gradients(
     trained = {part: state.params[part] for part in ("student", "method")}
     grads, (term, batch_stats, scalars) = jax.grad(loss_fn, has_aux=True)(trained)
     grads["adversary"], of_adversary = adversary_gradient(distiller, state, term.judged)
-    if distiller.student_rule == "fsdp":  # summed where each share of the weights is
+    if distiller.student_rule == "fsdp":  # reduced to the shard that each device updates
         layout = distiller.shardings.state.params["student"]
         grads["student"] = jax.lax.with_sharding_constraint(grads["student"], layout)
     return (batch_stats, term.state), (grads, metrics | scalars | of_adversary)
 
 
 def create_teacher_fn(distiller: Distiller, variables: Any) -> Callable[[jax.Array], Outputs]:
-    """The frozen teacher's forward pass, from its view to its outputs; {} without a teacher."""
+    """The frozen teacher's forward pass, from its view to its outputs ({} without a teacher)."""
     teacher, layout = distiller.teacher, distiller.shardings.teacher
     if teacher is None:
         return lambda view: {}
@@ -302,10 +304,11 @@ def create_teacher_fn(distiller: Distiller, variables: Any) -> Callable[[jax.Arr
 def create_views(
     distiller: Distiller, key: jax.Array, images: jax.Array, labels: jax.Array
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """What the networks see of images [N, H, W, 3] with labels [N].
+    """The networks' inputs for images [N, H, W, 3] with labels [N].
 
     Returns:
-      The teacher's and the student's input, each normalised its own way, and the targets [N, K].
+      The teacher's and the student's input, each normalised as its network expects, and the targets
+      [N, K].
     """
     targets = jax.nn.one_hot(labels, distiller.student.num_classes)
     *views, targets = distiller.augment(key, images, targets, distiller.method.multi_view)
@@ -316,7 +319,7 @@ def create_views(
 def adversary_gradient(
     distiller: Distiller, state: TrainState, judged: Any
 ) -> tuple[Any, dict[str, jax.Array]]:
-    """The adversary's gradient and metrics; zeros and NaN in steps that leave it unchanged."""
+    """The adversary's gradient and metrics; zeros and NaN in steps that don't update it."""
     method, adversary = distiller.method, state.params["adversary"]
     if not method.adversary_period:
         return {}, {}
@@ -333,27 +336,28 @@ def adversary_gradient(
         metrics = jax.eval_shape(loss_fn, adversary)[1]
         return jax.tree.map(jnp.zeros_like, adversary), dict.fromkeys(metrics, jnp.nan)
 
-    if method.adversary_period == 1:  # a conditional hides the work from XLA's optimizer
+    if method.adversary_period == 1:  # XLA doesn't optimise across a conditional
         return compute(adversary)
     return jax.lax.cond(_adversarys_turn(distiller, state), compute, skip, adversary)
 
 
 def moves(distiller: Distiller, state: TrainState, grads: dict[str, Any]) -> dict[str, Any]:
-    """Which parts move in this step; the others are frozen, weight decay and momentum included.
+    """Which parts are updated in this step; the rest is frozen: no weight decay, no momentum.
 
     Args:
-      distiller: what stays the same.
-      state: before the step.
-      grads: by part.
+      distiller: everything that is constant.
+      state: the state before the step.
+      grads: gradients by part.
 
     Returns:
-      For "student", "method", "adversary" and "batch_stats" what `optim.select` takes.
+      For "student", "method", "adversary" and "batch_stats", the `moves` argument of
+      `optim.select`.
     """
     method, progress = distiller.method, epochs(distiller, state)
     moving = dict(method.moves(progress))
     moving["batch_stats"] = moving["student"]
     if method.first_phase:
-        # Layers past what a first phase learns from: weight decay alone would shrink them.
+        # Layers that the first phase's loss doesn't reach: weight decay alone would shrink them.
         moving["student"] = jax.tree.map(
             lambda g: moving["batch_stats"] & ((progress >= 0) | jnp.any(g != 0)), grads["student"]
         )
@@ -362,7 +366,7 @@ def moves(distiller: Distiller, state: TrainState, grads: dict[str, Any]) -> dic
 
 
 def epochs(distiller: Distiller, state: TrainState) -> jax.Array:
-    """Epochs since the training proper began, fractional; negative in the method's first phase."""
+    """Fractional epochs since the main phase began; negative in the method's first phase."""
     return state.step / distiller.steps_per_epoch - distiller.method.first_phase
 
 

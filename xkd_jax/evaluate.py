@@ -1,6 +1,6 @@
-"""Accuracy over a whole split, and the Equal Error Rate where there are two classes.
+"""Accuracy over a whole split and, for two classes, the Equal Error Rate.
 
-The last, smaller batch is filled up and masked.
+The last, smaller batch is padded and masked.
 """
 
 from collections.abc import Callable
@@ -18,7 +18,7 @@ from xkd_jax.distributed import sharding
 from xkd_jax.methods.base import apply
 from xkd_jax.model import Model
 
-# The seed of the noisy evaluation: the same corruptions for every model that is compared.
+# Seed of the noisy evaluation: all compared models see the same corruptions.
 NOISE_SEED = 2022
 IMAGES_PER_DEVICE = 128
 
@@ -26,16 +26,16 @@ IMAGES_PER_DEVICE = 128
 def create_eval_step(
     model: Model, crop_pct: float = 0.0, noisy: bool = False
 ) -> Callable[..., dict[str, jax.Array]]:
-    """A jitted function that counts what one batch gets right.
+    """A jitted function that evaluates one batch.
 
     Args:
       model: the student or the teacher.
-      crop_pct: of the split, `data.Split.crop_pct`.
+      crop_pct: `data.Split.crop_pct` of the split.
       noisy: whether images are corrupted (`corruptions.noisy`), as in the paper's Fig. 3(a).
 
     Returns:
       step(variables, images uint8 [N, H, W, 3], labels [N], valid [N], key) -> sums by name and,
-      of two classes, `scores` [N], how far the second one is ahead.
+      for two classes, `scores` [N]: logit 1 minus logit 0.
     """
 
     @jax.jit
@@ -68,13 +68,13 @@ def evaluate(
 
     Args:
       eval_step: from `create_eval_step`.
-      variables: the network's.
-      split: all of it is used.
-      mesh: where batches go.
+      variables: the network's variables.
+      split: the split to evaluate on.
+      mesh: the devices.
 
     Returns:
-      top1 and top5 in [0, 1], the mean cross-entropy and, where both of two classes occur, eer,
-      the Equal Error Rate.
+      top1 and top5 in [0, 1]; loss, the mean cross-entropy; and, if there are two classes and both
+      occur, eer, the Equal Error Rate.
     """
     over_batch = sharding.over_batch(mesh)
     variables = jax.device_put(variables, sharding.replicated(mesh))

@@ -1,6 +1,6 @@
-"""An experiment: everything that a config builds, data, networks and optimizers.
+"""An experiment: everything that a config builds, such as data, networks and optimizers.
 
-Every wrong input shows up here, before anything is compiled.
+All wrong input is reported here, before anything is compiled.
 """
 
 import dataclasses
@@ -31,21 +31,21 @@ from xkd_jax.model import Model, create_model
 from xkd_jax.optim import create_learning_rate_fn, create_optimizer, layer_ids
 from xkd_jax.reporting.logger import say
 
-TIMM = "timm:"  # prefix of a name: timm's weights from the hub, converted once
-RANDOM = "random"  # teacher.weights of a teacher without knowledge: a control
+TIMM = "timm:"  # prefix of a name: timm's weights, downloaded from the hub and converted once
+RANDOM = "random"  # teacher.weights of an untrained teacher, as a control
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Experiment:
-    """Everything that stays the same from the first step to the last.
+    """Everything that is constant during a run.
 
     Attributes:
       distiller: the networks, the method, the optimizers and the training step.
-      train: the split to learn from.
+      train: the split to train on.
       evaluation: the split of the learning curves.
       learning_rate_fn: the student's learning rate as a function of the step.
-      total_steps: number of steps of the run, the method's first phase included.
-      config: the rest.
+      total_steps: number of steps of the run, including the method's first phase.
+      config: the config that it was created from.
     """
 
     distiller: Distiller
@@ -62,7 +62,7 @@ class Experiment:
 
     @property
     def order(self) -> Order:
-        """Which examples each step sees."""
+        """The order of the training examples."""
         config = self.config
         return Order(len(self.train), config.batch_size, config.seed, config.data.repeats)
 
@@ -74,10 +74,10 @@ class Experiment:
 
 
 def create_experiment(config: Config) -> Experiment:
-    """Loads what `config` names and checks that it fits together.
+    """Loads everything that `config` names and checks that it fits together.
 
     Raises:
-      UserError: something is missing, damaged or doesn't fit.
+      UserError: something is missing, damaged or incompatible.
     """
     method = create_method(config.method.name, config.method)
     mesh = sharding.create_mesh()
@@ -91,22 +91,22 @@ def create_experiment(config: Config) -> Experiment:
         )
     student = create_student(config, train)
     teacher = create_teacher(config, train, teacher_file) if teacher_file else None
-    load_split(config, config.data.test)  # what is wrong with it must not show at the end
+    load_split(config, config.data.test)  # report problems with it now, not after training
     splits = train, load_split(config, config.data.eval)
     return assemble(config, method, mesh, splits, student, teacher)
 
 
 def check_batch(config: Config, mesh: Mesh) -> None:
-    """Refuses a batch that doesn't divide.
+    """Checks that the batch can be split over the devices and `config.accumulate` microbatches.
 
     Raises:
-      UserError: over the devices, or into the parts of `config.accumulate`.
+      UserError: it can't.
     """
     share = mesh.size * config.accumulate
     if config.batch_size % share:
-        parts = f" in accumulate={config.accumulate} parts" if config.accumulate > 1 else ""
+        parts = f" and accumulate={config.accumulate}" if config.accumulate > 1 else ""
         raise UserError(
-            f"batch_size={config.batch_size} doesn't divide over the {mesh.size} devices "
+            f"batch_size={config.batch_size} doesn't divide evenly over the {mesh.size} devices "
             f"of the mesh{parts}; take a multiple of {share}."
         )
 
@@ -119,10 +119,10 @@ def assemble(
     student: Model,
     teacher: Model | None,
 ) -> Experiment:
-    """The experiment of these parts; `splits` are those to learn from and to evaluate on.
+    """The experiment made of these parts; `splits` are the training and the evaluation split.
 
     Raises:
-      UserError: the method can't take this pair, or the optimizer's options are wrong.
+      UserError: the method doesn't support this pair, or the optimizer's options are invalid.
     """
     train, evaluation = splits
     steps_per_epoch = len(train) // config.batch_size
@@ -165,14 +165,14 @@ def assemble(
 
 
 def compute_dtype(name: str) -> Any:
-    """What networks compute in: `config.dtype`, where "auto" is bfloat16 on a GPU or TPU."""
+    """The networks' compute dtype, given `config.dtype`: "auto" is bfloat16 on a GPU or TPU."""
     if name == "auto":
         name = "float32" if backend.current() == "cpu" else "bfloat16"
     return jnp.dtype(name)
 
 
 def load_split(config: Config, split: str) -> data.Split:
-    """One split of the config's data set; the runs of a comparison share it."""
+    """One split of the config's data set, cached for the other runs of a comparison."""
     options = config.data
     return _cached_open(
         options.name, split, options.dir, config.image_size, options.feed, options.on_error,
@@ -204,12 +204,12 @@ def create_student(config: Config, train: data.Split) -> Model:
         if not hasattr(model.module, "remat"):
             raise UserError(
                 f"{config.student.model} has no blocks that remat could recompute; set "
-                "remat=False, or more parts with accumulate."
+                "remat=False, and increase accumulate to save memory."
             )
         model = dataclasses.replace(model, module=model.module.clone(remat=True))
     if not config.student.weights:
         return model
-    # Weights for other classes or images are a start too: the head and the like are made new.
+    # Weights for other classes or image sizes are adapted: the head, say, is re-initialised.
     converted = convert(
         read_checkpoint(_weights_file(config.student.weights)),
         config.student.model,
@@ -227,11 +227,11 @@ def create_student(config: Config, train: data.Split) -> Model:
 
 @functools.cache
 def _say_once(text: str) -> None:
-    say(text)  # a run makes its experiment twice
+    say(text)  # once, although a run creates its experiment twice
 
 
 def _weights_file(name: str) -> str | Path:
-    """The file of `student.weights` or `teacher.weights`; timm's are downloaded and converted."""
+    """The file of `student.weights` or `teacher.weights`; timm's is downloaded and converted."""
     return fetch(name.removeprefix(TIMM)) if name.startswith(TIMM) else weights.locate(name)
 
 
@@ -240,7 +240,7 @@ def _data_size(config: Config, train: data.Split) -> int:
 
 
 def load_teacher_file(config: Config) -> tuple[Any, dict[str, Any]]:
-    """The teacher's variables and metadata, before anything slow.
+    """The teacher's variables (None for random ones) and metadata, checked before anything slow.
 
     Raises:
       UserError: the file is missing or damaged, or holds another network than `teacher.model`.
@@ -249,15 +249,15 @@ def load_teacher_file(config: Config) -> tuple[Any, dict[str, Any]]:
     if wanted.weights == RANDOM or not wanted.weights:
         if wanted.weights != RANDOM or not wanted.model:
             raise UserError(
-                "the teacher has no weights; set teacher.weights to a .safetensors file, to "
-                "timm:NAME, or to 'random', with teacher.model, for a control."
+                "the teacher has no weights; set teacher.weights to a .safetensors file, "
+                "timm:NAME or packaged:NAME, or, as a control, to 'random' with teacher.model."
             )
         return None, {"model": wanted.model, "args": wanted.args.to_dict()}
     variables, metadata = weights.load_weights(_weights_file(wanted.weights))
     if wanted.model and wanted.model != metadata["model"]:
         raise UserError(
-            f"{wanted.weights} holds a {metadata['model']}, and teacher.model is {wanted.model}; "
-            "leave teacher.model empty to take what the file holds."
+            f"{wanted.weights} holds a {metadata['model']}, but teacher.model is {wanted.model}; "
+            "leave teacher.model empty to use the file's network."
         )
     return variables, metadata
 
@@ -266,7 +266,7 @@ def create_teacher(config: Config, train: data.Split, file: tuple[Any, dict[str,
     """The teacher that its file describes, with the file's own image size, mean and std.
 
     Raises:
-      UserError: it was trained for other classes, or its tensors don't fit.
+      UserError: it was trained for another number of classes, or its tensors don't fit.
     """
     variables, metadata = file
     model = describe_teacher(config, train, metadata)
@@ -279,10 +279,10 @@ def create_teacher(config: Config, train: data.Split, file: tuple[Any, dict[str,
 
 
 def describe_teacher(config: Config, train: data.Split, metadata: dict[str, Any]) -> Model:
-    """The teacher that its file's metadata describe, without its weights.
+    """The teacher that its file's metadata describes, without weights.
 
     Raises:
-      UserError: it was trained for other classes.
+      UserError: it was trained for another number of classes.
     """
     classes = metadata.get("num_classes", train.num_classes)
     if classes != train.num_classes:

@@ -1,4 +1,4 @@
-"""A network together with what it needs to be used: preprocessing, weights, class names."""
+"""A network together with its preprocessing, weights and class names."""
 
 import dataclasses
 import functools
@@ -17,18 +17,18 @@ from xkd_jax.methods.base import Outputs, apply
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Model:
-    """A network, its preprocessing and, once it has them, its weights; callable on images.
+    """A network with its preprocessing and, optionally, weights; callable on images.
 
     Attributes:
       module: the Flax module.
       image_size: side of its input, pixels.
-      mean: per channel, of images in [0, 1].
+      mean: mean per channel, of images in [0, 1].
       std: standard deviation per channel, of images in [0, 1].
       variables: `params` and `batch_stats`, or None for a model without weights.
-      name: in `xkd_jax.models.MODELS`.
-      args: arguments of `create_model` that differ from that network's defaults.
-      class_names: by label; empty if unknown.
-      fingerprint: of `variables`, see `weights.fingerprint`; empty if not needed.
+      name: its name in `xkd_jax.models.MODELS`.
+      args: arguments of `create_model` that differ from the network's defaults.
+      class_names: class names by label; empty if unknown.
+      fingerprint: fingerprint of `variables`, see `weights.fingerprint`; empty if not needed.
     """
 
     module: nn.Module
@@ -45,10 +45,10 @@ class Model:
         """The logits [N, K] of images [N, H, W, 3], uint8 or float in [0, 1], of any size.
 
         Raises:
-          UserError: the model has no weights, or the images have another form.
+          UserError: the model has no weights, or the images have the wrong shape or dtype.
         """
         if self.variables is None:
-            raise UserError("the model has no weights; load a file, or train it first.")
+            raise UserError("the model has no weights; load a file or train it first.")
         ops.check_images(images)
         return self._logits(self.variables, images)
 
@@ -61,7 +61,7 @@ class Model:
         return jax.jit(logits)
 
     def preprocess(self, images: jax.Array) -> jax.Array:
-        """float32 [N, H, W, 3] in [0, 1] to the network's input, resized and normalised."""
+        """Resizes and normalises float32 images [N, H, W, 3] in [0, 1] for the network."""
         return ops.normalize(ops.resize(images, self.image_size), self.mean, self.std)
 
     def init(self, key: jax.Array) -> Any:
@@ -70,12 +70,12 @@ class Model:
 
     @functools.cached_property
     def shapes(self) -> Any:
-        """The variables as `jax.ShapeDtypeStruct`."""
+        """The variables as `jax.ShapeDtypeStruct`s."""
         return jax.eval_shape(self.init, jax.random.key(0))
 
     @functools.cached_property
     def output_shapes(self) -> Outputs:
-        """`out` for one image as `jax.ShapeDtypeStruct`; `grid` has its values."""
+        """`out` for one image as `jax.ShapeDtypeStruct`s; `grid` keeps its values."""
         static = {}
 
         def forward(key):
@@ -87,7 +87,7 @@ class Model:
         return jax.eval_shape(forward, jax.random.key(0)) | static
 
     def zero_outputs(self) -> Outputs:
-        """`out` for one image, with zeros in place of what the network would compute."""
+        """`out` for one image, with all arrays zero."""
         is_shape = jax.ShapeDtypeStruct
         return {
             key: jnp.zeros_like(value) if isinstance(value, is_shape) else value
@@ -100,7 +100,7 @@ class Model:
         return self.output_shapes["logits"].shape[-1]
 
     def metadata(self) -> dict[str, Any]:
-        """What a weights file records about the network, see `weights.save_weights`."""
+        """The metadata of a weights file, see `weights.save_weights`."""
         return {
             "model": self.name,
             "args": self.args,
@@ -112,11 +112,11 @@ class Model:
         }
 
     def save(self, path: str | os.PathLike, **metadata: Any) -> None:
-        """Writes a .safetensors that `load` reads, and that `teacher.weights` can name.
+        """Writes a .safetensors file for `load`, `teacher.weights` or `student.weights`.
 
         Args:
-          path: of the file.
-          **metadata: further entries for the file's metadata, such as scores.
+          path: path of the file.
+          **metadata: further entries of the file's metadata, such as scores.
         """
         weights.save_weights(path, self.variables, self.metadata() | metadata)
 
@@ -125,11 +125,11 @@ def load(path: str | os.PathLike, dtype: Any = jnp.float32) -> Model:
     """The model in a .safetensors file of this library, such as a run's student.safetensors.
 
     Args:
-      path: of the file; or "packaged:NAME" for weights that come with the package.
-      dtype: what the network computes in.
+      path: path of the file; or "packaged:NAME" for weights that are installed with xkd_jax.
+      dtype: the network's compute dtype.
 
     Raises:
-      UserError: the file is missing, damaged, or not one of ours.
+      UserError: the file is missing, damaged, or wasn't written by this library.
     """
     path = weights.locate(path)
     variables, metadata = weights.load_weights(path)
@@ -163,11 +163,11 @@ def create_model(
     Args:
       name: a key of `xkd_jax.models.MODELS`; `python -m xkd_jax.models` lists them.
       num_classes: number of logits.
-      image_size: side of its input, pixels; the network's usual one if not given.
-      mean: per channel, of images in [0, 1]; the network's usual one if not given.
-      std: likewise the standard deviation.
-      class_names: by label.
-      dtype: what the layers compute in; parameters and logits are always float32.
+      image_size: side of its input, pixels; the network's default if not given.
+      mean: mean per channel, of images in [0, 1]; the network's default if not given.
+      std: standard deviation per channel, of images in [0, 1]; the network's default if not given.
+      class_names: class names by label.
+      dtype: compute dtype of the layers; parameters and logits are always float32.
       **args: fields of the network's module, such as `width=0.5` or `img_size=96`.
 
     Raises:

@@ -1,8 +1,8 @@
 """Optimizers and learning-rate schedules by name, weight averaging, and gradient accumulation.
 
 The optimizers are optax's, except that the learning rate is a function of the run's step instead of
-the number of updates: what a method freezes for a while resumes at the schedule's current rate.
-Their `update` takes the step as a keyword: `update(gradients, state, params, step=step)`.
+the number of updates: parameters that a method freezes for a while resume at the schedule's current
+rate. Their `update` takes the step as a keyword: `update(gradients, state, params, step=step)`.
 """
 
 import dataclasses
@@ -20,9 +20,9 @@ from xkd_jax.errors import UserError
 SCHEDULES = ("step", "cosine", "linear", "constant")
 OPTIMIZERS = ("sgd", "adam", "adamw", "lamb", "lars", "rmsprop")
 
-# Never decayed with `weight_decay_skip_1d`, whatever their shape: timm's `no_weight_decay` too.
+# Never decayed with `weight_decay_skip_1d`, whatever their shape, as in timm's `no_weight_decay`.
 _NOT_DECAYED = re.compile(r"(bias|pos_embed|_token|relative_position_bias_table)$")
-# Where a parameter is, by its path. A Swin's downsampling belongs to the first block after it.
+# Paths of parameters, by position. Swin's downsampling counts as part of the next block.
 _BLOCK = re.compile(r"(layers_\d+/(blocks_\d+|downsample)|blocks_\d+(_\d+)?|layer\d+_\d+)/")
 _STEM = re.compile(r"(patch_embed|pos_embed|(cls|dist)_token|conv1|conv_stem|bn1)(/|$)")
 _AFTER_BLOCKS = re.compile(r"(norm|conv_head|bn2)/")
@@ -36,8 +36,9 @@ class ScheduleOptions:
       name: one of `SCHEDULES`.
       boundaries: epochs at which "step" multiplies the rate by `factor`.
       factor: see `boundaries`.
-      end_factor: where "cosine" and "linear" end, as a part of the highest rate.
-      warmup_epochs: climb linearly from 0; part of the run's epochs, may be fractional.
+      end_factor: final rate of "cosine" and "linear", as a fraction of the peak rate.
+      warmup_epochs: length of the linear warm-up from 0, which counts towards the run's epochs; may
+        be fractional.
     """
 
     name: str = "step"
@@ -52,7 +53,7 @@ class ScheduleOptions:
         _check_range("schedule.warmup_epochs", self.warmup_epochs, 0)
         if list(self.boundaries) != sorted(set(self.boundaries)):
             raise UserError(
-                f"schedule.boundaries are {tuple(self.boundaries)}, but must be rising epochs."
+                f"schedule.boundaries are {tuple(self.boundaries)}, but must be increasing epochs."
             )
 
 
@@ -62,13 +63,13 @@ class OptimizerOptions:
 
     Attributes:
       name: one of `OPTIMIZERS`.
-      learning_rate: the highest.
-      momentum: of "sgd", "lars" and "rmsprop".
-      nesterov: likewise.
-      betas: of "adam", "adamw" and "lamb": the averages of the gradient and of its square.
-      weight_decay: of all parameters.
-      weight_decay_skip_1d: leave out norms, biases, position embeddings and class tokens.
-      clip_norm: of each part's gradient (student, method); 0: off.
+      learning_rate: peak learning rate.
+      momentum: momentum of "sgd", "lars" and "rmsprop".
+      nesterov: whether their momentum is Nesterov's.
+      betas: decay rates of the first and second moments of "adam", "adamw" and "lamb".
+      weight_decay: weight decay of all parameters, except as below.
+      weight_decay_skip_1d: no weight decay for norms, biases, position embeddings and class tokens.
+      clip_norm: maximum gradient norm, separately for each part (student, method); 0: off.
     """
 
     name: str = "sgd"
@@ -107,12 +108,12 @@ def create_learning_rate_fn(
 
     Args:
       schedule: fields of `ScheduleOptions`. "step" multiplies by `factor` at every epoch of
-        `boundaries` (the paper: x0.1 at 100 and 150); "cosine" and "linear" go down to
-        `end_factor` of the highest rate at the end.
-      learning_rate: the highest.
-      epochs: of the training proper.
-      steps_per_epoch: whole batches.
-      first_steps: of a method's first phase, which comes before, at the highest rate.
+        `boundaries` (the paper: x0.1 at 100 and 150); "cosine" and "linear" decay to `end_factor`
+        times the peak rate at the end.
+      learning_rate: peak learning rate.
+      epochs: length of the training proper.
+      steps_per_epoch: number of full batches per epoch.
+      first_steps: length of the method's first phase, which precedes it, at the peak rate.
 
     Raises:
       UserError: an option is out of range, or the warm-up lasts longer than the run.
@@ -151,8 +152,8 @@ def create_optimizer(
 
     For "sgd", "adam" and "rmsprop" weight decay is added to the gradient, as in PyTorch's
     optimizers of those names; "adamw" and "lamb" decouple it. "lars" and "lamb" don't adapt the
-    rate of parameters that `weight_decay_skip_1d` leaves out. "rmsprop" has TensorFlow's form and
-    the constants of the MobileNet and EfficientNet papers.
+    rate of parameters that `weight_decay_skip_1d` excludes. "rmsprop" follows TensorFlow, with the
+    constants of the MobileNet and EfficientNet papers.
 
     Args:
       optimizer: fields of `OptimizerOptions`.
@@ -207,7 +208,7 @@ def create_optimizer(
 def _scale_by_learning_rate(
     learning_rate_fn: optax.Schedule,
 ) -> optax.GradientTransformationExtraArgs:
-    """optax's `scale_by_learning_rate`, for the run's step instead of a counter of its own."""
+    """optax's `scale_by_learning_rate`, with the run's step instead of its own counter."""
 
     def update(updates: Any, state: Any, params: Any = None, **extra_args: Any) -> tuple[Any, Any]:
         del params
@@ -218,14 +219,14 @@ def _scale_by_learning_rate(
 
 
 def select(moves: Any, new: Any, old: Any, params: Any) -> Any:
-    """`new`, except for what is frozen, which keeps its `old` value.
+    """`new`, except that frozen leaves keep their `old` value.
 
     Args:
-      moves: whether it moves: True; or a boolean array; or a tree of booleans which is a prefix of
-        the tree of `params`.
-      new: the part's parameters, or its optimizer's state, after an update. A subtree of the state
-        that is built like the parameters (momentum, say) follows them leaf by leaf; the rest
-        (counters) moves if any parameter does.
+      moves: which parameters are updated: True; a boolean array; or a tree of booleans that is a
+        prefix of the tree of `params`.
+      new: the part's parameters, or its optimizer state, after an update. Subtrees of the state
+        with the structure of the parameters (such as momentum) are selected leaf by leaf; the rest
+        (counters) is updated if any parameter is.
       old: the same before the update.
       params: the part's parameters.
     """
@@ -251,10 +252,10 @@ def average(
 ) -> Any:
     """The exponential moving average after a step: `averaged + (1 - decay_t)(current - averaged)`.
 
-    `decay_t` is 0 at the first step, so that the random initialisation leaves no trace, and `decay`
-    from then on, as in timm's `ModelEmaV3` (Ross Wightman, Apache-2.0). With `warmup` it rises, as
-    there, as `1 - (1 + step)^(-2/3)` until it reaches `decay`: 0.9 after 31 steps, 0.999 after
-    31,622. Short runs gain from it.
+    `decay_t` is 0 at the first step, so that the average doesn't depend on the initialisation, and
+    `decay` afterwards, as in timm's `ModelEmaV3` (Ross Wightman, Apache-2.0). With `warmup`, which
+    follows timm too, it grows as `1 - (1 + step)^(-2/3)` until it reaches `decay`: 0.9 after 31
+    steps, 0.999 after 31,622. This helps short runs.
 
     Args:
       averaged: the average so far, a tree of float arrays.
@@ -275,16 +276,16 @@ def _path(keys: tuple) -> str:
 
 
 def _decayed(params: Any) -> Any:
-    """The mask of what `weight_decay_skip_1d` decays."""
+    """The mask of the parameters that `weight_decay_skip_1d` still decays."""
     return jax.tree.map_with_path(
         lambda keys, leaf: jnp.ndim(leaf) > 1 and not _NOT_DECAYED.search(_path(keys)), params
     )
 
 
 def _scale_by_layer(layer_decay: float) -> optax.GradientTransformation:
-    """Multiplies updates, which hold the learning rate already, by the rate's part of each layer.
+    """Multiplies updates, which include the learning rate, by each layer's factor.
 
-    Momentum and the adaptive optimizers' averages don't see it, as with a rate for each of
+    Momentum and the adaptive optimizers' moments are unaffected, as with the learning rates of
     PyTorch's parameter groups.
     """
 
@@ -298,17 +299,17 @@ def _scale_by_layer(layer_decay: float) -> optax.GradientTransformation:
 
 
 def layer_ids(params: Any) -> Any:
-    """Each parameter's layer: 0 for what embeds, 1 for the first block, ..., the head the highest.
+    """Each parameter's layer: 0 for the stem, 1 for the first block, ..., the highest for the head.
 
-    Of a ViT, DeiT, Swin, ResNet, MobileNetV2 or EfficientNet. Layers are numbered as in BEiT
-    (arXiv:2106.08254) and as in timm's `group_matcher` (Ross Wightman, Apache-2.0): what follows
-    the last block belongs to it, except the head.
+    Layers are numbered as in BEiT (arXiv:2106.08254) and timm's `group_matcher` (Ross Wightman,
+    Apache-2.0): layers between the last block and the head count as part of that block.
 
     Args:
-      params: a network's parameters, a nested dict.
+      params: the parameters of a ViT, DeiT, Swin, ResNet, MobileNetV2 or EfficientNet, a nested
+        dict.
 
     Returns:
-      a tree of integers of the same structure.
+      A tree of integers with the same structure.
 
     Raises:
       UserError: it is another kind of network.
@@ -342,26 +343,27 @@ def layer_ids(params: Any) -> Any:
 def accumulate(
     function: Callable[[Any, Any, Any], tuple[Any, Any]], carry: Any, batch: Any, steps: int
 ) -> tuple[Any, Any]:
-    """Means over a batch, computed in equal parts one after the other: in less memory.
+    """Means over a batch, accumulated over equal microbatches to save memory.
 
-    Gradients of a mean over the examples are those of the whole batch. What mixes examples, such
-    as batch normalisation, sees one part at a time.
+    Gradients of a mean over the examples equal those of the whole batch. Operations that mix
+    examples, such as batch normalisation, see one microbatch at a time.
 
     Args:
-      function: `(carry, part, number of the part) -> (carry, means)`, where `means` is a tree of
-        float arrays, such as gradients and metrics.
-      carry: what one part hands to the next, such as running statistics.
+      function: `(carry, microbatch, its index) -> (carry, means)`, where `means` is a tree of float
+        arrays, such as gradients and metrics.
+      carry: values passed from one microbatch to the next, such as running statistics.
       batch: a tree of arrays `[N, ...]`.
-      steps: how many parts; it divides N. 1: `function` is called once, on all of it.
+      steps: number of microbatches, a divisor of N. 1: `function` is called once, on the whole
+        batch.
 
     Returns:
-      the last carry and the mean of `means`.
+      The last carry and the mean of `means`.
     """
     if steps == 1:
         return function(carry, batch, 0)
 
     def split(array: jax.Array) -> jax.Array:
-        # Every steps-th example: a batch that is sharded over devices stays where it is.
+        # Strided, so that a batch sharded over devices doesn't have to be moved.
         return array.reshape(-1, steps, *array.shape[1:]).swapaxes(0, 1)
 
     def body(state: tuple, part: tuple) -> tuple[tuple, None]:

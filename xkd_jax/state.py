@@ -1,4 +1,4 @@
-"""The training state."""
+"""The training state: fields and initialisation."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -14,19 +14,19 @@ from xkd_jax.model import Model
 
 @flax.struct.dataclass
 class TrainState:
-    """The training state, which a checkpoint saves whole.
+    """The training state, all of which is checkpointed.
 
-    The teacher is not part of it, nor is the position in the data: the order of the examples is a
+    Neither the teacher nor the position in the data is part of it: the order of the examples is a
     function of the seed and the step.
 
     Attributes:
       step: number of steps so far, int32.
       key: the run's random key; every step folds its number into it.
-      params: parameters by part: "student", "method" (projectors and the like), "adversary".
-      opt_state: optimizer states, by the same names.
-      batch_stats: the student's running statistics.
-      method_state: what the method carries from step to step, such as a memory bank.
-      ema: moving averages of the student's `params` and `batch_stats`; empty if they are off.
+      params: parameters by part: "student", "method" (such as projectors), "adversary".
+      opt_state: optimizer states by part.
+      batch_stats: the student's running statistics (BatchNorm).
+      method_state: the method's state, such as a memory bank.
+      ema: moving averages of the student's `params` and `batch_stats`; empty if off.
     """
 
     step: jax.Array
@@ -52,11 +52,11 @@ def create_state(
     Args:
       key: a typed key.
       teacher: the teacher, if there is one.
-      student: starts from its weights if it has some.
-      method: initialises its parameters, state and adversary.
-      optimizers: by part.
-      labels: of the training set [n], for methods with a memory bank.
-      average: whether the student's moving average is kept.
+      student: the student; starts from its weights if it has any.
+      method: the method, which initialises its parameters, its state and the adversary.
+      optimizers: optimizers by part.
+      labels: labels of the training set [n], for methods with a memory bank.
+      average: whether to keep a moving average of the student.
     """
     student_key, method_key, adversary_key, train_key = jax.random.split(key, 4)
     variables = student.variables or student.init(student_key)
@@ -78,5 +78,5 @@ def create_state(
 
 
 def student_variables(state: TrainState) -> dict[str, Any]:
-    """The student's variables as its module takes them: their average, where there is one."""
+    """The student's variables for `module.apply`: the moving average, if there is one."""
     return state.ema or {"params": state.params["student"], "batch_stats": state.batch_stats}

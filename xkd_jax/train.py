@@ -1,6 +1,6 @@
-"""The training loop: teachers, baselines and every method, at every scale.
+"""The training loop, for teachers, baselines and every method, at every scale.
 
-The step that it repeats is in `xkd_jax/distiller.py`.
+The step itself is in `xkd_jax/distiller.py`.
 """
 
 import contextlib
@@ -27,7 +27,7 @@ from xkd_jax.state import TrainState, student_variables
 
 
 def init_state(experiment: Experiment) -> TrainState:
-    """The state before the first step, from the config's seed."""
+    """The initial state, from the config's seed."""
     return experiment.distiller.init(jax.random.key(experiment.config.seed))
 
 
@@ -38,14 +38,14 @@ def experiment_step(
     resident: dict[str, jax.Array],
     batch: dict[str, jax.Array],
 ) -> tuple[TrainState, dict[str, jax.Array]]:
-    """`distiller.train_step`, on the examples that `batch` names.
+    """`distiller.train_step` on the examples given by `batch`.
 
     Args:
-      experiment: what stays the same; static.
-      state: donated.
-      teacher_variables: frozen.
+      experiment: everything that is constant; static.
+      state: the training state; donated.
+      teacher_variables: the frozen teacher's variables.
       resident: the training split as `image`, uint8 [n, H, W, 3], and `label` [n]; or empty.
-      batch: `index` [N], this step's examples; if the split isn't resident also their `image`,
+      batch: `index` [N], the step's examples; if the split isn't resident, also their `image`,
         uint8 [N, H, W, 3], and `label` [N].
     """
     batch = batch | sharding.take(experiment.mesh, resident, batch["index"])
@@ -60,13 +60,13 @@ def compile_step(
 
     Args:
       experiment: as for `experiment_step`.
-      state: arrays, or shapes with their shardings, as are the following.
+      state: arrays, or `jax.ShapeDtypeStruct`s with shardings; the same holds for the next two.
       teacher_variables: as for `experiment_step`.
       resident: as for `experiment_step`.
-      donate: whether the new state takes the memory of the old one, which is then gone.
+      donate: whether to donate the old state's buffers to the new one.
 
     Raises:
-      UserError: the compiler says that it doesn't fit.
+      UserError: the compiler reports that the step doesn't fit into memory.
     """
     shardings, mesh = experiment.distiller.shardings, experiment.mesh
     step_fn = jax.jit(
@@ -82,11 +82,11 @@ def compile_step(
         if "RESOURCE_EXHAUSTED" not in str(error):
             raise
         reason = " ".join(str(error).split())[:200]
-        raise memory.too_large(f"a step doesn't fit on the devices ({reason})") from error
+        raise memory.too_large(f"a step doesn't fit in device memory ({reason})") from error
 
 
 class Stepper:
-    """An experiment's compiled step, with everything that it reads on the devices.
+    """An experiment's compiled step, with the teacher and the data on the devices.
 
     Attributes:
       loader: the training batches.
@@ -94,15 +94,15 @@ class Stepper:
     """
 
     def __init__(self, experiment: Experiment, state: TrainState, donate: bool = True):
-        """Copies teacher and data to the devices and compiles.
+        """Copies the teacher and the data to the devices and compiles the step.
 
         Args:
-          experiment: what to train.
-          state: a state of it.
+          experiment: the experiment to train.
+          state: a training state of the experiment.
           donate: see `compile_step`.
 
         Raises:
-          UserError: it doesn't fit.
+          UserError: the step doesn't fit into memory.
         """
         self.loader = experiment.create_loader()
         self._teacher = experiment.distiller.teacher_variables
@@ -116,10 +116,10 @@ class Stepper:
         return self.compiled(state, self._teacher, self._resident, batch)
 
     def describe_memory(self) -> str:
-        """One line about each device's memory.
+        """One line about the memory used on each device.
 
         Raises:
-          UserError: it doesn't fit.
+          UserError: the step doesn't fit.
         """
         temporaries = memory.temporaries(self.compiled)
         sizes = self._sizes | {"temporaries": temporaries}
@@ -127,19 +127,19 @@ class Stepper:
 
 
 def run(experiment: Experiment, folder: Path) -> tuple[TrainState, signal.Signals | None]:
-    """Trains from the newest checkpoint in `folder`, or from the start, to the end or a signal.
+    """Trains to the end or until a signal, resuming from the newest checkpoint if there is one.
 
     Args:
-      experiment: what to train.
-      folder: the run's; metrics and checkpoints go there.
+      experiment: the experiment to train.
+      folder: the run's folder, for metrics and checkpoints.
 
     Returns:
-      The last state, which is saved, and the signal that ended the loop early, if one did.
+      The last state, which has been saved, and the signal that stopped training early, if any.
 
     Raises:
-      UserError: a step is not finite, a checkpoint can't be written, or it belongs to another
-        teacher.
-      OSError: something else can't be written.
+      UserError: a loss or gradient isn't finite, or a checkpoint can't be written or was saved with
+        another teacher.
+      OSError: another file can't be written.
     """
     config, teacher = experiment.config, experiment.distiller.teacher
     saved_in = place(folder, config.checkpoint_dir)
@@ -179,7 +179,7 @@ def _loop(
     steps = range(start + 1, experiment.total_steps + 1)
     for step, batch in zip(steps, step_fn.loader.batches(start), strict=False):
         state, metrics = step_fn(state, batch)
-        # The metrics of the previous step: the device is already busy with this one.
+        # Fetch the previous step's metrics while the device computes this one.
         reporter.flush()
         reporter.take(step, metrics)
         last = step == experiment.total_steps

@@ -1,4 +1,4 @@
-"""The Equal Error Rate against hand-made cases and against counting at every threshold."""
+"""The Equal Error Rate, compared with hand-made cases and with counting at every threshold."""
 
 import numpy as np
 import pytest
@@ -21,7 +21,7 @@ def test_perfect_reversed_and_constant_scores():
         ([1, 3], [2, 4], 0.5),  # the classes alternate
         ([1, 4], [2, 3, 5], 0.5),  # on the step where half of the negatives err
         ([1, 2, 3], [2.5, 5], 1 / 3),  # on the step where a third of the negatives err
-        ([0, 1], [1, 2], 0.25),  # equal scores: half of a diagonal step
+        ([0, 1], [1, 2], 0.25),  # tied scores: half of a diagonal step
         ([0, 1, 1], [1, 2], 2 / 7),  # (2/3) t = (1/2) (1 - t)
     ],
 )
@@ -32,7 +32,7 @@ def test_by_hand(negatives, positives, rate):
 
 
 def by_counting(scores, labels):
-    """Bisects the curve through the error rates that are counted at each threshold."""
+    """Bisects the curve through the error rates counted at each threshold."""
     thresholds = [np.inf, *sorted(set(scores), reverse=True)]
     curve = [
         (np.mean(scores[labels == 0] >= t), np.mean(scores[labels == 1] < t)) for t in thresholds
@@ -50,7 +50,7 @@ def by_counting(scores, labels):
     return at(low)[0]
 
 
-@pytest.mark.parametrize("decimals", [1, 8])  # 1: many scores are equal
+@pytest.mark.parametrize("decimals", [1, 8])  # 1: many ties
 def test_it_agrees_with_counting(decimals):
     rng = np.random.default_rng(0)
     for _ in range(50):
@@ -58,7 +58,7 @@ def test_it_agrees_with_counting(decimals):
         scores = np.round(rng.normal(size=len(labels)) + labels * rng.uniform(0, 2), decimals)
         rate = equal_error_rate(scores, labels)
         np.testing.assert_allclose(rate, by_counting(scores, labels), atol=1e-9)
-        # Nor does the order, the scale, or which class is called 1 matter.
+        # The order, the scale and which class is 1 don't matter.
         order = rng.permutation(len(labels))
         for same in (
             equal_error_rate(scores[order], labels[order]),
@@ -78,7 +78,7 @@ def test_it_agrees_with_counting(decimals):
         ("has shapes (3,) and (2,)", [1, 2, 3], [0, 1]),
     ],
 )
-def test_what_has_no_equal_error_rate(says, scores, labels):
+def test_inputs_without_an_equal_error_rate(says, scores, labels):
     with pytest.raises(UserError) as error:
         equal_error_rate(np.array(scores), np.array(labels))
     assert says in str(error.value)

@@ -27,7 +27,7 @@ def test_known_networks(name, size, billions):
     assert flops / 1e9 == pytest.approx(billions, rel=0.01)
 
 
-def test_loops_and_jit_are_looked_into():
+def test_loops_and_jit_are_counted():
     weight = jnp.zeros((4, 4))
 
     @jax.jit

@@ -1,4 +1,4 @@
-"""Reading XLA's text: against programs of known shape, and a text written by hand."""
+"""Parsing HLO text: a hand-written text and compiled programs of known shape."""
 
 import jax
 import jax.numpy as jnp
@@ -85,4 +85,4 @@ def test_compiled_programs_are_read(length):
 
     compiled = loop.lower(jnp.zeros((4, 4))).compile()
     assert hlo.collectives(compiled.as_text()) == []
-    assert hlo.cycles(compiled.as_text()) == 0  # a CPU's compiler estimates none
+    assert hlo.cycles(compiled.as_text()) == 0  # XLA doesn't estimate cycles for CPUs

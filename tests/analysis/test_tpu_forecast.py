@@ -1,4 +1,4 @@
-"""Compiling for TPUs that aren't here. What needs no compiler is tested first."""
+"""Compiling for TPUs that aren't attached. Tests that don't need the TPU compiler come first."""
 
 import importlib.util
 import re
@@ -37,7 +37,7 @@ def shapes(tree):
 
 
 def recipe(*pair, data="tfds:imagenet2012"):
-    """The benchmark's, without anything on disk."""
+    """The benchmark's config, with nothing on disk."""
     config = create_config(*pair)
     config.data.update(name=data, dir="nowhere")
     return config
@@ -74,7 +74,7 @@ def test_imagenet_needs_neither_data_nor_weights(mesh):
     assert batch_shapes(experiment.train, mesh, 64)["image"].shape == (64, 224, 224, 3)
 
 
-def test_cifar_lies_on_the_devices(mesh):
+def test_cifar_is_resident_on_the_devices(mesh):
     config = recipe("vit_tiny_patch16_224", "resnet18", 224, 64, data="tfds:cifar100")
     config.data.update(eval="test", test="test", train="train[:10%]")
     experiment = experiment_of_shapes(config, mesh)
@@ -93,7 +93,7 @@ def test_cifar_lies_on_the_devices(mesh):
         ("teacher.weights", "nowhere.safetensors", "nowhere"),
     ],
 )
-def test_what_nobody_knows_is_asked_for(mesh, field, value, message):
+def test_unknown_facts_are_reported(mesh, field, value, message):
     config = recipe("vit_tiny_patch16_224", "resnet18", 224, 64)
     config.update_from_flattened_dict({field: value})
     with pytest.raises(UserError, match=message):
@@ -119,19 +119,19 @@ def test_table():
     cells = dict(row.strip("| ").split(" | ") for row in rows[2:])
     assert cells["images/s"] == "3,200"
     assert cells["MFU, %"] == "25.0"
-    assert cells["arguments, GiB a chip"] == "1.000"
+    assert cells["arguments, GiB per chip"] == "1.000"
     assert cells["all-reduce"] == "4, 3.50 MiB"
     assert "all-gather" not in cells
 
 
 def test_peaks_are_those_of_the_matrix_units():
-    """Clock times multiply-adds a cycle: v4 and v5p 8 units of 128 x 128, v5e 4, v6e 4 of 256."""
+    """Clock times multiply-adds per cycle: v4, v5p 8 units of 128 x 128, v5e 4, v6e 4 of 256."""
     units = {"v4": 8 * 128**2, "v5e": 4 * 128**2, "v5p": 8 * 128**2, "v6e": 4 * 256**2}
     for name, chip in CHIPS.items():
         assert 2 * units[name] * chip.clock == pytest.approx(chip.peak, rel=0.01)
 
 
-# ---- with it
+# ---- with the compiler
 
 
 @needs_compiler
@@ -155,7 +155,7 @@ def test_command_line(tmp_path):
 
 
 def sizes(experiment):
-    """Numbers in what is trained and in BatchNorm's statistics, and the bytes of split weights."""
+    """The sizes of the trained parameters and BatchNorm's statistics; bytes of sharded weights."""
 
     def count(tree):
         return sum(leaf.size for leaf in jax.tree.leaves(tree))
@@ -184,10 +184,7 @@ def sizes(experiment):
     ],
 )
 def test_the_papers_pairs_fit_and_send_little(pair, topology):
-    """A few minutes each, so that not every pair is compiled for every topology.
-
-    benchmarks/scaling.py does that.
-    """
+    """Takes minutes each, so only some pairs; benchmarks/scaling.py compiles all of them."""
     mesh, chip = tpu_forecast.topology(topology)
     with backend.assume("tpu"):
         config = recipe(*PAIRS[pair], IMAGES * mesh.size)
@@ -202,7 +199,7 @@ def test_the_papers_pairs_fit_and_send_little(pair, topology):
         kind: hlo.total_bytes([c for c in prediction.collectives if c.kind == kind])
         for kind in hlo.KINDS
     }
-    # Weights alone are gathered, and only if they are split: no images, no activations.
+    # Only sharded weights are gathered: no images, no activations.
     assert moved["all-gather"] <= 1.05 * split
     assert moved["all-to-all"] == 0
     assert moved["collective-permute"] < 2**20

@@ -73,7 +73,7 @@ def refuse(tmp_path, match, method="cakd", **changes):
         (r"label_smoothing is 1.0, but must be in \[0, 1\)", {"label_smoothing": 1.0}),
         ("unknown method 'none2'", {"method__name": "none2"}),
         ("unknown method 'x'", {"method__name": "none", "compare": ("none", "x")}),
-        ("has no effect beside compare", {"compare": ("none", "cakd")}),
+        ("has no effect with compare", {"compare": ("none", "cakd")}),
         ("method cakd needs a teacher", {"teacher__weights": "", "teacher__model": ""}),
         ("unknown network 'resnt18'; did you mean resnet18", {"student__model": "resnt18"}),
         ("unknown resnet18 argument 'widht'; did you mean width", {"student__args": {"widht": 1}}),
@@ -148,14 +148,14 @@ def test_batch_that_does_not_divide_over_the_mesh(tmp_path, monkeypatch):
         size = 3
 
     monkeypatch.setattr("xkd_jax.distributed.sharding.create_mesh", lambda: Mesh)
-    refuse(tmp_path, "batch_size=16 doesn't divide over the 3 devices of the mesh; take a multip")
+    refuse(tmp_path, "batch_size=16 doesn't divide evenly over the 3 devices of the mesh; take a")
 
 
 def test_teacher_files(tmp_path):
     path = teacher_file(tmp_path / "teacher.safetensors")
     refuse(
         tmp_path,
-        "holds a vit_tiny_patch16_224, and teacher.model is vit_base",
+        "holds a vit_tiny_patch16_224, but teacher.model is vit_base",
         teacher__weights=path,
         teacher__model="vit_base_patch16_224",
     )

@@ -146,7 +146,7 @@ def test_a_complete_run_is_not_trained_again(start, unbroken):
         (["--config=nope.py"], "unknown config file or recipe 'nope.py'; known: cifar100,"),
         (["--config", TINY, "extra"], "unexpected argument 'extra'"),
         (["--config", TINY, "--confg=1"], "Did you mean: config"),
-        (["--config", TINY, "--process_id=1"], "give all three, or none"),
+        (["--config", TINY, "--process_id=1"], "set all three or none"),
         (["--config", TINY, "--config.data.dri=x"], "no field data.dri; did you mean data.dir?"),
         (["--config", TINY, "--config.batch_size=many"], "invalid literal for int"),
         (["--config=quickstrat"], "did you mean quickstart or quickstart_teacher?"),

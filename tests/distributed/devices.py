@@ -1,4 +1,4 @@
-"""Steps on one device and on all eight, in a process that has eight: prints the differences.
+"""Compares steps on one device and on eight, in a process with eight; prints the differences.
 
 python -m tests.distributed.devices METHOD ... (run by test_devices.py)
 """
@@ -19,7 +19,7 @@ STEPS = 10
 
 
 def final_state(experiment):
-    """After `STEPS` steps, the last ones of the first phase included."""
+    """The state after `STEPS` steps, which include the end of the method's first phase, if any."""
     distiller = experiment.distiller
     first = round(distiller.method.first_phase * distiller.steps_per_epoch)
     state = train.init_state(experiment)
@@ -28,7 +28,7 @@ def final_state(experiment):
 
 
 def difference(*states):
-    """The largest of any leaf of two states, relative to the leaf's largest value."""
+    """The largest difference between two states, relative to each leaf's largest value."""
     worst, hosts = 0.0, (jax.device_get(dataclasses.replace(s, key=0)) for s in states)
     for a, b in zip(*map(jax.tree.leaves, hosts), strict=True):
         a, b = np.asarray(a, np.float64), np.asarray(b, np.float64)

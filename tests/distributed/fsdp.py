@@ -1,4 +1,4 @@
-"""Steps with replicated and with split weights, in a process with eight devices: prints JSON.
+"""Runs steps with replicated and sharded weights on eight devices; prints facts as JSON.
 
 python -m tests.distributed.fsdp (run by test_fsdp.py)
 """
@@ -16,7 +16,7 @@ from xkd_jax.distributed import sharding
 from xkd_jax.models import create_model
 
 STEPS = 3
-# Of the teacher and the student.
+# Sharding rules of the teacher and the student.
 CASES = {
     "replicated": ("replicated", "replicated"),
     "teacher": ("fsdp", "replicated"),
@@ -39,7 +39,7 @@ def facts_of(compiled, teacher):
 
 
 def train_steps(teacher_rule, student_rule):
-    """The last state, and what there is to tell about it and the compiled step."""
+    """The last state, and facts about it and the compiled step."""
     changes = {"mesh": {"teacher": teacher_rule, "student": student_rule}, "ema": {"decay": 0.9}}
     experiment = pair_experiment("cakd", PAIRS["ViT to ResNet"], **changes)
     state, distiller = train.init_state(experiment), experiment.distiller
@@ -64,7 +64,7 @@ def train_steps(teacher_rule, student_rule):
 
 
 def deep_forward(rule):
-    """What a deep Transformer says of eight images, its blocks in a loop, as TPUs have them."""
+    """The logits of a deep Transformer for eight images, with a scan over blocks as on TPUs."""
     module = create_model("vit_tiny_patch16_224", num_classes=10, **VIT | {"depth": DEPTH})
     images = jax.random.normal(jax.random.key(1), (8, 28, 28, 3))
     variables = module.init(jax.random.key(0), images)
@@ -83,7 +83,7 @@ def deep_forward(rule):
 
 if __name__ == "__main__":
     jax.config.update("jax_disable_most_optimizations", True)
-    sharding.SPLIT_FROM = 128  # the networks are tiny; no vector is split
+    sharding.SPLIT_FROM = 128  # shard even tiny networks, but no vectors
     first = None
     for case, rules in CASES.items():
         state, facts = train_steps(*rules)

@@ -14,7 +14,7 @@ pytestmark = pytest.mark.slow
 
 @pytest.fixture(scope="module")
 def differences():
-    """Of each method, from one process with eight devices."""
+    """The differences of each method, from one process with eight devices."""
     names = [name for name, method in METHODS.items() if method.needs_teacher]
     flags = "--xla_force_host_platform_device_count=8"
     command = [sys.executable, "-m", "tests.distributed.devices", *names]
@@ -26,7 +26,7 @@ def differences():
 
 @pytest.mark.parametrize("method", [name for name, m in METHODS.items() if m.needs_teacher])
 def test_ten_steps_on_eight_devices_are_those_on_one(differences, method):
-    # FT's distance has a sign for a gradient: what rounding turns about is a full step apart.
+    # The gradient of FT's distance is a sign: where rounding flips it, results differ by a step.
     assert differences[method]["difference"] < (1e-2 if method == "ft" else 1e-3)
 
 

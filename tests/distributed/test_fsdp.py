@@ -1,4 +1,4 @@
-"""What lies where on eight devices, and what travels between them in a step."""
+"""Sharded weights on eight devices: memory per device, and collectives of a step."""
 
 import json
 import os
@@ -15,7 +15,7 @@ BATCH_IMAGES = BATCH * 28 * 28 * 3
 
 @pytest.fixture(scope="module")
 def cases():
-    """Facts about three steps by case, from one process with eight devices."""
+    """Facts about each case, from one process with eight devices."""
     flags = "--xla_force_host_platform_device_count=8"
     environment = os.environ | {"XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu"}
     command = [sys.executable, "-m", "tests.distributed.fsdp"]
@@ -25,7 +25,7 @@ def cases():
 
 
 def moved(case, kind):
-    """The bytes of each collective of a kind, by where it comes from: weights, data, the rest."""
+    """All collectives of a kind."""
     return [c for c in case["collectives"] if c["kind"] == kind]
 
 
@@ -46,21 +46,21 @@ def test_nothing_is_split_unasked(cases):
 def test_a_split_teacher_takes_little_of_each_device(cases):
     case = cases["teacher"]
     assert case["split"] | {"teacher": 0} == cases["replicated"]["split"]
-    # Norms and biases stay whole.
+    # Norms and biases are replicated.
     assert case["teacher"] / 8 < case["sizes"]["teacher"] < case["teacher"] / 4
 
 
 def test_a_split_student_has_split_states(cases):
     case, whole = cases["student"], cases["replicated"]["sizes"]
     assert case["split"]["teacher"] == case["split"]["method_params"] == 0
-    # Weights, momentum and average alike.
+    # Weights, momentum and moving average have the same shardings.
     assert case["split"]["params"] == case["split"]["opt_state"] == case["split"]["ema"] > 10
     assert case["sizes"]["student"] < whole["student"] / 4
     assert case["sizes"]["optimizer"] < whole["optimizer"]
 
 
 def test_gradients_are_reduced_once(cases):
-    """Beside them: BatchNorm's statistics and a few scalars."""
+    """In addition to them, only BatchNorm's statistics and a few scalars."""
     for case in ("replicated", "teacher", "student"):
         reduced = moved(cases[case], "all-reduce") + moved(cases[case], "reduce-scatter")
         assert cases[case]["trained"] <= total(reduced) < 1.1 * cases[case]["trained"]
@@ -72,7 +72,7 @@ def test_images_travel_once(cases):
 
 
 def test_only_split_weights_are_gathered(cases):
-    """No images, and no activations: beside weights the batch's indices alone."""
+    """No images or activations: apart from weights, only the batch's indices."""
     split = {
         "replicated": 0,
         "teacher": cases["teacher"]["teacher"],
@@ -87,7 +87,7 @@ def test_only_split_weights_are_gathered(cases):
 
 
 def test_a_deep_teacher_is_gathered_block_by_block(cases):
-    """All but the last one of 14, four kernels each; each turn of the loop gathers its own."""
+    """All but the last of 14 blocks, of four kernels each, are gathered one per loop iteration."""
     gathered = moved(cases["deep"], "all-gather")
     in_loop = [c for c in gathered if c["times"] == 13]
     assert len(in_loop) == 4

@@ -1,4 +1,4 @@
-"""Several processes: what starts them, and that two train, stop and fail as one."""
+"""Multi-process training: start-up, and that two processes train, stop and fail together."""
 
 import os
 import re
@@ -23,7 +23,7 @@ from xkd_jax.experiment import create_experiment
 from xkd_jax.reporting.logger import Reporter, read_metrics, say
 
 ROOT = Path(__file__).parents[2]
-METHOD = "crd+rkd"  # a bank that is split over the devices, and a loss over all pairs
+METHOD = "crd+rkd"  # a memory bank sharded over the devices, and a loss over all pairs
 DEVICES = "--xla_force_host_platform_device_count="
 
 
@@ -31,7 +31,7 @@ DEVICES = "--xla_force_host_platform_device_count="
     ("variables", "expected"),
     [
         ({}, False),
-        ({"SLURM_JOB_ID": "7", "SLURM_NTASKS": "4"}, False),  # a job's script, outside of srun
+        ({"SLURM_JOB_ID": "7", "SLURM_NTASKS": "4"}, False),  # a job's batch script, outside srun
         ({"SLURM_STEP_NUM_TASKS": "1"}, False),
         ({"SLURM_STEP_NUM_TASKS": "2"}, True),
         ({"OMPI_COMM_WORLD_SIZE": "1"}, False),
@@ -47,12 +47,12 @@ def test_a_cluster_is_seen_in_the_environment(variables, expected):
 @pytest.mark.parametrize(
     ("flags", "sentence"),
     [
-        (("host:1", None, None), "go together: give all three, or none"),
+        (("host:1", None, None), "go together: set all three or none"),
         ((None, 2, None), "go together"),
         ((None, 2, 0), "go together"),
         (("host", 2, 0), "--coordinator=host must be HOST:PORT"),
         (("host:p", 2, 0), "--coordinator=host:p must be HOST:PORT"),
-        (("host:1", 2, 2), "--process_id=2 must be from 0 to 1, as --num_processes=2"),
+        (("host:1", 2, 2), "--process_id=2 must be from 0 to 1, because --num_processes=2"),
         (("host:1", 2, -1), "--process_id=-1 must be"),
     ],
 )
@@ -78,13 +78,28 @@ def test_a_tpu_of_no_pod_and_a_cluster_that_cannot_be_joined(monkeypatch):
 
     monkeypatch.setattr(jax.distributed, "initialize", initialize)
     monkeypatch.setenv("SLURM_STEP_NUM_TASKS", "2")
-    with pytest.raises(UserError, match=r"can't be joined \(coordinator.*--num_processes 1"):
+    with pytest.raises(UserError, match=r"can't connect .*\(coordinator.*--num_processes 1"):
         processes.start(None, None, None)
     monkeypatch.setattr("jax._src.cloud_tpu_init.running_in_cloud_tpu_vm", True)
     processes.start(None, None, None)
 
 
-def test_only_the_first_process_tells(tmp_path, monkeypatch, capsys):
+def test_a_process_can_leave_although_jax_has_no_backend(monkeypatch):
+    def process_index():
+        raise RuntimeError("Unable to initialize backend 'cuda'")
+
+    slept, codes = [], []
+    monkeypatch.setattr(jax, "process_index", process_index)
+    monkeypatch.setattr(jax.distributed, "is_initialized", lambda: True)
+    monkeypatch.setattr(processes.time, "sleep", slept.append)
+    monkeypatch.setattr(processes.os, "_exit", codes.append)
+    processes._leave(2)  # process 0, as none has been started
+    monkeypatch.setattr("jax._src.distributed.global_state.process_id", 1)
+    processes._leave(2)
+    assert (len(slept), codes) == (1, [2, 2])
+
+
+def test_only_the_first_process_prints_and_writes(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(processes, "is_first", lambda: False)
     looked_at = []
     reporter = Reporter(tmp_path, 0, 2, 8, 1, lambda step, _: looked_at.append(step))
@@ -94,14 +109,14 @@ def test_only_the_first_process_tells(tmp_path, monkeypatch, capsys):
     reporter.evaluated(2, {"top1": 0.5}, 0.0)
     reporter.close()
     say("hello")
-    assert looked_at == [1, 2]  # all processes stop where a loss isn't finite
+    assert looked_at == [1, 2]  # all processes stop at a non-finite loss
     assert capsys.readouterr() == ("", "")
     assert not list(tmp_path.iterdir())
 
 
 @pytest.fixture(scope="module")
 def environment(tmp_path_factory):
-    """A new compilation cache, and a process's share of 8 devices."""
+    """A new compilation cache, and 4 of 8 devices for each process."""
     cache = {"XDG_CACHE_HOME": str(tmp_path_factory.mktemp("cache"))}
     return os.environ | cache | {"XLA_FLAGS": f"{DEVICES}4", "JAX_PLATFORMS": "cpu"}
 
@@ -124,7 +139,7 @@ def main(folder, changes, method=METHOD):
 
 
 def start_two(environment, *arguments, variables=({}, {})):
-    """Two processes, which find each other through flags; one list of arguments, or two."""
+    """Two processes, connected through flags; with one list of arguments for both or one each."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -137,7 +152,7 @@ def start_two(environment, *arguments, variables=({}, {})):
 
 
 def finish(*running):
-    """The exit codes, and what was said on standard error."""
+    """The exit codes and standard errors."""
     said = [process.communicate(timeout=400)[1] for process in running]
     return [process.returncode for process in running], said
 
@@ -159,7 +174,7 @@ def newest_step(folder):
 
 
 def last_state(folder, changes):
-    """The last checkpoint, read by one process on its own device."""
+    """The last checkpoint, restored on one device."""
     config = tiny.get_config(METHOD)
     config.update_from_flattened_dict(changes)
     experiment = create_experiment(config)
@@ -174,7 +189,7 @@ TEN_STEPS = {"epochs": 1, "data.train": "train[:160]", "checkpoint_every": 5}
 
 @pytest.mark.slow
 def test_two_processes_train_like_one(environment, tmp_path):
-    """Ten steps of 2 x 4 devices, from launch/local.sh, of 1 x 8, of 1 x 1, and of both."""
+    """Ten steps on 2 x 4 devices (launch/local.sh), 1 x 8, 1 x 1, and 2 x 4 then 1 x 1."""
     alone = [sys.executable, "-m", "xkd_jax.main"]
     runs = {
         "2 x 4": (["launch/local.sh", 2], environment | {"PYTHON": sys.executable}),
@@ -197,7 +212,7 @@ def test_two_processes_train_like_one(environment, tmp_path):
     assert read_metrics(folder)[0]["step"] == 6
     for name in ("2 x 4", "1 x 8", "2 x 4, then 1 x 1"):
         assert difference(states["1 x 1"], states[name]) < 1e-3
-        # The 50 images are a part of one batch: any that counted twice or not at all would show.
+        # The 50 images don't fill a batch: any counted twice or not at all would change the scores.
         for score in ("eval_top1", "eval_top5", "eval_loss"):
             assert scores[name][score] == pytest.approx(scores["1 x 1"][score], rel=1e-3)
 
@@ -207,7 +222,7 @@ LONG = {"epochs": 30, "eval_every": 30, "checkpoint_every": 40}
 
 @pytest.fixture(scope="module")
 def one_each(environment):
-    """A device for each process: whole runs of eight threads on two cores take minutes."""
+    """One device per process: whole runs with eight threads on two cores would take minutes."""
     return environment | {"XLA_FLAGS": ""}
 
 
@@ -264,7 +279,7 @@ def test_a_mistake_ends_both_processes_and_is_said_once(environment, tmp_path):
 
 @pytest.mark.slow
 def test_one_process_that_fails_ends_the_other(environment, tmp_path):
-    """The other one is in the middle of its work, and would wait for ever."""
+    """The other process is still at work and would otherwise wait forever."""
     (tmp_path / "file").touch()
     folders = tmp_path / "run", tmp_path / "file" / "run"
     running = start_two(environment, *(main(folder, TEN_STEPS) for folder in folders))
@@ -276,7 +291,7 @@ def test_one_process_that_fails_ends_the_other(environment, tmp_path):
 
 @pytest.mark.slow
 def test_jax_finds_the_processes_of_a_slurm_step(environment, tmp_path):
-    """With the variables that srun sets; both say no to the same mistake, as one."""
+    """With the variables that srun sets; the same mistake in both is reported once."""
     step = {
         "SLURM_JOB_ID": str(os.getpid()),  # the port depends on it
         "SLURM_STEP_NODELIST": "localhost",

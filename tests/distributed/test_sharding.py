@@ -1,4 +1,4 @@
-"""Where weights go on eight devices: rules alone, no device needed."""
+"""Sharding rules for eight devices; needs no devices."""
 
 import jax
 import jax.numpy as jnp

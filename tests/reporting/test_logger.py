@@ -1,4 +1,4 @@
-"""What a run tells."""
+"""Logging to the terminal and metrics.jsonl."""
 
 import json
 

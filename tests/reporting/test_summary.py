@@ -1,4 +1,4 @@
-"""Which students are kept."""
+"""Which student is kept as the best."""
 
 from types import SimpleNamespace
 
@@ -16,7 +16,7 @@ def test_the_best_student_is_kept_and_of_equals_the_first(tmp_path, monkeypatch)
         best.update(step, {}, {"top1": top1})
     assert [scores["step"] for scores in kept] == [1, 2, 5]
     assert kept[-1] == {"step": 5, "eval_top1": 0.6}
-    # A run that goes on knows what it had.
+    # A resumed run knows the earlier best.
     save_weights(tmp_path / summary.BEST, {"params": {"a": np.zeros(1)}}, kept.pop())
     best = summary.Best(SimpleNamespace(mesh=None), tmp_path)
     best.update(5, {}, {"top1": 0.6})

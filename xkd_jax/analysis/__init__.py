@@ -1,1 +1,1 @@
-"""Measurements on networks."""
+"""Analysis of networks and compiled steps: error rates, FLOPs, memory, collectives."""

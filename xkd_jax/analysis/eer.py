@@ -1,4 +1,4 @@
-"""The Equal Error Rate of a detector: how often it errs where both kinds of error are as likely."""
+"""The Equal Error Rate of a detector: the error rate where both kinds of error are equal."""
 
 import numpy as np
 
@@ -6,18 +6,18 @@ from xkd_jax.errors import UserError
 
 
 def equal_error_rate(scores: np.ndarray, labels: np.ndarray) -> float:
-    """Where the false-positive and the false-negative rate meet, in [0, 1]; 0.5 is chance.
+    """The rate at which false-positive and false-negative rate are equal, in [0, 1]; 0.5 is chance.
 
-    Both are measured at every distinct score as the threshold, and joined by straight lines
-    (the ROC curve, on which equal scores are one step). No binning, no grid: exact.
+    Both rates are computed with every distinct score as the threshold and interpolated linearly
+    (the ROC curve; tied scores are one step). Exact: no binning, no grid of thresholds.
 
     Args:
-      scores: [N], the higher, the more likely is class 1; any monotonic scale, such as
+      scores: [N], higher for class 1, on any monotonic scale, such as
         `logits[:, 1] - logits[:, 0]`.
       labels: [N], 0 or 1.
 
     Raises:
-      UserError: a class is missing or there is a third one, or a score is not finite.
+      UserError: a class is missing, there is a third one, or a score isn't finite.
     """
     scores, labels = np.asarray(scores, np.float64), np.asarray(labels)
     if scores.ndim != 1 or scores.shape != labels.shape:
@@ -28,7 +28,7 @@ def equal_error_rate(scores: np.ndarray, labels: np.ndarray) -> float:
     classes = np.unique(labels)
     if not np.array_equal(classes, [0, 1]):
         raise UserError(
-            "the Equal Error Rate needs examples of classes 0 and 1 and of no other, but the "
+            "the Equal Error Rate needs examples of both classes 0 and 1 and no others, but the "
             f"labels hold {', '.join(map(str, classes[:5])) or 'nothing'}."
         )
     if not np.isfinite(scores).all():
@@ -38,7 +38,7 @@ def equal_error_rate(scores: np.ndarray, labels: np.ndarray) -> float:
     last_of_equals = np.append(np.diff(scores[order]) != 0, True)
     false_positive = np.append(0, np.cumsum(~positive)[last_of_equals]) / np.sum(~positive)
     false_negative = 1 - np.append(0, np.cumsum(positive)[last_of_equals]) / np.sum(positive)
-    # It rises from -1 to 1: the first point past 0 ends the segment on which both are equal.
+    # Rises from -1 to 1: the first point from 0 on ends the segment on which the rates are equal.
     difference = false_positive - false_negative
     end = np.argmax(difference >= 0)
     share = difference[end] / (difference[end] - difference[end - 1])

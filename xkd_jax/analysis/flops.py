@@ -1,4 +1,4 @@
-"""What a network costs, counted as the papers' tables do: one multiply-add is one FLOP."""
+"""FLOPs and parameters of a network, as in the papers' tables: one multiply-add is one FLOP."""
 
 import math
 from collections.abc import Callable
@@ -12,14 +12,14 @@ from xkd_jax import backend
 def count_flops(function: Callable, *args: Any) -> int:
     """Multiply-adds of the convolutions and matrix products in one call of `function`.
 
-    A ResNet-50 at 224 x 224 has 4.1 G by this measure. Normalisation, activations and pooling
-    are not counted, as in fvcore and the papers' tables.
+    A ResNet-50 at 224 x 224 has 4.1 GFLOPs by this measure. Normalisation, activations and pooling
+    don't count, as in fvcore and the papers' tables.
 
     Args:
-      function: anything that JAX can trace; it is not run.
+      function: any function that JAX can trace; it is not executed.
       *args: arrays, or `jax.ShapeDtypeStruct`s.
     """
-    # Some convolutions are written out as sums of products on a CPU: count them all alike.
+    # On a CPU some convolutions are rewritten as sums of products: count the TPU's version.
     with backend.assume("tpu"):
         return _count(jax.make_jaxpr(function)(*args).jaxpr)
 
@@ -35,10 +35,10 @@ def _count(jaxpr: Any) -> int:
         name = equation.primitive.name
         if name == "conv_general_dilated":
             kernel = equation.invars[1].aval.shape
-            # Each output element takes a whole kernel but for its output features.
+            # Each output element takes the kernel's elements of one output feature.
             features = kernel[equation.params["dimension_numbers"].rhs_spec[0]]
             products = math.prod(equation.outvars[0].aval.shape) * math.prod(kernel) // features
-            # The gradients of strided convolutions are spread out with zeros, which cost nothing.
+            # Gradients of strided convolutions are dilated with zeros, which don't count.
             total += products // math.prod(equation.params["lhs_dilation"])
         elif name == "dot_general":
             (contracted, _), _ = equation.params["dimension_numbers"]
@@ -53,7 +53,7 @@ def _count(jaxpr: Any) -> int:
 
 
 def _inner_jaxprs(params: dict[str, Any]) -> list[Any]:
-    """The jaxprs inside an equation: of jit, remat, custom derivatives, loops."""
+    """The jaxprs inside an equation, such as jit, remat, custom derivatives or loops."""
     values = []
     for value in params.values():
         values += value if isinstance(value, tuple) else [value]

@@ -1,4 +1,4 @@
-"""What a compiled step does, read from XLA's own text: its collectives and its estimated cycles."""
+"""Collectives and estimated cycles of a compiled step, parsed from XLA's HLO text."""
 
 import dataclasses
 import math
@@ -16,7 +16,7 @@ _CALLED = re.compile(
 )
 _TRIPS = re.compile(r'"known_trip_count":\{"n":"(\d+)"')
 _NAME = re.compile(r"%([\w.\-]+)")
-# Operations whose computation runs as a part of the program, not once an element.
+# Operations whose computation runs as part of the program, rather than once per element.
 _CALLERS = ("fusion", "call", "conditional", "async-start")
 
 
@@ -26,9 +26,9 @@ class Collective:
 
     Attributes:
       kind: one of `KINDS`.
-      bytes: of what a device puts in; of an "all-gather", what it gets.
-      times: how often it runs in a step: more than once in loops.
-      source: where it comes from, JAX's path of operations.
+      bytes: size of a device's input; for an "all-gather", of its output.
+      times: how often it runs in a step; more than once in loops.
+      source: where it comes from, as JAX's `op_name`.
     """
 
     kind: str
@@ -46,10 +46,10 @@ class _Instruction:
 
 
 def collectives(text: str) -> list[Collective]:
-    """All that `text`, from `Compiled.as_text()`, holds.
+    """All collectives in `text`, which is `Compiled.as_text()`.
 
-    An asynchronous one counts once: TPUs show it in the fusions in which it starts, goes on and
-    ends, under one channel.
+    An asynchronous collective counts once: TPUs show it in the fusions in which it starts,
+    continues and ends, with one channel.
     """
     computations = _parse(text)
     found, seen = [], set()
@@ -64,7 +64,7 @@ def collectives(text: str) -> list[Collective]:
             seen |= {part_of} if part_of else set()
             operands = sum(_bytes(shapes.get(n, "")) for n in _NAME.findall(_operands(i)))
             size = operands
-            if kind == "all-gather":  # the start's result holds the operands too
+            if kind == "all-gather":  # the result of its start also holds the operands
                 size = _bytes(i.shape) - (operands if i.operation != kind else 0)
             source = re.search(r'op_name="([^"]*)"', i.rest)
             found.append(Collective(kind, size, times, source[1] if source else ""))
@@ -72,14 +72,14 @@ def collectives(text: str) -> list[Collective]:
 
 
 def total_bytes(found: list[Collective]) -> int:
-    """Of a step."""
+    """The bytes that a step's collectives move per device."""
     return sum(c.bytes * c.times for c in found)
 
 
 def cycles(text: str) -> int:
-    """The TPU compiler's own estimate of a step's cycles, loops as often as they run.
+    """The TPU compiler's estimate of a step's cycles, with loops multiplied by their trip counts.
 
-    Collectives are not in it; nor is waiting for anything.
+    Collectives and waiting times are not included.
     """
     computations, total = _parse(text), 0
     for name, times, fused in _runs(computations, text):
@@ -104,7 +104,7 @@ def _parse(text: str) -> dict[str, list[_Instruction]]:
 def _runs(
     computations: dict[str, list[_Instruction]], text: str
 ) -> Iterator[tuple[str, int, bool]]:
-    """The computations that a step runs, how often, and whether as a part of a fusion."""
+    """The computations that a step runs, how often, and whether as part of a fusion."""
     entry = re.search(r"^ENTRY %([\w.\-]+)", text, re.MULTILINE)
     assert entry, "not a compiled program"
     waiting = [(entry[1], 1, False)]
@@ -123,7 +123,7 @@ def _runs(
 
 
 def _trips(computations: dict[str, list[_Instruction]], loop: _Instruction) -> int:
-    """How often a loop runs: JAX's scans compare a counter with a constant."""
+    """A loop's trip count: JAX's scans compare a counter with a constant."""
     if known := _TRIPS.search(loop.rest):
         return int(known[1])
     condition = re.search(r"condition=%([\w.\-]+)", loop.rest)
@@ -141,7 +141,7 @@ def _operands(instruction: _Instruction) -> str:
 
 
 def _bytes(shape: str) -> int:
-    """Of an array, or of a tuple's arrays together."""
+    """The bytes of an array, or of all arrays of a tuple."""
     total = 0
     for kind, bits, dimensions in _ARRAY.findall(shape):
         size = math.prod(int(n) for n in dimensions.split(",") if n)

@@ -1,8 +1,8 @@
-"""Compiles a recipe for TPUs that aren't here, and tells what they would have to do.
+"""Compiles a recipe for TPUs that aren't attached, and predicts memory and speed.
 
 The real TPU compiler runs on any machine: it comes with the optional extra `pods`. Neither the data
-nor the teacher's weights are needed. Nothing is executed: what is printed are the compiler's sizes
-and predictions.
+nor the teacher's weights are needed, and nothing is executed: all numbers are the compiler's sizes
+and estimates.
 """
 
 import copy
@@ -45,13 +45,13 @@ EXAMPLES = "v5e:4x4, v5e:16x16, v4:2x2x1, v5p:2x2x2 or v6e:2x4"
 
 @dataclasses.dataclass(frozen=True)
 class Chip:
-    """One chip, as Google's documentation of Cloud TPU states it.
+    """The specification of one chip, from Google's Cloud TPU documentation.
 
     Attributes:
       memory: bytes of HBM.
-      peak: bfloat16 FLOP/s; a multiply-add is two.
-      clock: Hz, at which its matrix units reach the peak.
-      network: bytes/s to its neighbours, all links together.
+      peak: peak bfloat16 FLOP/s; a multiply-add counts as two.
+      clock: Hz at which its matrix units reach the peak.
+      network: bytes/s to its neighbours over all links.
     """
 
     memory: int
@@ -67,7 +67,7 @@ CHIPS = {
     "v6e": Chip(32 * GIB, 918e12, 1.75e9, 448e9),
 }
 
-# There is no TPU here that could tell libtpu what it is; and several processes may compile at once.
+# libtpu can't query a TPU for these settings here; and several processes may compile at once.
 _ENVIRONMENT = {
     "TPU_SKIP_MDS_QUERY": "1",
     "TPU_WORKER_HOSTNAMES": "localhost",
@@ -75,8 +75,7 @@ _ENVIRONMENT = {
     "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
 }
 
-# What TFDS's sets hold, for those who haven't prepared them: classes, the images' side (0 where
-# they differ) and the splits' sizes.
+# Classes, image side (0 if sizes vary) and split sizes of TFDS data sets that aren't prepared.
 _KNOWN = {
     "cifar10": (10, 32, {"train": 50_000, "test": 10_000}),
     "cifar100": (100, 32, {"train": 50_000, "test": 10_000}),
@@ -86,15 +85,15 @@ _KNOWN = {
 
 @dataclasses.dataclass(frozen=True)
 class Prediction:
-    """What a compiled step asks of each chip.
+    """Predicted memory and time of a compiled step, per chip.
 
     Attributes:
-      arguments: bytes of what goes in: weights, states, data, the batch.
-      temporaries: bytes that the step needs while it runs.
-      flops: of all chips: two for every multiply-add of convolutions and matrix products.
-      compute: seconds, from the compiler's estimate of cycles.
-      communication: seconds, of the collectives if nothing hides them.
-      collectives: what they are.
+      arguments: bytes of its inputs: weights, states, data, the batch.
+      temporaries: bytes that the step needs temporarily.
+      flops: FLOPs of all chips: two for every multiply-add of convolutions and matrix products.
+      compute: seconds of computation, from the compiler's estimate of cycles.
+      communication: seconds of communication, if it doesn't overlap with computation.
+      collectives: the step's collectives.
     """
 
     arguments: int
@@ -106,24 +105,24 @@ class Prediction:
 
     @property
     def memory(self) -> int:
-        """Bytes, all together."""
+        """Total bytes."""
         return self.arguments + self.temporaries
 
     @property
     def seconds(self) -> float:
-        """Of a step."""
+        """Predicted time of a step."""
         return self.compute + self.communication
 
     def mfu(self, chips: int, chip: Chip) -> float:
-        """The share of the chips' peak that the step's products take (arXiv:2204.02311)."""
+        """Model FLOPs utilisation: the fraction of the chips' peak (arXiv:2204.02311)."""
         return self.flops / (self.seconds * chips * chip.peak)
 
 
 def topology(name: str) -> tuple[Mesh, Chip]:
-    """A mesh of the devices called `name`, and what each of them is.
+    """A mesh of the devices of topology `name`, and the specification of its chips.
 
     Raises:
-      UserError: no compiler, or no such devices.
+      UserError: the TPU compiler isn't installed, or there is no such topology.
     """
     if importlib.util.find_spec("libtpu") is None:
         raise UserError(
@@ -136,7 +135,7 @@ def topology(name: str) -> tuple[Mesh, Chip]:
 
     for variable, value in _ENVIRONMENT.items():
         os.environ.setdefault(variable, value)
-    # Both cores of a v4 chip as one device, as JAX runs it.
+    # As on real hardware, both cores of a v4 chip are one device.
     options = {"chip_config_name": "megacore"} if kind == "v4" else {}
     try:
         devices = topologies.get_topology_desc(name, "tpu", **options).devices
@@ -149,13 +148,13 @@ def topology(name: str) -> tuple[Mesh, Chip]:
 
 
 def experiment_of_shapes(config: Config, mesh: Mesh) -> Experiment:
-    """What `create_experiment` makes, without an image or a weight of it read.
+    """Like `create_experiment`, but reads neither images nor weights.
 
     Raises:
-      UserError: as `create_experiment`, or nobody knows how many classes there are.
+      UserError: as `create_experiment`, or the data set's classes and sizes are unknown.
     """
     config = copy.deepcopy(config)
-    config.student.weights = ""  # the same shapes
+    config.student.weights = ""  # shapes don't depend on them
     check_batch(config, mesh)
     method = create_method(config.method.name, config.method)
     splits = _split_of_shapes(config, config.data.train), _split_of_shapes(config, config.data.eval)
@@ -183,7 +182,7 @@ def _split_of_shapes(config: Config, split: str) -> data.Split:
     if choose_feed(options.feed, len(examples), sides) == "host":
         if not size:
             raise UserError(
-                f"the images of {options.name} have many sizes; set image_size, such as 224."
+                f"the images of {options.name} have different sizes; set image_size, such as 224."
             )
         images = EncodedImages(examples, size, config.crop_pct)
     else:
@@ -195,7 +194,7 @@ def _split_of_shapes(config: Config, split: str) -> data.Split:
 
 
 def _teacher_metadata(config: Config) -> dict[str, Any]:
-    """What the teacher's file says, or what its name does if it isn't here."""
+    """The teacher's metadata from the config or its timm name if possible, else from its file."""
     wanted = config.teacher
     if wanted.model:
         return {"model": wanted.model, "args": wanted.args.to_dict()}
@@ -209,7 +208,7 @@ def predict_train_step(experiment: Experiment, chip: Chip) -> Prediction:
     """Compiles the training step for the experiment's mesh.
 
     Raises:
-      UserError: it doesn't fit.
+      UserError: it doesn't fit into memory.
     """
     distiller, mesh = experiment.distiller, experiment.mesh
     teacher = distiller.teacher.shapes if distiller.teacher else {}
@@ -246,7 +245,7 @@ def predict_eval_step(experiment: Experiment, chip: Chip) -> Prediction:
 
 
 def eval_batch(experiment: Experiment) -> int:
-    """Images of an evaluation step."""
+    """Number of images in an evaluation step."""
     return IMAGES_PER_DEVICE * experiment.mesh.shape["data"]
 
 
@@ -254,7 +253,7 @@ def _predict(compiled: jax.stages.Compiled, products: int, mesh: Mesh, chip: Chi
     text: Any = compiled.as_text()
     sizes: Any = compiled.memory_analysis()
     found, share = hlo.collectives(text), (mesh.size - 1) / mesh.size
-    # Around a ring an all-reduce sends everything twice, the others once.
+    # In a ring, an all-reduce sends everything twice, the other collectives once.
     sent = sum(c.bytes * c.times * (2 if c.kind == "all-reduce" else 1) for c in found)
     return Prediction(
         arguments=sizes.argument_size_in_bytes,
@@ -267,17 +266,17 @@ def _predict(compiled: jax.stages.Compiled, products: int, mesh: Mesh, chip: Chi
 
 
 def run(config: Config, name: str) -> int:
-    """Compiles both steps for a topology, with each of the methods, and prints what they take.
+    """Compiles both steps for a topology, with each method, and prints the predictions.
 
     Args:
       config: a locked config.
-      name: of the topology, such as "v5e:16x16".
+      name: name of the topology, such as "v5e:16x16".
 
     Returns:
       The process's exit code.
 
     Raises:
-      UserError: any wrong input, no compiler, or a step that doesn't fit.
+      UserError: wrong input, no TPU compiler, or a step that doesn't fit into memory.
     """
     validate(config)
     jax.config.update("jax_platforms", "cpu")
@@ -294,19 +293,20 @@ def run(config: Config, name: str) -> int:
             largest = max(prediction.memory for prediction, _ in steps.values())
             if largest > chip.memory:
                 raise memory.too_large(
-                    f"a step takes {largest / GIB:.1f} GiB of a chip's {chip.memory / GIB:.0f} GiB"
+                    f"a step needs {largest / GIB:.1f} GiB, but a chip has "
+                    f"{chip.memory / GIB:.0f} GiB"
                 )
             print(f"\nIt fits: {largest / GIB:.1f} GiB of a chip's {chip.memory / GIB:.0f} GiB.\n")
     return 0
 
 
 def table(steps: dict[str, tuple[Prediction, int]], chips: int, chip: Chip) -> str:
-    """A Markdown table.
+    """A Markdown table of predictions.
 
     Args:
-      steps: predictions and how many images a step takes, by name.
-      chips: how many.
-      chip: each of them.
+      steps: predictions and numbers of images per step, by name.
+      chips: number of chips.
+      chip: the chips' specification.
     """
     predictions = [prediction for prediction, _ in steps.values()]
 
@@ -317,11 +317,11 @@ def table(steps: dict[str, tuple[Prediction, int]], chips: int, chip: Chip) -> s
         row("", steps),
         row("---", ["---:"] * len(steps)),
         row("images", (str(images) for _, images in steps.values())),
-        row("arguments, GiB a chip", (f"{p.arguments / GIB:.3f}" for p in predictions)),
-        row("temporaries, GiB a chip", (f"{p.temporaries / GIB:.3f}" for p in predictions)),
-        row("TFLOP of all chips", (f"{p.flops / 1e12:.2f}" for p in predictions)),
-        row("computing, ms", (f"{p.compute * 1e3:.2f}" for p in predictions)),
-        row("communicating, ms", (f"{p.communication * 1e3:.2f}" for p in predictions)),
+        row("arguments, GiB per chip", (f"{p.arguments / GIB:.3f}" for p in predictions)),
+        row("temporaries, GiB per chip", (f"{p.temporaries / GIB:.3f}" for p in predictions)),
+        row("TFLOPs on all chips", (f"{p.flops / 1e12:.2f}" for p in predictions)),
+        row("compute, ms", (f"{p.compute * 1e3:.2f}" for p in predictions)),
+        row("communication, ms", (f"{p.communication * 1e3:.2f}" for p in predictions)),
         row("images/s", (f"{images / p.seconds:,.0f}" for p, images in steps.values())),
         row("MFU, %", (f"{100 * p.mfu(chips, chip):.1f}" for p in predictions)),
     ]

@@ -1,1 +1,1 @@
-"""Device meshes, shardings, and processes that train together."""
+"""Device meshes, shardings and multi-process training."""

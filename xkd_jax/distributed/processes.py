@@ -1,4 +1,4 @@
-"""Several processes that train together: how they start, who speaks, and how they stop together."""
+"""Multi-process training: start-up, rank-0 output, coordinated shutdown."""
 
 import atexit
 import contextlib
@@ -15,30 +15,31 @@ from jax.experimental import multihost_utils
 
 from xkd_jax.errors import UserError
 
-HEARTBEAT_TIMEOUT = 30  # seconds after which a silent process counts as dead, and the rest end
-_POLL = 1.0  # seconds between two looks whether another process has failed
+HEARTBEAT_TIMEOUT = 30  # seconds without a heartbeat until a process counts as dead and all exit
+_POLL = 1.0  # seconds between checks for another process's failure
 _FAILED = "xkd_jax/exit_code"
 
 
 def start(coordinator: str | None, num_processes: int | None, process_id: int | None) -> None:
-    """Joins the other processes; does nothing where there is just this one.
+    """Joins the other processes; does nothing if there is only this one.
 
-    Without arguments it asks JAX's cluster detection (Cloud TPU, SLURM, Open MPI, Kubernetes), and
-    that only where the environment speaks of several processes. Comes before JAX's first use.
+    Without arguments, JAX's cluster detection (Cloud TPU, SLURM, Open MPI, Kubernetes) is used, but
+    only if the environment indicates several processes. Must be called before JAX is first used.
 
     Args:
       coordinator: HOST:PORT of process 0.
-      num_processes: of the whole run; 1 is one process, whatever the environment says.
-      process_id: of this one, from 0.
+      num_processes: total number of processes; 1 disables distributed start-up, whatever the
+        environment says.
+      process_id: index of this process, from 0.
 
     Raises:
-      UserError: the arguments are incomplete or wrong, or the others can't be joined.
+      UserError: the arguments are incomplete or wrong, or the other processes can't be reached.
     """
-    from jax._src import cloud_tpu_init  # what JAX's own detection goes by; nothing public tells
+    from jax._src import cloud_tpu_init  # as JAX's own detection does; there is no public function
 
     if num_processes == 1:
         return
-    # A TPU pod's host looks like one that is alone: JAX has to ask around.
+    # A host of a TPU pod looks like a single TPU VM until JAX queries the metadata server.
     on_tpu = cloud_tpu_init.running_in_cloud_tpu_vm
     flags, detection = (coordinator, num_processes, process_id), None
     if flags != (None, None, None):
@@ -53,41 +54,41 @@ def start(coordinator: str | None, num_processes: int | None, process_id: int | 
             heartbeat_timeout_seconds=HEARTBEAT_TIMEOUT,
         )
     except (ValueError, RuntimeError) as error:
-        if on_tpu and isinstance(error, ValueError):  # it belongs to no pod, as a notebook's
+        if on_tpu and isinstance(error, ValueError):  # not part of a pod, such as a notebook's TPU
             return
         raise UserError(
-            f"the other processes can't be joined ({str(error).splitlines()[0][:200]}); give "
+            f"can't connect to the other processes ({str(error).splitlines()[0][:200]}); set "
             "--coordinator HOST:PORT, --num_processes and --process_id, or --num_processes 1 to "
-            "train alone."
+            "train in a single process."
         ) from error
     _watch()
 
 
 def check_flags(coordinator: str | None, num_processes: int | None, process_id: int | None) -> None:
-    """See `start`.
+    """Checks the arguments of `start`.
 
     Raises:
       UserError: one of the three is missing or wrong.
     """
     if coordinator is None or num_processes is None or process_id is None:
         raise UserError(
-            "--coordinator, --num_processes and --process_id go together: give all three, or none."
+            "--coordinator, --num_processes and --process_id go together: set all three or none."
         )
     host, _, port = coordinator.rpartition(":")
     if not host or not port.isdecimal():
         raise UserError(f"--coordinator={coordinator} must be HOST:PORT, such as 10.0.0.2:8476.")
     if not 0 <= process_id < num_processes:
         raise UserError(
-            f"--process_id={process_id} must be from 0 to {num_processes - 1}, as "
+            f"--process_id={process_id} must be from 0 to {num_processes - 1}, because "
             f"--num_processes={num_processes}."
         )
 
 
 def in_cluster(variables: Mapping[str, str]) -> bool:
-    """Whether environment `variables` speak of several processes.
+    """Whether environment `variables` indicate several processes.
 
-    On SLURM and Open MPI by their number. An indexed Kubernetes Job doesn't tell its pods how many
-    they are, and counts as several.
+    SLURM and Open MPI state their number. An indexed Kubernetes Job doesn't tell its pods how many
+    there are, and counts as several.
     """
     sizes = ("SLURM_STEP_NUM_TASKS", "OMPI_COMM_WORLD_SIZE")
     if any(int(variables.get(name, 1)) > 1 for name in sizes):
@@ -96,46 +97,50 @@ def in_cluster(variables: Mapping[str, str]) -> bool:
 
 
 def several() -> bool:
-    """Whether this process trains together with others."""
+    """Whether this is a multi-process run."""
     return jax.distributed.is_initialized()
 
 
 def is_first() -> bool:
-    """Whether this process is the one that prints and writes."""
+    """Whether this is process 0, the one that prints and writes files."""
     return not several() or jax.process_index() == 0
 
 
 def fail(text: str, code: int) -> int:
-    """Prints `text`, once however many processes come here, and ends all of them with `code`.
+    """Prints `text` once, even if several processes fail, and ends all processes with `code`.
 
     Returns:
-      `code`, where this process is alone; else it doesn't return.
+      `code` in a single-process run; otherwise it doesn't return.
     """
     if not several():
         print(text, file=sys.stderr)
         return code
-    with contextlib.suppress(jax.errors.JaxRuntimeError):  # another one was quicker
+    with contextlib.suppress(jax.errors.JaxRuntimeError):  # another process has failed first
         _store().key_value_set(_FAILED, str(code))
         print(text, file=sys.stderr)
     _leave(code)
     raise AssertionError("unreachable")
 
 
-def _store():
-    from jax._src import distributed  # as Orbax does: JAX has no public way to its key-value store
+def _global_state():
+    from jax._src import distributed  # as Orbax does: its key-value store has no public API
 
-    client = distributed.global_state.client
+    return distributed.global_state
+
+
+def _store():
+    client = _global_state().client
     assert client is not None
     return client
 
 
 def _watch() -> None:
-    """Ends this process soon after another one has failed, even if it waits for that one."""
+    """Ends this process soon after another one has failed, even while it waits for that one."""
     done = threading.Event()
 
     def watch():
         while not done.wait(_POLL):
-            with contextlib.suppress(jax.errors.JaxRuntimeError):  # nobody has
+            with contextlib.suppress(jax.errors.JaxRuntimeError):  # no process has failed
                 _leave(int(_store().key_value_try_get(_FAILED)))
 
     thread = threading.Thread(target=watch, daemon=True)
@@ -145,25 +150,26 @@ def _watch() -> None:
         done.set()
         thread.join()
 
-    atexit.register(stop)  # before JAX leaves the others, which it registered first
+    atexit.register(stop)  # runs before JAX's shutdown, which was registered earlier
 
 
 def _leave(code: int) -> None:
-    """Ends this process without waiting for the others, as JAX would."""
+    """Ends this process without waiting for the others, unlike JAX's shutdown."""
     sys.stdout.flush()
     sys.stderr.flush()
-    if is_first():
-        time.sleep(3 * _POLL)  # with this one the store ends: the others have to see it before
+    # `is_first` would raise again if JAX's backend has failed to initialise.
+    if _global_state().process_id == 0:
+        time.sleep(3 * _POLL)  # the store ends with this process; the others must read it first
     os._exit(code)
 
 
 class StopSignal:
-    """Turns the first SIGTERM or Ctrl-C into a wish that the loop can ask for.
+    """A context in which the first SIGTERM or Ctrl-C is a request to stop, polled by the loop.
 
-    A second Ctrl-C ends the process at once. Of several processes, any one may get the signal.
+    A second Ctrl-C ends the process at once. In multi-process runs any process may get the signal.
 
     Attributes:
-      received: the signal that stops the loop.
+      received: the signal that stops the loop, or None.
     """
 
     def __init__(self):
@@ -172,7 +178,7 @@ class StopSignal:
         self._previous = {}
 
     def __enter__(self):
-        # Of several processes, JAX itself listens for SIGTERM and lets the others know.
+        # In multi-process runs JAX itself handles SIGTERM and notifies the other processes.
         names = (signal.SIGINT,) if several() else (signal.SIGINT, signal.SIGTERM)
         for name in names:
             self._previous[name] = signal.signal(name, self._note)
@@ -188,9 +194,9 @@ class StopSignal:
             self.received = signal.Signals(number)
 
     def asked(self, step: int) -> bool:
-        """Whether the loop should stop after `step`, the same step in every process.
+        """Whether to stop after `step`, which is the same step in every process.
 
-        To be called after every step.
+        Must be called after every step.
         """
         if several() and multihost_utils.reached_preemption_sync_point(step):
             self.received = self._noted or signal.SIGTERM

@@ -1,4 +1,4 @@
-"""The device mesh, and how arrays lie on it."""
+"""The device mesh and the shardings of arrays."""
 
 import dataclasses
 import functools
@@ -11,10 +11,10 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
-# Elements from which on a leaf is split: below, a share is less than a collective is worth.
+# Minimum number of elements of a sharded leaf: smaller ones aren't worth a collective.
 SPLIT_FROM = 2**18
-# Bytes from which on a teacher is split by "auto": an eighth of the smallest chip's memory, 16 GiB.
-# Gathering ViT-L, 1.1 GiB, at every step would take 7% of the speed (docs/scaling.md).
+# Bytes above which "auto" shards a teacher: an eighth of the smallest chip's memory, 16 GiB.
+# Gathering ViT-L, 1.1 GiB, in every step would cost 7% of the speed (docs/scaling.md).
 AUTO_SPLIT = 2**31
 
 
@@ -25,25 +25,25 @@ def create_mesh(devices: Sequence[Any] | None = None) -> Mesh:
       devices: the devices to use; all of `jax.devices()` if not given.
     """
     devices = jax.devices() if devices is None else devices
-    # Explicit axes, the default since JAX 0.9, refuse the reshapes of Linen's Transformers.
+    # Explicit axes, the default since JAX 0.9, don't support the reshapes of Linen's Transformers.
     return jax.make_mesh((len(devices),), ("data",), (AxisType.Auto,), devices=devices)
 
 
 def replicated(mesh: Mesh) -> NamedSharding:
-    """Every device holds the whole array."""
+    """The sharding of arrays that are replicated on every device."""
     return NamedSharding(mesh, PartitionSpec())
 
 
 def over_batch(mesh: Mesh) -> NamedSharding:
-    """The first axis is split over `data`."""
+    """The sharding of arrays whose first axis is split over `data`."""
     return NamedSharding(mesh, PartitionSpec("data"))
 
 
 def split_large(mesh: Mesh, tree: Any) -> Any:
-    """How weights lie on the mesh when each device keeps a share of them (FSDP, arXiv:2304.11277).
+    """The shardings of weights under FSDP (arXiv:2304.11277).
 
-    Each leaf of at least `SPLIT_FROM` elements is split over `data` along its longest axis that
-    divides; the rest is replicated.
+    Each leaf of at least `SPLIT_FROM` elements is split over `data` along its longest divisible
+    axis; the rest is replicated.
 
     Args:
       mesh: the devices.
@@ -63,12 +63,12 @@ def split_large(mesh: Mesh, tree: Any) -> Any:
 
 @dataclasses.dataclass(frozen=True)
 class Shardings:
-    """How everything that a step takes is laid out on the mesh.
+    """The shardings of a step's inputs.
 
     Attributes:
       state: a `TrainState` of shardings.
-      teacher: a tree of shardings like the teacher's variables.
-      batch: arrays whose first axis is the batch.
+      teacher: shardings in the structure of the teacher's variables.
+      batch: the sharding of arrays whose first axis is the batch.
     """
 
     state: Any
@@ -77,13 +77,13 @@ class Shardings:
 
 
 def of_teacher(mesh: Mesh, variables: Any, rule: str) -> Any:
-    """How the frozen teacher lies on the mesh.
+    """The shardings of the frozen teacher.
 
     Args:
       mesh: the devices.
       variables: arrays or shapes.
-      rule: `config.mesh.teacher`: "replicated"; "fsdp", which is `split_large`; or "auto", "fsdp"
-        for a teacher of more than `AUTO_SPLIT` bytes.
+      rule: `config.mesh.teacher`: "replicated"; "fsdp", see `split_large`; or "auto", which is
+        "fsdp" for teachers of more than `AUTO_SPLIT` bytes.
     """
     size = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(variables))
     if rule == "fsdp" or (rule == "auto" and size > AUTO_SPLIT):
@@ -98,8 +98,8 @@ def of_state(mesh: Mesh, state: Any, student_rule: str) -> Any:
       mesh: the devices.
       state: a `TrainState` of arrays or shapes. Arrays under a key `bank` have a row for each
         example and are split over `data`.
-      student_rule: `config.mesh.student`: "replicated"; or "fsdp", which splits the student's
-        weights, its optimizer state and its moving average, see `split_large`.
+      student_rule: `config.mesh.student`: "replicated"; or "fsdp", which shards the student's
+        weights, optimizer state and moving average, see `split_large`.
     """
 
     def place(path: tuple, leaf: Any) -> NamedSharding:
@@ -117,7 +117,12 @@ def of_state(mesh: Mesh, state: Any, student_rule: str) -> Any:
 
 
 def shaped(tree: Any, shardings: Any) -> Any:
-    """Shapes with their shardings, to compile for: of arrays or shapes, and one or a tree."""
+    """`jax.ShapeDtypeStruct`s with shardings, for ahead-of-time compilation.
+
+    Args:
+      tree: a tree of arrays or shapes.
+      shardings: one sharding for all leaves, or a tree of them.
+    """
     return jax.tree.map(
         lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
         tree,
@@ -131,23 +136,23 @@ def shardings(tree: Any) -> Any:
 
 
 def is_replicated(shardings: Any) -> bool:
-    """Whether every device holds all of a tree."""
+    """Whether every leaf is fully replicated."""
     return all(sharding.is_fully_replicated for sharding in jax.tree.leaves(shardings))
 
 
 def take(mesh: Mesh, tree: Any, indices: jax.Array) -> Any:
-    """Inside `jit`: rows of arrays that are split over `data`, for a batch that is.
+    """Inside `jit`: `array[indices]` for arrays and indices that are split over `data`.
 
-    Each row travels once, as it is, from the device that holds it to the one that wants it. Left
-    to itself, XLA sums the whole batch on every device, uint8 in 32 bits.
+    Each row is sent once, in its own dtype, to the device that needs it (all-to-all). By default
+    XLA would all-reduce the whole batch to every device, with uint8 converted to 32 bits.
 
     Args:
       mesh: the devices.
-      tree: arrays [n, ...] of numbers.
-      indices: int32 [N], of rows.
+      tree: numeric arrays [n, ...].
+      indices: row indices, int32 [N].
 
     Returns:
-      the tree with arrays [N, ...].
+      The tree with arrays [N, ...].
     """
     devices = mesh.shape["data"]
     if devices == 1:
@@ -161,7 +166,7 @@ def take(mesh: Mesh, tree: Any, indices: jax.Array) -> Any:
             here = ((at >= 0) & (at < len(rows))).reshape(-1, *[1] * (rows.ndim - 1))
             found = jnp.where(here, rows[jnp.clip(at, 0, len(rows) - 1)], 0)
             found = jax.lax.all_to_all(found, "data", 0, 0, tiled=True)
-            # All but one device sent zeros for each.
+            # For each row, all devices but one have sent zeros.
             return jnp.sum(found.reshape(devices, -1, *rows.shape[1:]), 0, dtype=rows.dtype)
 
         return jax.tree.map(of_array, tree)
@@ -171,9 +176,9 @@ def take(mesh: Mesh, tree: Any, indices: jax.Array) -> Any:
 
 
 def gather(mesh: Mesh, tree: Any) -> Any:
-    """Inside `jit`: the whole of weights that may be split, on every device.
+    """Inside `jit`: all-gathers weights that may be sharded.
 
-    Without it XLA may leave split weights where they are and move the activations instead.
+    Without it XLA may keep the weights sharded and move activations instead.
     """
     return jax.lax.with_sharding_constraint(tree, replicated(mesh))
 
@@ -182,10 +187,10 @@ def gather(mesh: Mesh, tree: Any) -> Any:
 class BlockGather:
     """Gathers a network's sharded parameters one block at a time (`xkd_jax.models.scan.Gather`).
 
-    Inside `jit`: a scan over blocks then holds no more than one period of whole blocks at a time.
+    Inside `jit`: a scan over blocks then holds at most one period of unsharded blocks at a time.
 
     Attributes:
-      params: the network's parameters, as they are sharded.
+      params: the network's sharded parameters.
       shardings: the sharding of every leaf of `params`.
     """
 
@@ -193,7 +198,7 @@ class BlockGather:
     shardings: Any
 
     def stack(self, paths: Sequence[tuple[str, ...]]) -> Any:
-        """The parameters at `paths`, identical trees, stacked; each leaf keeps its sharding."""
+        """Stacks the parameters at `paths`, identical trees; each leaf keeps its sharding."""
 
         def stack_leaves(sharding: NamedSharding, *leaves: jax.Array) -> jax.Array:
             stacked = NamedSharding(sharding.mesh, PartitionSpec(None, *sharding.spec))
@@ -204,23 +209,23 @@ class BlockGather:
         return jax.tree.map(stack_leaves, shardings, *trees)
 
     def whole(self, params: Any) -> Any:
-        """A slice of a stack, gathered onto every device."""
+        """All-gathers a slice of a stack."""
         return gather(jax.tree.leaves(self.shardings)[0].mesh, params)
 
 
 def to_host(tree: Any, mesh: Mesh) -> Any:
-    """Global arrays, split in whatever way, to host arrays, whole in every process."""
+    """Copies global arrays with any sharding to complete host arrays in every process."""
     if not all(leaf.is_fully_replicated for leaf in jax.tree.leaves(tree)):
         tree = jax.jit(lambda tree: tree, out_shardings=replicated(mesh))(tree)
     return jax.device_get(tree)
 
 
 def put(tree: Any, shardings: Any) -> Any:
-    """Host arrays, the same in every process, to global arrays on the devices.
+    """Copies host arrays, the same in every process, to global arrays on the devices.
 
     Args:
-      tree: of arrays.
-      shardings: one for all, or a tree of them.
+      tree: a tree of arrays.
+      shardings: one sharding for all leaves, or a tree of them.
     """
 
     def put_array(array: np.ndarray, sharding: NamedSharding) -> jax.Array:
@@ -230,12 +235,12 @@ def put(tree: Any, shardings: Any) -> Any:
 
 
 def put_rows(array: Any, rows: np.ndarray, sharding: NamedSharding) -> jax.Array:
-    """`array[rows]` as a global array; each process reads just what its own devices hold.
+    """`array[rows]` as a global array; each process only reads the rows of its own devices.
 
     Args:
       array: [n, ...], in memory or `EncodedImages`; the same in every process.
-      rows: int [N].
-      sharding: of the result, over its first axis.
+      rows: row indices, int [N].
+      sharding: sharding of the result, over its first axis.
     """
 
     def read(index: Any) -> np.ndarray:

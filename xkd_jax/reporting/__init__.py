@@ -1,1 +1,1 @@
-"""What a run writes while it trains, and what is made of it afterwards."""
+"""Logs, summaries and reports of runs, and the check for non-finite values."""

@@ -1,4 +1,4 @@
-"""What a run tells while it goes on: the terminal, metrics.jsonl and TensorBoard."""
+"""Logs a run to the terminal, metrics.jsonl and TensorBoard."""
 
 import json
 import math
@@ -17,12 +17,12 @@ from xkd_jax.distributed import processes
 
 
 class RunLog:
-    """Writes metrics to `metrics.jsonl` and TensorBoard; of several processes, the first does.
+    """Writes metrics to `metrics.jsonl` and TensorBoard, from the first process only.
 
     Args:
-      folder: the run's.
-      step: where training goes on; lines of later steps, left by a run that was killed after its
-        last checkpoint, are dropped, because they will be written again.
+      folder: the run's folder.
+      step: step to resume from; lines of later steps, left by a run that was killed after its last
+        checkpoint, are dropped, because they will be written again.
     """
 
     def __init__(self, folder: Path, step: int):
@@ -34,24 +34,24 @@ class RunLog:
             part.replace(path)
         self._file = (path if writes else Path(os.devnull)).open("a")
         board = str(folder / "tensorboard")
-        # With a limit on what waits, a full disk would end TensorBoard's writer and stop training.
+        # With a bounded queue, a full disk would stop TensorBoard's writer and block training.
         self._board = SummaryWriter(board, purge_step=step + 1, max_queue=0, write_to_disk=writes)
 
     def write(self, step: int, metrics: dict[str, float]) -> None:
-        """One line, and one point in every TensorBoard curve."""
+        """Writes a line, and a point of every TensorBoard curve."""
         self._file.write(json.dumps({"step": step, **metrics}) + "\n")
         self._file.flush()
         for name, value in metrics.items():
             self._board.add_scalar(name, value, step)
 
     def close(self) -> None:
-        """Writes what is buffered."""
+        """Flushes and closes the files."""
         self._file.close()
         self._board.close()
 
 
 def read_metrics(folder: Path) -> list[dict[str, Any]]:
-    """The lines of a run's metrics.jsonl; a last line cut short by a kill is left out."""
+    """The lines of a run's metrics.jsonl, except for a last line that a kill has truncated."""
     path = folder / "metrics.jsonl"
     lines = path.read_text().splitlines() if path.exists() else []
     if lines and not lines[-1].endswith("}"):
@@ -66,32 +66,32 @@ class Averages:
         self._values: dict[str, list[float]] = {}
 
     def add(self, metrics: dict[str, Any]) -> None:
-        """Adds one step's metrics, scalars."""
+        """Adds one step's metrics, which are scalars."""
         for name, value in metrics.items():
-            # The adversary's are NaN on the steps that leave it as it is.
+            # The adversary's metrics are NaN in steps that don't update it.
             if not math.isnan(value):
                 self._values.setdefault(name, []).append(float(value))
 
     def take(self) -> dict[str, float]:
-        """The means, and a new start."""
+        """Returns the means and resets them."""
         means = {name: sum(values) / len(values) for name, values in self._values.items()}
         self._values = {}
         return means
 
 
 class Progress:
-    """A bar in a terminal, a line now and then in a pipe or file.
+    """A progress bar in a terminal; occasional lines in a pipe or file.
 
     Args:
-      name: of the run.
-      start: the step to go on from.
+      name: the run's name.
+      start: step to resume from.
       total: the last step.
-      batch_size: images a step.
+      batch_size: images per step.
     """
 
     def __init__(self, name: str, start: int, total: int, batch_size: int):
         self._name, self._total, self._batch_size = name, total, batch_size
-        # Speed is counted from the end of the first step, which compiles.
+        # Speed is measured from the end of the first step, which includes compilation.
         self._first = start + 1
         self._begun = 0.0
         self._bar = tqdm.tqdm(
@@ -104,22 +104,22 @@ class Progress:
         )
 
     def update(self, step: int) -> None:
-        """Step `step` is over."""
+        """Records that `step` has finished."""
         if step == self._first:
             self._begun = time.monotonic()
         self._bar.update(step - self._bar.n)
 
     def pause(self, seconds: float) -> None:
-        """Takes time that wasn't spent on training out of the speed."""
+        """Excludes time that wasn't spent on training from the speed."""
         self._begun += seconds
 
     def images_per_second(self, step: int) -> float:
-        """The speed of training since the first step; 0 if there was none since."""
+        """Training speed since the first step; 0 before the second one."""
         seconds = time.monotonic() - self._begun
         return (step - self._first) * self._batch_size / seconds if step > self._first else 0.0
 
     def show(self, step: int, values: dict[str, float]) -> None:
-        """Shows step, speed, time left and `values`."""
+        """Shows the step, the speed, the time left and `values`."""
         shown = {name: f"{value:.3f}" for name, value in values.items()}
         speed = self.images_per_second(step)
         if not self._bar.disable:
@@ -130,20 +130,20 @@ class Progress:
         say(f"{self._name}: step {step}/{self._total}  {speed:.0f} images/s  {left} s left  {text}")
 
     def close(self) -> None:
-        """Leaves the bar on its own line."""
+        """Ends the bar's line."""
         self._bar.close()
 
 
 class Reporter:
-    """Everything that a run tells, in the order in which it becomes known.
+    """Reports a run's metrics and scores to the log and the progress bar.
 
     Args:
-      folder: the run's; its name is shown.
-      start: the step to go on from.
+      folder: the run's folder, whose name is shown.
+      start: step to resume from.
       total: the last step.
-      batch_size: images a step.
-      every: steps from one line to the next.
-      check: looks at each step's metrics, on the host, before they are reported.
+      batch_size: images per step.
+      every: number of steps between two lines.
+      check: called with each step's metrics, on the host, before they are reported.
     """
 
     def __init__(
@@ -168,7 +168,7 @@ class Reporter:
         self._pending = step, metrics
 
     def flush(self) -> None:
-        """Waits for the metrics that were taken, if any, and reports them when it is time."""
+        """Fetches the metrics kept by `take`, if any, and reports them every `every` steps."""
         if self._pending is None:
             return
         step, metrics = self._pending
@@ -185,18 +185,18 @@ class Reporter:
             self._progress.show(step, shown | self._evaluated)
 
     def evaluated(self, step: int, scores: dict[str, float], seconds: float) -> None:
-        """Writes an evaluation's scores; the next lines show its top-1."""
+        """Writes an evaluation's scores; the following lines show its top-1."""
         self._progress.pause(seconds)
         self._log.write(step, {f"eval_{name}": value for name, value in scores.items()})
         self._evaluated = {"eval top-1": scores["top1"]}
 
     def close(self) -> None:
-        """Writes what is buffered."""
+        """Closes the progress bar and the log."""
         self._progress.close()
         self._log.close()
 
 
 def say(text: str) -> None:
-    """A line for the user, on standard error, that doesn't tear a progress bar."""
+    """Prints a line to standard error without breaking a progress bar."""
     if processes.is_first():
         tqdm.tqdm.write(text, file=sys.stderr)

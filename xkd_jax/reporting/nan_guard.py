@@ -1,4 +1,4 @@
-"""Numbers that are not finite: which parameters have them, at which step, from which examples."""
+"""Detects non-finite losses, gradients and states; names the step, the parameters and examples."""
 
 import dataclasses
 import json
@@ -15,36 +15,36 @@ from xkd_jax.distributed import processes
 from xkd_jax.errors import UserError
 from xkd_jax.weights import write_file
 
-FLAGS = "finite"  # the metric in which a step tells of each gradient whether it is finite
+FLAGS = "finite"  # name of the metric that holds the `flags` of a step's gradients
 REPORT = "not_finite.json"
-ADVICE = "lower optimizer.learning_rate or set optimizer.clip_norm (say 2.0)."
+ADVICE = "lower optimizer.learning_rate or set optimizer.clip_norm, for example to 2.0."
 
 
 def flags(tree: Any) -> jax.Array:
-    """Of each leaf, whether all its numbers are finite; bool [leaves]."""
+    """Whether each leaf is entirely finite, bool [num_leaves]."""
     return jnp.stack([jnp.isfinite(leaf).all() for leaf in jax.tree.leaves(tree)])
 
 
 def names(tree: Any) -> list[str]:
-    """Of each leaf, such as "student/conv1/kernel", in the order of `flags`."""
+    """The path of each leaf, such as "student/conv1/kernel", in the order of `flags`."""
     paths = [path for path, _ in jax.tree.leaves_with_path(tree)]
     return [jax.tree_util.keystr(path, simple=True, separator="/") for path in paths]
 
 
 def listed(items: Sequence[Any], count: int = 5) -> str:
-    """The first `count` of `items`, and how many there are beyond them."""
+    """The first `count` of `items`, and how many more there are."""
     more = f" and {len(items) - count} more" if len(items) > count else ""
     return ", ".join(map(str, items[:count])) + more
 
 
 @dataclasses.dataclass(frozen=True)
 class Guard:
-    """Stops a run at the first step whose loss or gradients are not finite.
+    """Stops a run at the first step whose loss or gradients aren't finite.
 
     Attributes:
-      folder: the run's; `not_finite.json` is written there.
-      parameters: what is trained, the names of the gradients.
-      order: of the examples.
+      folder: the run's folder, where `not_finite.json` is written.
+      parameters: the trained parameters' names, in the order of `flags`.
+      order: the order of the training examples.
     """
 
     folder: Path
@@ -52,10 +52,10 @@ class Guard:
     order: Order
 
     def check(self, step: int, metrics: dict[str, Any]) -> None:
-        """Looks at a step's metrics, on the host.
+        """Checks a step's metrics, on the host.
 
         Raises:
-          UserError: the loss is not a finite number, or a gradient holds one.
+          UserError: the loss or a gradient isn't finite.
         """
         loss, good = float(metrics["loss"]), metrics[FLAGS]
         if math.isfinite(loss) and good.all():
@@ -67,19 +67,19 @@ class Guard:
         if processes.is_first():
             write_file(path, (json.dumps(report) + "\n").encode())
         raise UserError(
-            f"step {step} isn't finite: its loss is {loss}, its gradients fail at "
-            f"{listed(wrong) or 'no parameter'}, its examples are {listed(examples, 8)} (all in "
-            f"{path}); the checkpoints from before stay: {ADVICE}"
+            f"Non-finite values at step {step}: loss {loss}; gradients "
+            f"{listed(wrong) or 'all finite'}; examples {listed(examples, 8)} (full list in "
+            f"{path}); earlier checkpoints are kept: {ADVICE}"
         )
 
 
 def check_state(step: int, state: Any) -> None:
-    """Looks at a state that is about to be saved.
+    """Checks a state that is about to be saved.
 
-    Methods' own states are left out: an infinity may stand there for what isn't known yet.
+    The method's state is exempt: it may use infinity for values that aren't known yet.
 
     Raises:
-      UserError: a number in it is not finite.
+      UserError: it contains a non-finite value.
     """
     floats = {
         name: leaf
@@ -90,7 +90,8 @@ def check_state(step: int, state: Any) -> None:
     if not good.all():
         wrong = [name for name, fine in zip(floats, good, strict=True) if not fine]
         raise UserError(
-            f"after step {step} {listed(wrong)} are not finite, and are not saved: {ADVICE}"
+            f"Non-finite values after step {step}: {listed(wrong)}; the checkpoint isn't saved: "
+            f"{ADVICE}"
         )
 
 

@@ -11,31 +11,33 @@ from xkd_jax.reporting.summary import SUMMARY
 CONFIG_FILE = "config.json"
 CURVES = "curves.png"
 TABLE = "report.md"
-# Columns, where all rows have them.
+# Columns, each shown if all rows have it.
 _SCORES = {"top1": "top-1 %", "top5": "top-5 %", "noisy_top1": "noisy top-1 %", "eer": "EER %"}
 
 
 def find_runs(folder: Path) -> dict[str, Path]:
-    """The finished runs in `folder`, by name: itself, or its subfolders in order of starting.
+    """The finished runs by name: `folder` itself, or its subfolders, the first started first.
 
     Raises:
-      UserError: there is none.
+      UserError: there is no finished run.
     """
     if (folder / SUMMARY).exists():
         return {folder.name: folder}
     finished = [path.parent for path in folder.glob(f"*/{SUMMARY}")]
     if not finished:
-        raise UserError(f"{folder} holds no finished run; give the folder of one or of several.")
-    # A run's config is written once, when it starts for the first time.
+        raise UserError(
+            f"{folder} holds no finished run; give the folder of a run or of a comparison."
+        )
+    # A run's config is only written when it first starts.
     finished.sort(key=lambda run: (run / CONFIG_FILE).stat().st_mtime_ns)
     return {run.name: run for run in finished}
 
 
 def write(folder: Path) -> str:
-    """Writes report.md and curves.png into `folder`, from the finished runs in it.
+    """Writes report.md and curves.png of the finished runs in `folder` into it.
 
     Returns:
-      The table, and where the files are.
+      The table and the files' paths, as text.
 
     Raises:
       UserError: there is no finished run.
@@ -50,10 +52,10 @@ def write(folder: Path) -> str:
 
 
 def format_table(summaries: dict[str, dict[str, Any]]) -> str:
-    """A Markdown table: the teacher, then a row for each run.
+    """A Markdown table: a row for the teacher, then one for each run.
 
     Args:
-      summaries: what each run's summary.json holds, by the run's name.
+      summaries: the contents of each run's summary.json, by the run's name.
     """
     rows = []
     teachers = [summary["teacher"] for summary in summaries.values() if "teacher" in summary]
@@ -62,7 +64,7 @@ def format_table(summaries: dict[str, dict[str, Any]]) -> str:
     rows += [(f"student, {_label(s['method'])}", s["student"]) for s in summaries.values()]
     scores = {k: v for k, v in _SCORES.items() if all(k in row for _, row in rows)}
     if "eer" in scores:
-        del scores["top5"]  # of two classes
+        del scores["top5"]  # always 100% for two classes
     lines = [["", *scores.values(), "parameters", "MFLOPs"]]
     for name, row in rows:
         cells = [f"{100 * row[score]:.2f}" for score in scores]
@@ -87,11 +89,11 @@ def _markdown(lines: list[list[str]]) -> str:
 
 
 def plot_curves(metrics: dict[str, list[dict[str, Any]]], path: Path) -> None:
-    """Draws training loss and evaluation accuracy over the steps.
+    """Plots training loss and evaluation accuracy against the step.
 
     Args:
       metrics: the lines of each run's metrics.jsonl, by the run's name.
-      path: of the picture.
+      path: path of the figure.
     """
     from matplotlib.figure import Figure
 

@@ -1,4 +1,4 @@
-"""What a finished run leaves: the student's file and summary.json."""
+"""The results of a finished run: the student's file and summary.json."""
 
 import json
 from pathlib import Path
@@ -24,14 +24,14 @@ BEST = "best.safetensors"
 
 
 def finish(experiment: Experiment, student_variables: Any, folder: Path) -> dict[str, Any]:
-    """Saves the student, measures it and its teacher on the test split, writes summary.json.
+    """Saves the student, evaluates it and its teacher on the test split, and writes summary.json.
 
-    All processes measure, and the first one writes.
+    All processes evaluate; only the first one writes.
 
     Args:
-      experiment: what was trained.
-      student_variables: `params` and `batch_stats`; nothing of the method is in them.
-      folder: the run's.
+      experiment: the finished experiment.
+      student_variables: the student's `params` and `batch_stats`, without the method's parameters.
+      folder: the run's folder.
     """
     config = experiment.config
     test = load_split(config, config.data.test)
@@ -51,7 +51,7 @@ def finish(experiment: Experiment, student_variables: Any, folder: Path) -> dict
     scores = {"test_top1": summary["student"]["top1"]}
     if processes.is_first():
         save_student(experiment, student_variables, folder / STUDENT, scores)
-        # Written last and at once: a run with a summary is complete.
+        # Written last and atomically: a run with a summary is complete.
         write_file(folder / SUMMARY, (json.dumps(summary, indent=2) + "\n").encode())
     return summary
 
@@ -59,13 +59,13 @@ def finish(experiment: Experiment, student_variables: Any, folder: Path) -> dict
 def save_student(
     experiment: Experiment, variables: Any, path: Path, scores: dict[str, Any]
 ) -> None:
-    """Writes the student with all that is needed to use it.
+    """Writes the student with the metadata needed to use it.
 
     Args:
-      experiment: what is trained.
+      experiment: the experiment being trained.
       variables: `params` and `batch_stats`, on the host.
-      path: of the file.
-      scores: what was measured; goes into the file's metadata.
+      path: path of the file.
+      scores: scores to record in the file's metadata.
     """
     config, student = experiment.config, experiment.distiller.student
     metadata = {
@@ -82,26 +82,26 @@ def save_student(
 
 
 class Best:
-    """Keeps the student of the best evaluation so far, by its top-1, in `best.safetensors`.
+    """Keeps the student with the best evaluation top-1 so far in `best.safetensors`.
 
     Args:
-      experiment: what is trained.
-      folder: the run's; a file of an earlier call there is only replaced by a better student.
+      experiment: the experiment being trained.
+      folder: the run's folder; a resumed run only replaces an existing file by a better student.
     """
 
     def __init__(self, experiment: Experiment, folder: Path):
         self._experiment, self._path = experiment, folder / BEST
         top1 = load_weights(self._path)[1]["eval_top1"] if self._path.exists() else -1.0
-        # The folder may be the first process's own. All have to agree on what is better.
+        # Only the first process may be able to see the folder, but all must agree on the best.
         self._top1 = float(multihost_utils.broadcast_one_to_all(np.float32(top1)))
 
     def update(self, step: int, variables: Any, scores: dict[str, float]) -> None:
-        """Writes the student if `scores` are better, and of equals the first.
+        """Writes the student if its top-1 is higher; ties keep the earlier one.
 
         Args:
-          step: after which it was measured.
+          step: the step after which it was evaluated.
           variables: `params` and `batch_stats`, on the devices.
-          scores: of the evaluation split.
+          scores: scores on the evaluation split.
         """
         top1 = float(np.float32(scores["top1"]))
         if top1 <= self._top1:
@@ -116,7 +116,7 @@ class Best:
 def describe(
     model: Model, variables: Any, test: data.Split, experiment: Experiment
 ) -> dict[str, Any]:
-    """Accuracy on `test`, plain and, if the config asks for it, noisy; parameters; FLOPs."""
+    """Clean and, with `data.noisy`, noisy accuracy on `test`; numbers of parameters and FLOPs."""
     scores = evaluate(create_eval_step(model, test.crop_pct), variables, test, experiment.mesh)
     if experiment.config.data.noisy:
         noisy_step = create_eval_step(model, test.crop_pct, noisy=True)
