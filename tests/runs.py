@@ -9,7 +9,7 @@ from pathlib import Path
 import jax
 import numpy as np
 
-from xkd_jax.reporting.logger import read_metrics
+from xkd_jax.reporting.files import read_metrics
 
 ROOT = Path(__file__).parent.parent
 TINY = "tests/tiny.py"

@@ -13,7 +13,7 @@ import pytest
 
 from tests.runs import TINY, assert_same_run, final_state, finish, timeless, wait_for_step
 from xkd_jax.data.order import batch_indices
-from xkd_jax.reporting.logger import read_metrics
+from xkd_jax.reporting.files import read_metrics
 
 pytestmark = pytest.mark.slow
 

@@ -101,13 +101,16 @@ def test_a_warm_up_as_long_as_the_run_is_refused():
     [
         ({"end_factor": 2}, "schedule.end_factor is 2, but must be in [0, 1]."),
         ({"factor": -1}, "schedule.factor is -1, but must be at least 0."),
-        ({"boundaries": (9, 3)}, "schedule.boundaries are (9, 3), but must be increasing epochs."),
+        (
+            {"boundaries": (9, 3)},
+            "schedule.boundaries are (9, 3), but must be increasing epochs above 0.",
+        ),
         ({"learning_rate": -0.1}, "optimizer.learning_rate is -0.1, but must be at least 0."),
         ({"momentum": 1.0}, "optimizer.momentum is 1.0, but must be in [0, 1)."),
         ({"betas": (0.9, 1.5)}, "optimizer.betas is 1.5, but must be in [0, 1)."),
         ({"betas": (0.9,)}, "optimizer.betas are (0.9,), but must be two numbers."),
     ],
-)
+)  # fmt: skip
 def test_options_out_of_range_are_named(options, says):
     kind = ScheduleOptions if says.startswith("schedule") else OptimizerOptions
     with pytest.raises(UserError) as error:

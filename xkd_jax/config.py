@@ -7,6 +7,8 @@ misspelt field fails where it is set.
 import copy
 import dataclasses
 import difflib
+import math
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 from ml_collections import ConfigDict
@@ -23,6 +25,31 @@ from xkd_jax.optim import OptimizerOptions, ScheduleOptions
 Config = Any  # a ConfigDict, whose fields are only known at run time
 
 DTYPES = ("auto", "float32", "bfloat16")
+SMALLEST_IMAGE = 8  # pixels: below, networks have nothing left to pool
+
+_CHOICES: dict[str, Sequence[str]] = {
+    "optimizer.name": optim.OPTIMIZERS,
+    "adversary_optimizer.name": optim.OPTIMIZERS,
+    "schedule.name": optim.SCHEDULES,
+    "dtype": DTYPES,
+    "data.feed": FEEDS,
+    "data.on_error": ON_ERROR,
+    "mesh.teacher": ("auto", "replicated", "fsdp"),
+    "mesh.student": ("replicated", "fsdp"),
+}
+_AT_LEAST = {
+    "seed": 0,
+    "epochs": 1,
+    "batch_size": 1,
+    "log_every": 1,
+    "eval_every": 1,
+    "checkpoint_every": 1,
+    "accumulate": 1,
+    "keep_checkpoints": 1,
+    "data.repeats": 1,
+    "data.workers": 0,
+    "augment.crop_padding": 0,
+}
 
 
 def default_config() -> Config:
@@ -45,22 +72,7 @@ def default_config() -> Config:
     # be ""; "timm:NAME"; "packaged:NAME"; or "random", as a control.
     config.teacher = ConfigDict({"model": "", "args": {}, "weights": ""})
 
-    config.data = ConfigDict(
-        {
-            "name": "",
-            "dir": "",
-            "train": "train",  # split to train on
-            "eval": "test",  # split of the learning curves
-            "test": "test",  # split of the final evaluation
-            "noisy": False,  # also evaluate on corrupted test images
-            "on_error": "stop",  # at damaged images; or "skip", which leaves them out
-            # "resident": stored on the device as uint8; "host": decoded and cropped batch by batch;
-            # "auto": "resident" if the images all have the same size and fit.
-            "feed": "auto",
-            "repeats": 1,  # times each example appears per epoch: repeated augmentation
-            "workers": 0,  # worker processes that decode for "host"; 0: threads
-        }
-    )
+    config.data = _data_defaults()
     config.image_size = 0  # side of the networks' input, pixels; 0: that of the data
     config.crop_scale = (0.08, 1.0)  # "host" feed: range of a random crop's share of the area
     # Evaluation crop as a fraction of the side: 0.875 is "resize 256, crop 224". 0: 0.875 for the
@@ -98,6 +110,25 @@ def default_config() -> Config:
     return config.lock()
 
 
+def _data_defaults() -> ConfigDict:
+    return ConfigDict(
+        {
+            "name": "",
+            "dir": "",
+            "train": "train",  # split to train on
+            "eval": "test",  # split of the learning curves
+            "test": "test",  # split of the final evaluation
+            "noisy": False,  # also evaluate on corrupted test images
+            "on_error": "stop",  # at damaged images; or "skip", which leaves them out
+            # "resident": stored on the device as uint8; "host": decoded and cropped batch by batch;
+            # "auto": "resident" if the images all have the same size and fit.
+            "feed": "auto",
+            "repeats": 1,  # times each example appears per epoch: repeated augmentation
+            "workers": 0,  # worker processes that decode for "host"; 0: threads
+        }
+    )
+
+
 def validate(config: Config) -> None:
     """Checks everything that can be checked without data.
 
@@ -107,38 +138,62 @@ def validate(config: Config) -> None:
     for name, _ in _fields(default_config()):
         if not has_field(config, name):
             raise UserError(f"the config lacks {name}; a recipe starts from default_config().")
-    for field, value, known in (
-        ("optimizer.name", config.optimizer.name, optim.OPTIMIZERS),
-        ("adversary_optimizer.name", config.adversary_optimizer.name, optim.OPTIMIZERS),
-        ("schedule.name", config.schedule.name, optim.SCHEDULES),
-        ("dtype", config.dtype, DTYPES),
-        ("data.feed", config.data.feed, FEEDS),
-        ("data.on_error", config.data.on_error, ON_ERROR),
-        ("mesh.teacher", config.mesh.teacher, ("auto", "replicated", "fsdp")),
-        ("mesh.student", config.mesh.student, ("replicated", "fsdp")),
-    ):
-        if value not in known:
-            raise unknown(field, value, known)
-    positive = ("epochs", "batch_size", "log_every", "eval_every", "checkpoint_every", "accumulate")
-    for field in (*positive, "keep_checkpoints"):
-        if config[field] < 1:
-            raise UserError(f"{field} is {config[field]}, but must be at least 1.")
+    values: dict[str, Any] = dict(_fields(config))
+    for name, known in _CHOICES.items():
+        if values[name] not in known:
+            raise unknown(name, values[name], known)
+    for name, value in values.items():
+        _check_numbers(name, value)
+    for name, least in _AT_LEAST.items():
+        if values[name] < least:
+            raise UserError(f"{name} is {values[name]}, but must be at least {least}.")
+    _check_images(config)
     if config.batch_size % config.accumulate:
         raise UserError(
             f"batch_size={config.batch_size} isn't divisible by accumulate={config.accumulate}; "
             f"take a multiple of {config.accumulate}."
         )
-    if config.data.repeats < 1 or config.data.workers < 0:
-        raise UserError("data.repeats must be at least 1, and data.workers at least 0.")
     if not 0 <= config.label_smoothing < 1:
         raise UserError(f"label_smoothing is {config.label_smoothing}, but must be in [0, 1).")
     if not 0 <= config.ema.decay < 1:
         raise UserError(f"ema.decay is {config.ema.decay}, but must be in [0, 1); 0 turns it off.")
-    low, high = config.crop_scale
-    if not 0 < low <= high <= 1:
+    MultiView(**config.views)
+    augmentation(config)
+    for name in ("optimizer", "adversary_optimizer"):
+        try:
+            OptimizerOptions(**config[name])
+        except UserError as error:  # the options don't know whose they are
+            raise UserError(str(error).replace("optimizer.", f"{name}.", 1)) from None
+    ScheduleOptions(**config.schedule)
+    if not config.data.name:
+        raise UserError("data.name is empty; name a data set such as 'tfds:cifar100'.")
+    _check_methods(config)
+
+
+def _check_numbers(name: str, value: Any) -> None:
+    """Refuses NaN anywhere, and weights and rates of methods that make no sense."""
+    last = name.rpartition(".")[2]
+    if isinstance(value, float) and math.isnan(value):
+        raise UserError(f"{name} is nan, but must be a number.")
+    if not name.startswith("method.") or not isinstance(value, int | float):
+        return
+    if last.endswith("weight") and value < 0:
+        raise UserError(f"{name} is {value}, but must be at least 0.")
+    if last.endswith("dropout") and not 0 <= value < 1:
+        raise UserError(f"{name} is {value}, but must be in [0, 1).")
+
+
+def _check_images(config: Config) -> None:
+    size: int = config.image_size
+    scale: tuple[Any, ...] = tuple(config.crop_scale)
+    if size and size < SMALLEST_IMAGE:
         raise UserError(
-            f"crop_scale is {(low, high)}, but must be two increasing fractions in (0, 1]."
+            f"image_size is {size}, but must be at least {SMALLEST_IMAGE} pixels, or 0 for the "
+            "data's own."
         )
+    numeric = all(isinstance(share, int | float) for share in scale)
+    if len(scale) != 2 or not numeric or not 0 < scale[0] <= scale[1] <= 1:
+        raise UserError(f"crop_scale is {scale}, but must be two increasing fractions in (0, 1].")
     if not 0 <= config.crop_pct <= 1:
         raise UserError(
             f"crop_pct is {config.crop_pct}, but must be in (0, 1], or 0 for the default."
@@ -148,17 +203,11 @@ def validate(config: Config) -> None:
             "data.noisy evaluates on blurred images, which training must not have seen; set "
             "augment.blur=0 or data.noisy=False."
         )
-    MultiView(**config.views)
-    augmentation(config)
-    OptimizerOptions(**config.optimizer)
-    OptimizerOptions(**config.adversary_optimizer)
-    ScheduleOptions(**config.schedule)
-    if not config.data.name:
-        raise UserError("data.name is empty; name a data set such as 'tfds:cifar100'.")
-    _validate_methods(config)
 
 
-def _validate_methods(config: Config) -> None:
+def _check_methods(config: Config) -> None:
+    if len(set(config.compare)) < len(config.compare):
+        raise UserError(f"compare={config.compare} names a method twice; name each once.")
     if config.compare and config.method.name != "none":
         raise UserError(
             f"method.name={config.method.name} has no effect with compare={config.compare}; "
@@ -167,11 +216,19 @@ def _validate_methods(config: Config) -> None:
     for name in config.compare or (config.method.name,):
         if not isinstance(name, str):
             raise UserError(f"compare must be a tuple of method names, but holds {name!r}.")
-        method = create_method(name, config.method)
+        method, parts = create_method(name, config.method), name.split("+")
+        if len(parts) > 1 and "none" in parts:
+            rest = "+".join(part for part in parts if part != "none")
+            raise UserError(f"method {name!r} adds 'none', which has no loss; take {rest!r}.")
         if method.needs_teacher and not (config.teacher.model or config.teacher.weights):
             raise UserError(
                 f"method {name} needs a teacher; set teacher.weights to a .safetensors file, "
                 "timm:NAME or packaged:NAME."
+            )
+        if "crd" in parts and (config.augment.mixup or config.augment.cutmix):
+            raise UserError(
+                "crd contrasts images by their class, which mixed images don't have; set "
+                "augment.mixup=0 and augment.cutmix=0."
             )
 
 
@@ -217,7 +274,8 @@ def missing_field(config: Config, flag: str) -> UserError:
     return UserError(f"the config has no field {flag}{hint}")
 
 
-def _fields(config: Config, prefix: str = ""):
+def _fields(config: Config, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Every field as (name, value), "a.b.c" for nested ones."""
     for name, value in config.items():
         if isinstance(value, ConfigDict):
             yield from _fields(value, f"{prefix}{name}.")

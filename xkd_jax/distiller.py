@@ -298,7 +298,7 @@ def create_teacher_fn(distiller: Distiller, variables: Any) -> Callable[[jax.Arr
     if getattr(teacher.module, "kind", "") == "transformer" and not sharding.is_replicated(layout):
         options["gather"] = sharding.BlockGather(variables["params"], layout["params"])
     gathered = sharding.gather(distiller.mesh, variables)
-    return lambda view: apply(teacher.module, gathered, view, train=False, **options)[1]
+    return lambda view: teacher.forward(gathered, view, **options)[1]
 
 
 def create_views(

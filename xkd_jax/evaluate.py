@@ -15,7 +15,6 @@ from xkd_jax import data
 from xkd_jax.analysis.eer import equal_error_rate
 from xkd_jax.augment import corruptions, ops
 from xkd_jax.distributed import sharding
-from xkd_jax.methods.base import apply
 from xkd_jax.model import Model
 
 # Seed of the noisy evaluation: all compared models see the same corruptions.
@@ -45,7 +44,7 @@ def create_eval_step(
             pixels = corruptions.noisy(key, pixels)
         if crop_pct:
             pixels = ops.resize_crop(pixels, model.image_size, crop_pct)
-        logits, _ = apply(model.module, variables, model.preprocess(pixels), train=False)
+        logits, _ = model.forward(variables, model.preprocess(pixels))
         best = jax.lax.top_k(logits, min(5, logits.shape[-1]))[1]
         hits = (best == labels[:, None]) & valid[:, None]
         log_likelihood = jnp.take_along_axis(jax.nn.log_softmax(logits), labels[:, None], axis=1)

@@ -5,6 +5,9 @@ All wrong input is reported here, before anything is compiled.
 
 import dataclasses
 import functools
+import json
+import os
+import unicodedata
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -27,7 +30,7 @@ from xkd_jax.distributed import sharding
 from xkd_jax.errors import UserError
 from xkd_jax.methods import create_method
 from xkd_jax.methods.base import Method
-from xkd_jax.model import Model, create_model
+from xkd_jax.model import Model, check_metadata, create_model
 from xkd_jax.optim import create_learning_rate_fn, create_optimizer, layer_ids
 from xkd_jax.reporting.logger import say
 
@@ -68,9 +71,11 @@ class Experiment:
 
     def create_loader(self) -> DeviceLoader | HostLoader:
         """The training batches."""
-        config = self.config
-        crop_scale = tuple(config.crop_scale)
-        return create_loader(self.train, self.mesh, self.order, crop_scale, config.data.workers)
+        config, cores = self.config, os.cpu_count() or 1
+        workers = min(config.data.workers, cores)
+        if workers < config.data.workers:
+            say(f"data.workers={config.data.workers} is reduced to the {cores} cores here.")
+        return create_loader(self.train, self.mesh, self.order, tuple(config.crop_scale), workers)
 
 
 def create_experiment(config: Config) -> Experiment:
@@ -89,11 +94,38 @@ def create_experiment(config: Config) -> Experiment:
             f"batch_size={config.batch_size} is larger than the {len(train)} images of "
             f"{config.data.train!r}; take a smaller batch."
         )
+    if train.num_classes < 2:
+        raise UserError(
+            f"{config.data.name} has one class, {train.class_names[0]!r}, and nothing to tell it "
+            "from; give the folder whose subfolders are the classes."
+        )
+    if config.augment.crop_padding >= min(train.images.shape[1:3]):
+        raise UserError(
+            f"augment.crop_padding={config.augment.crop_padding} is not smaller than the images, "
+            f"{train.images.shape[1]} pixels."
+        )
+    warn(config)
     student = create_student(config, train)
     teacher = create_teacher(config, train, teacher_file) if teacher_file else None
     load_split(config, config.data.test)  # report problems with it now, not after training
     splits = train, load_split(config, config.data.eval)
     return assemble(config, method, mesh, splits, student, teacher)
+
+
+def warn(config: Config) -> None:
+    """Says what is allowed but hardly meant."""
+    beyond = [epoch for epoch in config.schedule.boundaries if epoch >= config.epochs]
+    if config.schedule.name == "step" and beyond:
+        _say_once(f"schedule.boundaries: {beyond} are after the last epoch and have no effect.")
+    train, evaluation = (
+        spec.strip().partition("[") for spec in (config.data.train, config.data.eval)
+    )
+    whole = not train[1] or not evaluation[1] or train == evaluation
+    if train[0] == evaluation[0] and whole:
+        _say_once(
+            f"data.eval={config.data.eval} overlaps data.train={config.data.train}: the curves "
+            "show accuracy on training images."
+        )
 
 
 def check_batch(config: Config, mesh: Mesh) -> None:
@@ -253,7 +285,15 @@ def load_teacher_file(config: Config) -> tuple[Any, dict[str, Any]]:
                 "timm:NAME or packaged:NAME, or, as a control, to 'random' with teacher.model."
             )
         return None, {"model": wanted.model, "args": wanted.args.to_dict()}
-    variables, metadata = weights.load_weights(_weights_file(wanted.weights))
+    path = _weights_file(wanted.weights)
+    variables, metadata = weights.load_weights(path)
+    check_metadata(path, metadata)
+    args = json.loads(json.dumps(wanted.args.to_dict()))  # tuples as the file has them
+    if args and args != metadata.get("args", {}):
+        raise UserError(
+            f"teacher.args is not what {wanted.weights} was trained with, which its metadata says; "
+            "leave teacher.args empty."
+        )
     if wanted.model and wanted.model != metadata["model"]:
         raise UserError(
             f"{wanted.weights} holds a {metadata['model']}, but teacher.model is {wanted.model}; "
@@ -274,8 +314,41 @@ def create_teacher(config: Config, train: data.Split, file: tuple[Any, dict[str,
         variables = jax.device_get(jax.jit(model.init)(jax.random.key(config.seed)))
     else:
         weights.check_weights(config.teacher.weights, variables, model.shapes, metadata["model"])
+        model = match_classes(config, model, train.class_names)
     fingerprint = weights.fingerprint(variables)
     return dataclasses.replace(model, variables=variables, fingerprint=fingerprint)
+
+
+def match_classes(config: Config, teacher: Model, names: tuple[str, ...]) -> Model:
+    """The teacher with its logits in the order of the data's class names.
+
+    Raises:
+      UserError: the teacher has other classes.
+    """
+    file, theirs = config.teacher.weights, [_normal(name) for name in teacher.class_names]
+    ours = [_normal(name) for name in names]
+    unnamed = [str(label) for label in range(len(names))]
+    if not theirs or theirs == unnamed or ours == unnamed:
+        _say_once(f"{file} or {config.data.name} doesn't name its classes: their order is trusted.")
+        return teacher
+    if theirs == ours:
+        return teacher
+    if sorted(theirs) == sorted(ours):
+        _say_once(
+            f"{file} has the classes of {config.data.name} in another order: its logits are "
+            "reordered by name."
+        )
+        return dataclasses.replace(teacher, class_order=tuple(map(theirs.index, ours)))
+    label = next(i for i, pair in enumerate(zip(theirs, ours, strict=True)) if pair[0] != pair[1])
+    raise UserError(
+        f"{file} was trained on other classes than those of {config.data.name}: class {label} is "
+        f"{theirs[label]!r} there and {ours[label]!r} here; fine-tune the teacher on this data set "
+        "first."
+    )
+
+
+def _normal(name: str) -> str:
+    return unicodedata.normalize("NFC", name)
 
 
 def describe_teacher(config: Config, train: data.Split, metadata: dict[str, Any]) -> Model:
@@ -294,7 +367,7 @@ def describe_teacher(config: Config, train: data.Split, metadata: dict[str, Any]
         metadata["model"],
         num_classes=classes,
         dtype=compute_dtype(config.dtype),
-        **metadata["args"],
+        **metadata.get("args", {}),
     )
     return Model(
         module,
@@ -302,6 +375,6 @@ def describe_teacher(config: Config, train: data.Split, metadata: dict[str, Any]
         tuple(metadata.get("mean", train.mean)),
         tuple(metadata.get("std", train.std)),
         name=metadata["model"],
-        args=metadata["args"],
+        args=metadata.get("args", {}),
         class_names=tuple(metadata.get("class_names", ())),
     )

@@ -11,7 +11,7 @@ from flax import linen as nn
 
 from xkd_jax import models, weights
 from xkd_jax.augment import ops
-from xkd_jax.errors import UserError
+from xkd_jax.errors import UserError, unknown
 from xkd_jax.methods.base import Outputs, apply
 
 
@@ -29,6 +29,7 @@ class Model:
       args: arguments of `create_model` that differ from the network's defaults.
       class_names: class names by label; empty if unknown.
       fingerprint: fingerprint of `variables`, see `weights.fingerprint`; empty if not needed.
+      class_order: for each label the module's logit, if the module has another order of classes.
     """
 
     module: nn.Module
@@ -40,6 +41,7 @@ class Model:
     args: dict[str, Any] = dataclasses.field(default_factory=dict)
     class_names: tuple[str, ...] = ()
     fingerprint: str = ""
+    class_order: tuple[int, ...] = ()
 
     def __call__(self, images: Any) -> jax.Array:
         """The logits [N, K] of images [N, H, W, 3], uint8 or float in [0, 1], of any size.
@@ -55,14 +57,22 @@ class Model:
     @functools.cached_property
     def _logits(self) -> Any:
         def logits(variables: Any, images: jax.Array) -> jax.Array:
-            images = self.preprocess(ops.to_float(images))
-            return apply(self.module, variables, images, train=False)[0]
+            return self.forward(variables, self.preprocess(ops.to_float(images)))[0]
 
         return jax.jit(logits)
 
     def preprocess(self, images: jax.Array) -> jax.Array:
         """Resizes and normalises float32 images [N, H, W, 3] in [0, 1] for the network."""
         return ops.normalize(ops.resize(images, self.image_size), self.mean, self.std)
+
+    def forward(self, variables: Any, images: jax.Array, **options: Any) -> tuple[Any, Outputs]:
+        """Inference on preprocessed images: the logits and `out`, in `class_order`."""
+        logits, out = apply(self.module, variables, images, train=False, **options)
+        if not self.class_order:
+            return logits, out
+        order = jnp.asarray(self.class_order)
+        heads = {key: out[key][..., order] for key in out if key.endswith("logits")}
+        return logits[..., order], out | heads
 
     def init(self, key: jax.Array) -> Any:
         """Random variables."""
@@ -133,6 +143,7 @@ def load(path: str | os.PathLike, dtype: Any = jnp.float32) -> Model:
     """
     path = weights.locate(path)
     variables, metadata = weights.load_weights(path)
+    check_metadata(path, metadata)
     model = create_model(
         metadata["model"],
         num_classes=metadata["num_classes"],
@@ -145,6 +156,43 @@ def load(path: str | os.PathLike, dtype: Any = jnp.float32) -> Model:
     )
     weights.check_weights(path, variables, model.shapes, model.name)
     return dataclasses.replace(model, variables=variables)
+
+
+def check_metadata(path: str | os.PathLike, metadata: dict[str, Any]) -> None:
+    """Checks what a weights file says of its network.
+
+    Args:
+      path: of the file.
+      metadata: from `weights.load_weights`; entries other than `model` may be missing.
+
+    Raises:
+      UserError: an entry is missing or has another form.
+    """
+
+    def numbers(value: Any) -> bool:
+        return isinstance(value, list) and all(isinstance(v, int | float) for v in value)
+
+    def names(value: Any) -> bool:
+        return isinstance(value, list) and all(isinstance(v, str) for v in value)
+
+    forms = {
+        "model": ("the name of a network", lambda value: isinstance(value, str)),
+        "args": ("an object", lambda value: isinstance(value, dict)),
+        "num_classes": ("a positive integer", lambda value: type(value) is int and value > 0),
+        "image_size": ("a positive integer", lambda value: type(value) is int and value > 0),
+        "mean": ("three numbers", lambda value: numbers(value) and len(value) == 3),
+        "std": ("three numbers", lambda value: numbers(value) and len(value) == 3),
+        "class_names": ("a list of names", names),
+    }
+    for entry, (form, fits) in forms.items():
+        value = metadata.get(entry)
+        if (entry in metadata or entry == "model") and not fits(value):
+            raise UserError(
+                f"the metadata of {path} has {entry}={value!r}, but it must be {form}; convert or "
+                "write the file again."
+            )
+    if metadata["model"] not in models.MODELS:
+        raise unknown(f"network in {path}", metadata["model"], models.MODELS)
 
 
 def create_model(

@@ -51,9 +51,12 @@ class ScheduleOptions:
         _check_range("schedule.factor", self.factor, 0)
         _check_range("schedule.end_factor", self.end_factor, 0, 1)
         _check_range("schedule.warmup_epochs", self.warmup_epochs, 0)
-        if list(self.boundaries) != sorted(set(self.boundaries)):
+        numbers = all(isinstance(epoch, int | float) for epoch in self.boundaries)
+        rising = numbers and list(self.boundaries) == sorted(set(self.boundaries))
+        if not rising or min(self.boundaries, default=1) <= 0:
             raise UserError(
-                f"schedule.boundaries are {tuple(self.boundaries)}, but must be increasing epochs."
+                f"schedule.boundaries are {tuple(self.boundaries)}, but must be increasing epochs "
+                "above 0."
             )
 
 

@@ -1,5 +1,6 @@
 """Bad input is refused in one sentence, before anything is compiled."""
 
+import dataclasses
 import json
 import runpy
 from pathlib import Path
@@ -31,7 +32,8 @@ def teacher_file(path, **changes):
         "mean": [0.5] * 3,
         "std": [0.25] * 3,
     } | changes.pop("metadata", {})
-    model = create_model("vit_tiny_patch16_224", num_classes=10, **metadata["args"])
+    args = tiny.get_config().teacher.args.to_dict()
+    model = create_model("vit_tiny_patch16_224", num_classes=10, **args)
     images = jax.ShapeDtypeStruct((1, 28, 28, 3), np.float32)
     shapes = jax.eval_shape(model.init, jax.random.key(0), images)
     save_weights(path, jax.tree.map(lambda s: np.zeros(s.shape, s.dtype), shapes), metadata)
@@ -94,6 +96,30 @@ def refuse(tmp_path, match, method="cakd", **changes):
         ("this teacher is a CNN", {"teacher__model": "resnet18", "teacher__args": {}}),
         ("has none; for this pair take", {"student__model": "vit_tiny_patch4_32",
                                     "student__args": {"img_size": 28}}),
+        ("seed is -1, but must be at least 0", {"seed": -1}),
+        ("augment.crop_padding is -1, but must be at least 0", {"augment__crop_padding": -1}),
+        ("augment.crop_padding=28 is not smaller than the images", {"augment__crop_padding": 28}),
+        ("image_size is -5, but must be at least 8 pixels", {"image_size": -5}),
+        ("image_size is 1, but must be at least 8 pixels", {"image_size": 1}),
+        (r"schedule.boundaries are \('a',\)", {"schedule__boundaries": ("a",)}),
+        (r"crop_scale is \(0.5,\), but must be two", {"crop_scale": (0.5,)}),
+        (r"crop_scale is \('a', 1\), but must be two", {"crop_scale": ("a", 1)}),
+        ("augment.mixup is nan, but must be a number", {"augment__mixup": float("nan")}),
+        ("views.rotation is nan", {"views__rotation": float("nan")}),
+        ("adversary_optimizer.learning_rate is nan",
+         {"adversary_optimizer__learning_rate": float("nan")}),
+        ("adversary_optimizer.learning_rate is -1.0, but must be at least 0",
+         {"adversary_optimizer__learning_rate": -1.0}),
+        ("method.cakd.token_weight is -1.0, but must be at least 0",
+         {"method__cakd__token_weight": -1.0}),
+        ("method.cakd.token_weight is nan", {"method__cakd__token_weight": float("nan")}),
+        (r"method.cakd.token_dropout is 2.0, but must be in \[0, 1\)",
+         {"method__cakd__token_dropout": 2.0}),
+        (r"'cakd\+none' adds 'none', which has no loss; take 'cakd'",
+         {"method__name": "cakd+none"}),
+        ("names a method twice", {"method__name": "none", "compare": ("none", "none")}),
+        ("crd contrasts images by their class, which mixed images don't have",
+         {"method__name": "crd", "augment__mixup": 0.2}),
         ("27 must be a multiple of patch_size 4", {"teacher__args": {"img_size": 27,
                                                                      "patch_size": 4}}),
     ],
@@ -173,7 +199,109 @@ def test_teacher_files(tmp_path):
     variables, metadata = load_weights(misfit)
     metadata["args"]["embed_dim"] = 32
     save_weights(misfit, variables, metadata)
-    refuse(tmp_path / "d", "does not fit vit_tiny_patch16_224", teacher__weights=str(misfit))
+    refuse(tmp_path / "d", "teacher.args is not what", teacher__weights=str(misfit))
+    refuse(tmp_path / "d", "does not fit vit_tiny_patch16_224", teacher__weights=str(misfit),
+           teacher__args={})  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("entry", "value", "message"),
+    [
+        ("model", None, "has model=None, but it must be the name of a network"),
+        ("model", "vit_tiny", "unknown network in .*'vit_tiny'; did you mean vit_tiny_patch"),
+        ("args", "none", "has args='none', but it must be an object"),
+        ("image_size", "28", "has image_size='28', but it must be a positive integer"),
+        ("num_classes", 0, "has num_classes=0"),
+        ("mean", [0.5, 0.5], "but it must be three numbers"),
+        ("class_names", [1, 2], "but it must be a list of names"),
+    ],
+)
+def test_metadata_of_another_form_are_named(tmp_path, entry, value, message):
+    path = teacher_file(tmp_path / "teacher.safetensors", metadata={entry: value})
+    refuse(tmp_path, message, teacher__weights=path)
+
+
+FASHION = (
+    "T-shirt/top", "Trouser", "Pullover", "Dress", "Coat", "Sandal", "Shirt", "Sneaker", "Bag",
+    "Ankle boot",
+)  # fmt: skip
+
+
+def test_a_teacher_of_other_classes_is_refused(tmp_path):
+    names = ["T-shirt/top", "Trousers", *FASHION[2:]]
+    path = teacher_file(tmp_path / "teacher.safetensors", metadata={"class_names": names})
+    message = "class 1 is 'Trousers' there and 'Trouser' here; fine-tune the teacher"
+    refuse(tmp_path, message, teacher__weights=path)
+
+
+def test_a_teacher_with_the_classes_in_another_order_is_reordered_by_name(tmp_path, capsys):
+    config = tiny.get_config()
+    path = config.teacher.weights = teacher_file(tmp_path / "teacher.safetensors")
+    plain = create_experiment(config).distiller.teacher
+    assert "their order is trusted" in capsys.readouterr().err
+    names = [*FASHION[5:], *FASHION[:5]]
+    config.teacher.weights = teacher_file(
+        tmp_path / "other.safetensors", metadata={"class_names": names}
+    )
+    teacher = create_experiment(config).distiller.teacher
+    assert "its logits are reordered by name" in capsys.readouterr().err
+    rng = np.random.default_rng(0)  # a new head is zero
+    drawn = jax.tree.map(lambda leaf: rng.normal(size=leaf.shape), plain.variables)
+    plain, teacher = (dataclasses.replace(model, variables=drawn) for model in (plain, teacher))
+    images = rng.integers(0, 256, (4, 28, 28, 3), np.uint8)
+    expected = np.roll(plain(images), -5, axis=1)
+    np.testing.assert_array_equal(teacher(images), expected)
+    assert not np.allclose(plain(images), expected)
+    assert path != config.teacher.weights
+
+
+def test_what_is_hardly_meant_is_said(capsys):
+    config = tiny.get_config("none")
+    config.data.eval = "train"
+    config.schedule.boundaries = (5, 60)
+    create_experiment(config)
+    err = capsys.readouterr().err
+    assert "schedule.boundaries: [60] are after the last epoch and have no effect" in err
+    assert "data.eval=train overlaps data.train=train[:64]" in err
+
+
+@pytest.mark.parametrize("name", ["config.json", "metrics.jsonl", "summary.json"])
+def test_damaged_files_of_a_run_are_named(tmp_path, name):
+    folder = tmp_path / "run"
+    folder.mkdir()
+    if name != "config.json":
+        files = {"config.json": used(tiny.get_config("none")), "summary.json": {}}
+        for file, contents in files.items():
+            (folder / file).write_text(json.dumps(contents))
+    (folder / name).write_text("{\n}" if name == "metrics.jsonl" else "")
+    if name == "metrics.jsonl":
+        (folder / "summary.json").write_text(json.dumps(SUMMARY))
+    refuse(tmp_path, f"{folder / name} is damaged", method="none")
+
+
+SUMMARY = {
+    "method": "none",
+    "student": {"model": "resnet18", "top1": 0.5, "top5": 1.0, "parameters": 1, "flops": 1},
+}
+
+
+def test_the_folder_of_a_refused_run_is_not_left_behind(tmp_path):
+    refuse(tmp_path, "unknown split", data__train="trian")
+    assert not (tmp_path / "run").exists()
+    (tmp_path / "run").mkdir()
+    refuse(tmp_path, "unknown split", data__train="trian")
+    assert (tmp_path / "run").exists()
+
+
+def test_64_bit_mode_is_switched_off_and_said(tmp_path, capsys):
+    jax.config.update("jax_enable_x64", True)
+    try:
+        with pytest.raises(AssertionError, match="training started"):
+            runs.run(tiny.get_config("none"), tmp_path / "run")
+        assert not jax.config.jax_enable_x64
+    finally:
+        jax.config.update("jax_enable_x64", False)
+    assert "64-bit mode is switched off" in capsys.readouterr().err
 
 
 def test_teacher_brings_its_own_mean_and_std(tmp_path):

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from tests.runs import ROOT, TINY, assert_same_run, final_state, finish, timeless, wait_for_step
-from xkd_jax.reporting.logger import read_metrics
+from xkd_jax.reporting.files import read_metrics
 from xkd_jax.weights import load_weights
 
 

@@ -20,7 +20,8 @@ from xkd_jax.checkpoint import Checkpoints
 from xkd_jax.distributed import processes
 from xkd_jax.errors import UserError
 from xkd_jax.experiment import create_experiment
-from xkd_jax.reporting.logger import Reporter, read_metrics, say
+from xkd_jax.reporting.files import read_metrics
+from xkd_jax.reporting.logger import Reporter, say
 
 ROOT = Path(__file__).parents[2]
 METHOD = "crd+rkd"  # a memory bank sharded over the devices, and a loss over all pairs

@@ -4,7 +4,8 @@ import json
 
 import numpy as np
 
-from xkd_jax.reporting.logger import Averages, Reporter, read_metrics
+from xkd_jax.reporting.files import read_metrics
+from xkd_jax.reporting.logger import Averages, Reporter
 
 
 def test_averages_skip_what_a_step_did_not_measure():

@@ -1,22 +1,24 @@
 """Run folders: trains one run, or a comparison of several methods, and writes the report."""
 
+import contextlib
 import json
 import os
 import signal
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import jax
 
 from xkd_jax import train
+from xkd_jax.cli import lock
 from xkd_jax.config import Config, for_method, used, validate
 from xkd_jax.distributed import processes, sharding
 from xkd_jax.errors import UserError
 from xkd_jax.experiment import create_experiment
-from xkd_jax.reporting import report, summary
+from xkd_jax.reporting import files, report, summary
 from xkd_jax.reporting.logger import say
-from xkd_jax.reporting.report import CONFIG_FILE
 from xkd_jax.weights import write_file
 
 # Fields that may change when a run resumes, because they don't affect its results.
@@ -37,6 +39,9 @@ def run(config: Config, workdir: Path) -> int:
       UserError: any wrong input.
     """
     validate(config)
+    if jax.config.read("jax_enable_x64"):  # other numbers would be drawn, and float64 weights saved
+        say("JAX's 64-bit mode is switched off for this run (JAX_ENABLE_X64).")
+        jax.config.update("jax_enable_x64", False)
     # Saves about a minute of compilation when the same networks are trained again.
     cache = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "xkd_jax"
     jax.config.update("jax_compilation_cache_dir", str(cache))
@@ -44,15 +49,21 @@ def run(config: Config, workdir: Path) -> int:
     runs = {workdir: config}
     if config.compare:
         runs = {workdir / name: for_method(config, name) for name in config.compare}
-        if (workdir / CONFIG_FILE).exists():
+        if (workdir / files.CONFIG).exists():
             raise UserError(f"{workdir} holds a single run; choose another --workdir.")
+    if processes.is_first():
+        for folder in runs:
+            lock.check(folder)
     # Check all runs before the first one starts.
     left = {folder: alone for folder, alone in runs.items() if not _is_complete(alone, folder)}
-    for alone in left.values():
-        create_experiment(alone)
+    with _removed_if_refused([folder for folder in left if not folder.exists()]):
+        for folder, alone in left.items():
+            _make(folder)
+            create_experiment(alone)
     for folder, alone in left.items():
         try:
-            stopped = _train(alone, folder)
+            with lock.hold(folder) if processes.is_first() else contextlib.nullcontext():
+                stopped = _train(alone, folder)
         except OSError as error:
             raise UserError(
                 f"training stopped because a file can't be read or written ({error}); checkpoints "
@@ -75,8 +86,8 @@ def _train(config: Config, folder: Path) -> signal.Signals | None:
     Raises:
       OSError: a file can't be read or written, for example because the disk is full.
     """
-    if processes.is_first() and not (folder / CONFIG_FILE).exists():
-        write_file(folder / CONFIG_FILE, (json.dumps(used(config), indent=2) + "\n").encode())
+    if processes.is_first() and not (folder / files.CONFIG).exists():
+        write_file(folder / files.CONFIG, (json.dumps(used(config), indent=2) + "\n").encode())
     experiment = create_experiment(config)
     state, stopped = train.run(experiment, folder)
     if stopped and int(state.step) < experiment.total_steps:
@@ -86,22 +97,20 @@ def _train(config: Config, folder: Path) -> signal.Signals | None:
     return stopped
 
 
-def _is_complete(config: Config, folder: Path) -> bool:
-    """Whether the run in `folder` is finished; creates the folder if it is missing.
+@contextlib.contextmanager
+def _removed_if_refused(folders: list[Path]) -> Iterator[None]:
+    """Removes the new `folders`, and new ones above them, if the runs are refused."""
+    above = {parent for folder in folders for parent in folder.parents if not parent.exists()}
+    try:
+        yield
+    except UserError:
+        for folder in sorted({*folders, *above}, key=lambda path: len(path.parts), reverse=True):
+            with contextlib.suppress(OSError):  # not made, or not empty
+                folder.rmdir()
+        raise
 
-    Raises:
-      UserError: the folder contains another run, or can't be written.
-    """
-    path = folder / CONFIG_FILE
-    if path.exists():
-        there, here = json.loads(path.read_text()), json.loads(json.dumps(used(config)))
-        differences = list(_differences(there, here, ""))
-        if differences:
-            more = f" (and {len(differences) - 3} more)" if len(differences) > 3 else ""
-            raise UserError(
-                f"{folder} holds another run: {'; '.join(differences[:3])}{more}; choose another "
-                "--workdir."
-            )
+
+def _make(folder: Path) -> None:
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=folder):
@@ -110,6 +119,24 @@ def _is_complete(config: Config, folder: Path) -> bool:
         raise UserError(
             f"{folder} can't be written ({error.strerror}); choose another --workdir."
         ) from error
+
+
+def _is_complete(config: Config, folder: Path) -> bool:
+    """Whether the run in `folder` is finished.
+
+    Raises:
+      UserError: the folder contains another run.
+    """
+    path = folder / files.CONFIG
+    if path.exists():
+        there, here = files.read_json(path), json.loads(json.dumps(used(config)))
+        differences = list(_differences(there, here, ""))
+        if differences:
+            more = f" (and {len(differences) - 3} more)" if len(differences) > 3 else ""
+            raise UserError(
+                f"{folder} holds another run: {'; '.join(differences[:3])}{more}; choose another "
+                "--workdir."
+            )
     if (folder / summary.SUMMARY).exists():
         say(f"{folder} is complete.")
         return True

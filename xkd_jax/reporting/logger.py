@@ -14,6 +14,7 @@ import tqdm
 from tensorboardX import SummaryWriter
 
 from xkd_jax.distributed import processes
+from xkd_jax.reporting.files import METRICS, read_metrics
 
 
 class RunLog:
@@ -27,7 +28,7 @@ class RunLog:
 
     def __init__(self, folder: Path, step: int):
         writes = processes.is_first()
-        path, part = folder / "metrics.jsonl", folder / "metrics.jsonl.part"
+        path, part = folder / METRICS, folder / f"{METRICS}.part"
         if writes:
             kept = [line for line in read_metrics(folder) if line["step"] <= step]
             part.write_text("".join(json.dumps(line) + "\n" for line in kept))
@@ -48,15 +49,6 @@ class RunLog:
         """Flushes and closes the files."""
         self._file.close()
         self._board.close()
-
-
-def read_metrics(folder: Path) -> list[dict[str, Any]]:
-    """The lines of a run's metrics.jsonl, except for a last line that a kill has truncated."""
-    path = folder / "metrics.jsonl"
-    lines = path.read_text().splitlines() if path.exists() else []
-    if lines and not lines[-1].endswith("}"):
-        lines.pop()
-    return [json.loads(line) for line in lines]
 
 
 class Averages:

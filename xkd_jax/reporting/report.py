@@ -1,14 +1,12 @@
 """Tables and curves from finished run folders."""
 
-import json
 from pathlib import Path
 from typing import Any
 
 from xkd_jax.errors import UserError
-from xkd_jax.reporting.logger import read_metrics
+from xkd_jax.reporting import files
 from xkd_jax.reporting.summary import SUMMARY
 
-CONFIG_FILE = "config.json"
 CURVES = "curves.png"
 TABLE = "report.md"
 # Columns, each shown if all rows have it.
@@ -29,7 +27,7 @@ def find_runs(folder: Path) -> dict[str, Path]:
             f"{folder} holds no finished run; give the folder of a run or of a comparison."
         )
     # A run's config is only written when it first starts.
-    finished.sort(key=lambda run: (run / CONFIG_FILE).stat().st_mtime_ns)
+    finished.sort(key=lambda run: (run / files.CONFIG).stat().st_mtime_ns)
     return {run.name: run for run in finished}
 
 
@@ -43,10 +41,10 @@ def write(folder: Path) -> str:
       UserError: there is no finished run.
     """
     runs = find_runs(folder)
-    summaries = {name: json.loads((path / SUMMARY).read_text()) for name, path in runs.items()}
+    summaries = {name: files.read_json(path / SUMMARY) for name, path in runs.items()}
     table = format_table(summaries)
     (folder / TABLE).write_text(table + "\n")
-    plot_curves({name: read_metrics(path) for name, path in runs.items()}, folder / CURVES)
+    plot_curves({name: files.read_metrics(path) for name, path in runs.items()}, folder / CURVES)
     students = ", ".join(str(path / "student.safetensors") for path in runs.values())
     return f"\n{table}\n\ncurves: {folder / CURVES}\nstudents: {students}"
 
