@@ -174,8 +174,10 @@ def _loop(
     if start == experiment.total_steps:
         return state
     eval_step = create_eval_step(distiller.student, experiment.evaluation.crop_pct)
+    say("compiling the training step ...")
+    begun = time.monotonic()
     step_fn = Stepper(experiment, state)
-    say(step_fn.describe_memory())
+    say(f"compiled in {time.monotonic() - begun:.0f} s. {step_fn.describe_memory()}")
     steps = range(start + 1, experiment.total_steps + 1)
     for step, batch in zip(steps, step_fn.loader.batches(start), strict=False):
         state, metrics = step_fn(state, batch)

@@ -1,11 +1,14 @@
 """Logging to the terminal and metrics.jsonl."""
 
 import json
+import os
+import subprocess
+import sys
 
 import numpy as np
 
 from xkd_jax.reporting.files import read_metrics
-from xkd_jax.reporting.logger import Averages, Reporter
+from xkd_jax.reporting.logger import Averages, Reporter, RunLog
 
 
 def test_averages_skip_what_a_step_did_not_measure():
@@ -40,8 +43,41 @@ def test_a_pipe_gets_lines_with_speed_and_time_left(tmp_path, capsys):
     reporter.close()
     err = capsys.readouterr().err
     assert "\r" not in err
-    first, last = err.strip().splitlines()
+    first, evaluation, last = err.strip().splitlines()
     assert "step 2/4" in first
-    assert "loss 1.500  accuracy 0.250" in first
+    assert "loss 1.500  accuracy 25.0%" in first
+    assert "step 2/4" in evaluation
+    assert evaluation.endswith("eval top-1 50.0%")
     assert "images/s" in last
-    assert "0 s left  loss 3.500  accuracy 0.250  eval top-1 0.500" in last
+    assert "0 s left  loss 3.500  accuracy 25.0%  eval top-1 50.0%" in last
+
+
+def test_tensorboard_has_groups_and_the_config(tmp_path):
+    (tmp_path / "config.json").write_text('{"seed": 7}')
+    log = RunLog(tmp_path, 0)
+    log.write(1, {"loss": 2.0})
+    log.write(1, {"top1": 0.5}, prefix="eval_")
+    log.close()
+    events = b"".join(path.read_bytes() for path in (tmp_path / "tensorboard").iterdir())
+    assert b"train/loss" in events
+    assert b"eval/top1" in events
+    assert b'"seed": 7' in events
+    assert [set(line) for line in read_metrics(tmp_path)] == [
+        {"step", "loss"},
+        {"step", "eval_top1"},
+    ]
+
+
+def test_the_log_does_not_import_pytorch(tmp_path):
+    """tensorboardX does where it is installed: six seconds at every start."""
+    (tmp_path / "run").mkdir()
+    (tmp_path / "torch.py").write_text("raise AssertionError('torch is imported')")
+    code = (
+        "import sys\nfrom pathlib import Path\nfrom xkd_jax.reporting.logger import RunLog\n"
+        "RunLog(Path(sys.argv[1]), 0).close()\nassert 'torch' not in sys.modules\n"
+    )
+    path = f"{tmp_path}:{os.getcwd()}"
+    subprocess.run(
+        [sys.executable, "-c", code, str(tmp_path / "run")], check=True,
+        env=os.environ | {"PYTHONPATH": path},
+    )  # fmt: skip

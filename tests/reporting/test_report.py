@@ -22,7 +22,9 @@ def make_run(folder, method, started, **extra):
 
 
 def test_table_has_the_teacher_first_and_runs_in_order_of_starting(tmp_path):
-    make_run(tmp_path / "a", "cakd", started=2, teacher=SCORES | {"top1": 0.9})
+    teacher = SCORES | {"top1": 0.9, "model": "vit_tiny_patch16_224", "weights": "a.safetensors"}
+    about = {"train": "fashion train[:9]", "test": "fashion test", "seed": 3}
+    make_run(tmp_path / "a", "cakd", started=2, teacher=teacher, **about)
     make_run(tmp_path / "b", "none", started=1)
     (tmp_path / "unfinished").mkdir()
     assert list(find_runs(tmp_path)) == ["b", "a"]
@@ -33,7 +35,12 @@ def test_table_has_the_teacher_first_and_runs_in_order_of_starting(tmp_path):
     assert cells[2] == ["teacher", "90.00", "75.00", "1,234", "2.5"]
     assert "cross-entropy alone" in rows[3]
     assert "cakd" in rows[4]
-    assert (tmp_path / "report.md").read_text() == "\n".join(rows) + "\n"
+    report = (tmp_path / "report.md").read_text()
+    assert "\n".join(rows) in report
+    assert "![learning curves](curves.png)" in report
+    assert "Trained on fashion train[:9], measured on fashion test." in report
+    assert "Teacher: vit_tiny_patch16_224, a.safetensors. Seed 3. Finished on 20" in report
+    assert f"a: best evaluation 50.00% at step 1, in {tmp_path / 'a' / 'best.safetensors'}" in text
     assert (tmp_path / "curves.png").read_bytes().startswith(b"\x89PNG")
 
 
@@ -53,3 +60,9 @@ def test_two_classes_show_the_equal_error_rate():
     header, _, row = (line.split("|") for line in format_table({"run": summary}).splitlines())
     assert [cell.strip() for cell in header[2:4]] == ["top-1 %", "EER %"]
     assert [cell.strip() for cell in row[2:4]] == ["50.00", "12.50"]
+
+
+def test_a_teacher_of_its_own_is_named_by_its_network():
+    summary = {"method": "none", "student": SCORES | {"model": "vit_tiny_patch16_224"}}
+    assert "| vit_tiny_patch16_224 |" in format_table({"run": summary})
+    assert "student" not in format_table({"run": summary})

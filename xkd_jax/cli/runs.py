@@ -89,9 +89,11 @@ def _train(config: Config, folder: Path) -> signal.Signals | None:
     if processes.is_first() and not (folder / files.CONFIG).exists():
         write_file(folder / files.CONFIG, (json.dumps(used(config), indent=2) + "\n").encode())
     experiment = create_experiment(config)
+    say(summary.headline(experiment, folder))
     state, stopped = train.run(experiment, folder)
     if stopped and int(state.step) < experiment.total_steps:
         return stopped
+    say(f"evaluating on {config.data.test!r}, the test split ...")
     variables = sharding.to_host(train.student_variables(state), experiment.mesh)
     summary.finish(experiment, variables, folder)
     return stopped

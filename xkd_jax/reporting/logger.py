@@ -11,10 +11,9 @@ from typing import Any
 
 import jax
 import tqdm
-from tensorboardX import SummaryWriter
 
 from xkd_jax.distributed import processes
-from xkd_jax.reporting.files import METRICS, read_metrics
+from xkd_jax.reporting.files import CONFIG, METRICS, read_metrics
 
 
 class RunLog:
@@ -36,19 +35,46 @@ class RunLog:
         self._file = (path if writes else Path(os.devnull)).open("a")
         board = str(folder / "tensorboard")
         # With a bounded queue, a full disk would stop TensorBoard's writer and block training.
-        self._board = SummaryWriter(board, purge_step=step + 1, max_queue=0, write_to_disk=writes)
+        self._board = _summary_writer()(
+            board, purge_step=step + 1, max_queue=0, write_to_disk=writes
+        )
+        config = folder / CONFIG
+        if step == 0 and config.exists():
+            self._board.add_text("config", f"```\n{config.read_text()}\n```", 0)
 
-    def write(self, step: int, metrics: dict[str, float]) -> None:
-        """Writes a line, and a point of every TensorBoard curve."""
-        self._file.write(json.dumps({"step": step, **metrics}) + "\n")
+    def write(self, step: int, metrics: dict[str, float], prefix: str = "") -> None:
+        """Writes a line, and a point of every TensorBoard curve.
+
+        Args:
+          step: the step.
+          metrics: by name.
+          prefix: of the names in metrics.jsonl, such as "eval_"; TensorBoard shows the metrics in
+            the group "eval", and those without a prefix in "train".
+        """
+        line = {"step": step} | {f"{prefix}{name}": value for name, value in metrics.items()}
+        self._file.write(json.dumps(line) + "\n")
         self._file.flush()
+        group = prefix.rstrip("_") or "train"
         for name, value in metrics.items():
-            self._board.add_scalar(name, value, step)
+            self._board.add_scalar(f"{group}/{name}", value, step)
 
     def close(self) -> None:
         """Flushes and closes the files."""
         self._file.close()
         self._board.close()
+
+
+def _summary_writer() -> Any:
+    """tensorboardX's writer, without PyTorch: it imports that where it is installed, for 6 s."""
+    absent = "torch" not in sys.modules
+    if absent:
+        sys.modules["torch"] = None  # pyright: ignore[reportArgumentType]: `import torch` fails
+    try:
+        from tensorboardX import SummaryWriter
+    finally:
+        if absent:
+            del sys.modules["torch"]
+    return SummaryWriter
 
 
 class Averages:
@@ -99,11 +125,13 @@ class Progress:
         """Records that `step` has finished."""
         if step == self._first:
             self._begun = time.monotonic()
+            self._bar.unpause()  # or the time left would include compilation at every step
         self._bar.update(step - self._bar.n)
 
     def pause(self, seconds: float) -> None:
         """Excludes time that wasn't spent on training from the speed."""
         self._begun += seconds
+        self._bar.unpause()
 
     def images_per_second(self, step: int) -> float:
         """Training speed since the first step; 0 before the second one."""
@@ -112,7 +140,10 @@ class Progress:
 
     def show(self, step: int, values: dict[str, float]) -> None:
         """Shows the step, the speed, the time left and `values`."""
-        shown = {name: f"{value:.3f}" for name, value in values.items()}
+        shown = {
+            name: f"{value:.3f}" if name == "loss" else f"{100 * value:.1f}%"
+            for name, value in values.items()
+        }
         speed = self.images_per_second(step)
         if not self._bar.disable:
             self._bar.set_postfix({"images/s": f"{speed:.0f}", **shown})
@@ -177,10 +208,11 @@ class Reporter:
             self._progress.show(step, shown | self._evaluated)
 
     def evaluated(self, step: int, scores: dict[str, float], seconds: float) -> None:
-        """Writes an evaluation's scores; the following lines show its top-1."""
+        """Writes an evaluation's scores and shows its top-1, now and in the following lines."""
         self._progress.pause(seconds)
-        self._log.write(step, {f"eval_{name}": value for name, value in scores.items()})
+        self._log.write(step, scores, prefix="eval_")
         self._evaluated = {"eval top-1": scores["top1"]}
+        self._progress.show(step, self._evaluated)
 
     def close(self) -> None:
         """Closes the progress bar and the log."""

@@ -1,11 +1,12 @@
 """Tables and curves from finished run folders."""
 
+import time
 from pathlib import Path
 from typing import Any
 
 from xkd_jax.errors import UserError
 from xkd_jax.reporting import files
-from xkd_jax.reporting.summary import SUMMARY
+from xkd_jax.reporting.summary import BEST, STUDENT, SUMMARY
 
 CURVES = "curves.png"
 TABLE = "report.md"
@@ -42,11 +43,53 @@ def write(folder: Path) -> str:
     """
     runs = find_runs(folder)
     summaries = {name: files.read_json(path / SUMMARY) for name, path in runs.items()}
-    table = format_table(summaries)
-    (folder / TABLE).write_text(table + "\n")
-    plot_curves({name: files.read_metrics(path) for name, path in runs.items()}, folder / CURVES)
-    students = ", ".join(str(path / "student.safetensors") for path in runs.values())
-    return f"\n{table}\n\ncurves: {folder / CURVES}\nstudents: {students}"
+    table, metrics = format_table(summaries), {n: files.read_metrics(p) for n, p in runs.items()}
+    heading = f"# {folder.absolute().name}\n\n{describe(summaries, runs)}"
+    best = "\n".join(_best(name, metrics[name], path) for name, path in runs.items())
+    (folder / TABLE).write_text(f"{heading}\n\n{table}\n\n{best}\n\n![learning curves]({CURVES})\n")
+    plot_curves(summaries, metrics, folder / CURVES)
+    students = "".join(f"\n  {path / STUDENT}" for path in runs.values())
+    return (
+        f"\n{table}\n\n{best}\ncurves: {folder / CURVES}\nreport: {folder / TABLE}\n"
+        f"students: {students}"
+    )
+
+
+def describe(summaries: dict[str, dict[str, Any]], runs: dict[str, Path]) -> str:
+    """What was trained and measured: data, seeds, teacher and date, in a paragraph."""
+
+    def values(*keys: str) -> str:
+        found = dict.fromkeys(str(_get(summary, *keys)) for summary in summaries.values())
+        return ", ".join(name for name in found if name != "None")
+
+    finished = max((path / SUMMARY).stat().st_mtime for path in runs.values())
+    date = time.strftime("%Y-%m-%d", time.localtime(finished))
+    teacher = values("teacher", "model")
+    taught = f" Teacher: {teacher}, {values('teacher', 'weights')}." if teacher else ""
+    return (
+        f"Trained on {values('train')}, measured on {values('test')}. Student: "
+        f"{values('student', 'model')}.{taught} Seed {values('seed')}. Finished on {date}."
+    )
+
+
+def _get(summary: dict[str, Any], *keys: str) -> Any:
+    value: Any = summary
+    for key in keys:
+        value = value.get(key) if isinstance(value, dict) else None
+    return value
+
+
+def _best(name: str, lines: list[dict[str, Any]], path: Path) -> str:
+    """The best evaluation of a run, whose student is in best.safetensors."""
+    best = max(
+        (line for line in lines if "eval_top1" in line),
+        key=lambda line: (line["eval_top1"], -line["step"]),
+        default=None,
+    )
+    if best is None:
+        return f"{name}: no evaluation"
+    top1 = f"{100 * best['eval_top1']:.2f}"
+    return f"{name}: best evaluation {top1}% at step {best['step']}, in {path / BEST}"
 
 
 def format_table(summaries: dict[str, dict[str, Any]]) -> str:
@@ -59,7 +102,11 @@ def format_table(summaries: dict[str, dict[str, Any]]) -> str:
     teachers = [summary["teacher"] for summary in summaries.values() if "teacher" in summary]
     if teachers:
         rows.append(("teacher", teachers[0]))
-    rows += [(f"student, {_label(s['method'])}", s["student"]) for s in summaries.values()]
+    if not teachers and len(summaries) == 1:  # a teacher or a baseline of its own
+        (alone,) = summaries.values()
+        rows.append((_get(alone, "student", "model") or "student", alone["student"]))
+    else:
+        rows += [(f"student, {_label(s['method'])}", s["student"]) for s in summaries.values()]
     scores = {k: v for k, v in _SCORES.items() if all(k in row for _, row in rows)}
     if "eer" in scores:
         del scores["top5"]  # always 100% for two classes
@@ -86,14 +133,18 @@ def _markdown(lines: list[list[str]]) -> str:
     return "\n".join([row(lines[0]), row(rule), *map(row, lines[1:])])
 
 
-def plot_curves(metrics: dict[str, list[dict[str, Any]]], path: Path) -> None:
+def plot_curves(
+    summaries: dict[str, dict[str, Any]], metrics: dict[str, list[dict[str, Any]]], path: Path
+) -> None:
     """Plots training loss and evaluation accuracy against the step.
 
     Args:
+      summaries: the contents of each run's summary.json, by the run's name.
       metrics: the lines of each run's metrics.jsonl, by the run's name.
       path: path of the figure.
     """
     from matplotlib.figure import Figure
+    from matplotlib.ticker import LogLocator, NullFormatter, ScalarFormatter
 
     figure = Figure(figsize=(10, 4), layout="constrained")
     loss_axes, top1_axes = figure.subplots(1, 2)
@@ -103,8 +154,20 @@ def plot_curves(metrics: dict[str, list[dict[str, Any]]], path: Path) -> None:
             (top1_axes, "eval_top1", 100),
         ):
             points = [(line["step"], scale * line[key]) for line in lines if key in line]
-            axes.plot(*zip(*points, strict=True), label=_label(name), linewidth=1.5)
+            # A single evaluation has no line to show.
+            marker = "o" if len(points) == 1 else None
+            axes.plot(*zip(*points, strict=True), label=_label(name), linewidth=1.5, marker=marker)
+    teachers = [s["teacher"]["top1"] for s in summaries.values() if "teacher" in s]
+    if teachers:
+        label = "teacher (test split)"
+        top1_axes.axhline(
+            100 * teachers[0], color="black", linestyle="--", linewidth=1, label=label
+        )
     loss_axes.set(xlabel="step", ylabel="cross-entropy (training)", yscale="log")
+    # Plain numbers at 1, 2 and 5: the default labels powers of ten, of which there may be none.
+    loss_axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    loss_axes.yaxis.set_major_formatter(ScalarFormatter())
+    loss_axes.yaxis.set_minor_formatter(NullFormatter())
     top1_axes.set(xlabel="step", ylabel="top-1 % (evaluation split)")
     for axes in (loss_axes, top1_axes):
         axes.grid(alpha=0.3)

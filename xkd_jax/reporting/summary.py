@@ -39,21 +39,40 @@ def finish(experiment: Experiment, student_variables: Any, folder: Path) -> dict
         "method": config.method.name,
         "seed": config.seed,
         "steps": experiment.total_steps,
+        "train": f"{config.data.name} {config.data.train}",
         "test": f"{config.data.name} {config.data.test}",
         "student": {"model": config.student.model}
         | describe(experiment.distiller.student, student_variables, test, experiment),
     }
     if experiment.distiller.teacher:
         variables = experiment.distiller.teacher.variables
-        summary["teacher"] = {"weights": config.teacher.weights} | describe(
-            experiment.distiller.teacher, variables, test, experiment
-        )
+        teacher = experiment.distiller.teacher
+        named = {"model": teacher.name, "weights": config.teacher.weights}
+        summary["teacher"] = named | describe(teacher, variables, test, experiment)
     scores = {"test_top1": summary["student"]["top1"]}
     if processes.is_first():
         save_student(experiment, student_variables, folder / STUDENT, scores)
         # Written last and atomically: a run with a summary is complete.
         write_file(folder / SUMMARY, (json.dumps(summary, indent=2) + "\n").encode())
     return summary
+
+
+def headline(experiment: Experiment, folder: Path) -> str:
+    """What is about to be trained, in a few lines for the terminal."""
+    config, distiller, train = experiment.config, experiment.distiller, experiment.train
+    parameters = count_parameters(distiller.student.shapes["params"])
+    taught = ""
+    if distiller.teacher:
+        taught = f", taught by {distiller.teacher.name} ({config.teacher.weights})"
+    devices = jax.devices()
+    return (
+        f"{config.method.name}: {config.student.model} ({parameters:,} parameters){taught}\n"
+        f"  data: {config.data.name} {config.data.train}, {len(train):,} images, "
+        f"{train.num_classes} classes; evaluated on {config.data.eval}\n"
+        f"  {config.epochs} epochs of {distiller.steps_per_epoch} steps, batch "
+        f"{config.batch_size}, on {len(devices)} {devices[0].device_kind}\n"
+        f"  folder: {folder}"
+    )
 
 
 def save_student(
