@@ -1,18 +1,23 @@
 """Decodes images to uint8 pixels: whole, as training crops or as evaluation crops."""
 
+import contextlib
 import functools
 import math
-from collections.abc import Callable
+import threading
+from collections.abc import Callable, Iterator
 
 import cv2
 import numpy as np
 from PIL import Image
 
-from xkd_jax.data.pixels import decode_pixels, measure
+from xkd_jax.data.pixels import LARGE, decode_pixels, measure
 from xkd_jax.errors import UserError
 
 # Many processes and threads decode at once: OpenCV's own threads would oversubscribe the cores.
 cv2.setNumThreads(0)
+# Large images are cropped one at a time: each takes up to 8 bytes per pixel until then, and a pool
+# of threads that does so at once would exhaust the memory.
+_ONE_LARGE = threading.Lock()
 
 
 class DamagedImage(UserError):
@@ -98,11 +103,14 @@ def decode_crop(
     width, height, orientation = _measure(image)
     box = random_box(rng, width, height, scale, ratio)
     reduction = min(box[2] - box[0], box[3] - box[1]) / size
-    pixels = _decode(image, orientation, reduction, fast=True)
-    fx, fy = pixels.shape[1] / width, pixels.shape[0] / height
-    left, top = int(box[0] * fx), int(box[1] * fy)
-    right, bottom = max(left + 1, round(box[2] * fx)), max(top + 1, round(box[3] * fy))
-    return _shrink(pixels[top:bottom, left:right], size)
+    with _memory(width * height):
+        pixels = _decode(image, orientation, reduction, fast=True)
+        fx, fy = pixels.shape[1] / width, pixels.shape[0] / height
+        left, top = int(box[0] * fx), int(box[1] * fy)
+        right, bottom = max(left + 1, round(box[2] * fx)), max(top + 1, round(box[3] * fy))
+        crop = _shrink(pixels[top:bottom, left:right], size)
+        del pixels
+    return crop
 
 
 @_named
@@ -124,15 +132,18 @@ def eval_crop(image: bytes | np.ndarray, size: int, crop_pct: float = 0.875) -> 
     """
     width, height, orientation = _measure(image)
     shorter, resized = min(width, height), math.floor(size / crop_pct)
-    # Half the reduction that the sizes allow, as in Pillow's thumbnails: Pillow's filter, which
-    # determines the result, still gets twice the resolution that it needs.
-    pixels = Image.fromarray(_decode(image, orientation, shorter / resized / 2))
     # Rounded as in torchvision, to give the same pixels.
     scaled = [int(resized * side / shorter) for side in (width, height)]
     left, top = (round((side - size) / 2) for side in scaled)
-    fx, fy = pixels.width / scaled[0], pixels.height / scaled[1]
-    box = (left * fx, top * fy, (left + size) * fx, (top + size) * fy)
-    return np.asarray(pixels.resize((size, size), Image.Resampling.BILINEAR, box))
+    with _memory(width * height):
+        # Half the reduction that the sizes allow, as in Pillow's thumbnails: Pillow's filter, which
+        # determines the result, still gets twice the resolution that it needs.
+        pixels = Image.fromarray(_decode(image, orientation, shorter / resized / 2))
+        fx, fy = pixels.width / scaled[0], pixels.height / scaled[1]
+        box = (left * fx, top * fy, (left + size) * fx, (top + size) * fy)
+        crop = np.asarray(pixels.resize((size, size), Image.Resampling.BILINEAR, box))
+        del pixels
+    return crop
 
 
 def random_box(
@@ -155,6 +166,13 @@ def random_box(
     h = min(height, round(width / ratio[0]))
     left, top = (width - w) // 2, (height - h) // 2
     return left, top, left + w, top + h
+
+
+@contextlib.contextmanager
+def _memory(pixels: int) -> Iterator[None]:
+    """Waits until no other thread holds a large image, if this one is large."""
+    with _ONE_LARGE if pixels > LARGE else contextlib.nullcontext():
+        yield
 
 
 def _measure(image: bytes | np.ndarray) -> tuple[int, int, int]:

@@ -18,6 +18,7 @@ PNG = b"\x89PNG\r\n\x1a\n"
 # microscopes do produce larger ones. The limit below applies instead: it still stops a small file
 # that would exhaust the memory, and the scan before a run can check it without decoding.
 MAX_PIXELS = 2**29
+LARGE = 2**26  # pixels above which a reduced image saves enough time and memory
 Image.MAX_IMAGE_PIXELS = None
 PngImagePlugin.MAX_TEXT_CHUNK = PngImagePlugin.MAX_TEXT_MEMORY
 
@@ -67,7 +68,8 @@ def decode_pixels(
       image: the bytes of the file.
       orientation: from `measure`.
       reduction: from 2, 4 or 8 on, a JPEG is decoded at 1/2, 1/4 or 1/8 of its size, which is
-        cheaper because the detail is never computed.
+        cheaper because the detail is never computed. Other large images are reduced by averaging,
+        at most by this factor.
       fast: whether to decode JPEGs a little faster, with slightly less exact pixels.
 
     Raises:
@@ -85,7 +87,8 @@ def decode_pixels(
             pass  # CMYK, or a defect that Pillow tolerates or reports
     with _open(image) as opened:
         opened.load()
-        pixels = _to_rgb(opened)
+        large = opened.width * opened.height > LARGE
+        pixels = _to_rgb(opened, int(reduction) if large else 1)
         if opened.format == "TIFF":  # turned by Pillow
             orientation = _pillow_orientation(opened)
         return upright(pixels, orientation)
@@ -175,17 +178,19 @@ def _open(image: bytes) -> Image.Image:
     return opened
 
 
-def _to_rgb(opened: Image.Image) -> np.ndarray:
-    """uint8 [h, w, 3]; the alpha channel is dropped."""
-    mode = opened.mode
+def _to_rgb(opened: Image.Image, factor: int) -> np.ndarray:
+    """uint8 [h, w, 3], reduced by an integer factor; the alpha channel is dropped."""
+    mode, image = opened.mode, opened
     if mode.startswith("I;16") or (mode == "I" and opened.format == "PPM"):
-        return np.repeat(_upper_bits(opened)[..., None], 3, axis=-1)
-    if mode in ("I", "F"):
+        image = Image.fromarray(_upper_bits(opened))
+    elif mode in ("I", "F"):
         kind = "float" if mode == "F" else "signed or 32-bit integer"
         raise ValueError(f"mode {mode}, {kind} pixels without a range; save it with 8 or 16 bits")
-    if mode == "P" and isinstance(opened.info.get("transparency"), bytes):
-        opened = opened.convert("RGBA")  # Pillow warns about a direct conversion
-    return np.asarray(opened.convert("RGB"))
+    elif mode == "P" and isinstance(opened.info.get("transparency"), bytes):
+        image = opened.convert("RGBA")  # Pillow warns about a direct conversion
+    if factor > 1:
+        image = image.convert("L" if image.mode in ("1", "L") else "RGB").reduce(factor)
+    return np.asarray(image.convert("RGB"))
 
 
 def _upper_bits(opened: Image.Image) -> np.ndarray:
