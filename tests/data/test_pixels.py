@@ -288,3 +288,20 @@ def test_too_many_pixels_are_found_by_the_scan(tmp_path, monkeypatch, kind):
     with pytest.raises(DamagedImage, match=r"it has 640 x 480 pixels, more than 307199\); repair"):
         decode(encoded)
     assert decode(encode(photo())).shape == (480, 640, 3)  # a JPEG's size is bounded by its format
+
+
+@pytest.mark.parametrize("mode", ["1", "L", "P", "RGBA", "I;16"])
+def test_large_images_are_reduced_first(monkeypatch, mode):
+    image = photo(1280, 960).convert("L" if mode == "I;16" else mode)
+    if mode == "I;16":
+        image = Image.fromarray(np.asarray(image).astype(np.uint16) << 8)
+    encoded = encode(image, "png")
+    usual = eval_crop(encoded, 64), whole_crop(encoded, 64), decode(encoded)
+    monkeypatch.setattr(pixels, "LARGE", 10_000)
+    monkeypatch.setattr("xkd_jax.data.decode.LARGE", 10_000)
+    large = eval_crop(encoded, 64), whole_crop(encoded, 64), decode(encoded)
+    assert np.abs(large[0].astype(int) - usual[0]).mean() < 3
+    # Training crops begin at whole pixels of the reduced image, as those of a JPEG do.
+    assert np.abs(large[1].astype(int) - usual[1]).mean() < 8
+    np.testing.assert_array_equal(large[2], usual[2])
+    assert pixels.decode_pixels(encoded, 1, reduction=9.4).shape == (240, 320, 3)

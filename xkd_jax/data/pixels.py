@@ -69,7 +69,7 @@ def decode_pixels(
       orientation: from `measure`.
       reduction: from 2, 4 or 8 on, a JPEG is decoded at 1/2, 1/4 or 1/8 of its size, which is
         cheaper because the detail is never computed. Other large images are reduced by averaging,
-        at most by this factor.
+        at most by half this factor.
       fast: whether to decode JPEGs a little faster, with slightly less exact pixels.
 
     Raises:
@@ -88,7 +88,7 @@ def decode_pixels(
     with _open(image) as opened:
         opened.load()
         large = opened.width * opened.height > LARGE
-        pixels = _to_rgb(opened, int(reduction) if large else 1)
+        pixels = _to_rgb(opened, int(reduction / 2) if large else 1)
         if opened.format == "TIFF":  # turned by Pillow
             orientation = _pillow_orientation(opened)
         return upright(pixels, orientation)
