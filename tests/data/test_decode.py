@@ -62,12 +62,6 @@ def test_transparent_palette():
     assert decode(encoded).shape == (10, 20, 3)
 
 
-def test_exif_orientation_is_ignored():
-    exif = Image.Exif()
-    exif[274] = 6  # turned by 90 degrees
-    assert decode(encode(photo(30, 20), exif=exif)).shape == (20, 30, 3)
-
-
 @pytest.mark.parametrize("shape", [(640, 480), (480, 640), (300, 300), (150, 100), (1500, 1100)])
 @pytest.mark.parametrize("size", [224, 64])
 def test_eval_crop_is_torchvision(shape, size):

@@ -4,10 +4,11 @@ Only `data.loader`, which moves batches to the devices, imports JAX; importing `
 JAX nor TensorFlow.
 """
 
+import functools
 from pathlib import Path
 
-from xkd_jax.data.examples import read, scan
-from xkd_jax.data.source import Example, Examples, Source, Split, parse_split
+from xkd_jax.data.examples import read, read_kept, scan
+from xkd_jax.data.source import Example, Examples, Source, Split, check_classes, parse_split
 from xkd_jax.errors import UserError, unknown
 
 __all__ = [
@@ -44,8 +45,13 @@ def load(name: str, split: str, data_dir: str = "", size: int = 0, on_error: str
       UserError: the name or the split is unknown, or the data are missing or damaged.
     """
     source = open_source(name, data_dir)
+    check_classes(name, source.class_names)
     examples = source.examples(*parse_split(split, source.sizes))
-    return Split(*read(examples, size, on_error), source.class_names, source.mean, source.std)
+    images, labels, kept = read_kept(examples, size, on_error)
+    digest = functools.partial(examples.digest, kept)
+    return Split(
+        images, labels, source.class_names, source.mean, source.std, examples_digest=digest
+    )
 
 
 def open_source(name: str, data_dir: str = "") -> Source:

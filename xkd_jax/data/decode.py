@@ -1,21 +1,23 @@
 """Decodes images to uint8 pixels: whole, as training crops or as evaluation crops."""
 
+import contextlib
 import functools
-import io
 import math
-from collections.abc import Callable
-from typing import Any
+import threading
+from collections.abc import Callable, Iterator
 
 import cv2
 import numpy as np
-import simplejpeg
 from PIL import Image
 
+from xkd_jax.data.pixels import LARGE, decode_pixels, measure
 from xkd_jax.errors import UserError
 
-_JPEG = b"\xff\xd8\xff"
 # Many processes and threads decode at once: OpenCV's own threads would oversubscribe the cores.
 cv2.setNumThreads(0)
+# Large images are cropped one at a time: each takes up to 8 bytes per pixel until then, and a pool
+# of threads that does so at once would exhaust the memory.
+_ONE_LARGE = threading.Lock()
 
 
 class DamagedImage(UserError):
@@ -44,25 +46,25 @@ def _named(function: Callable) -> Callable:
 
 @_named
 def decode(image: bytes | np.ndarray) -> np.ndarray:
-    """Decodes a whole image; EXIF orientation is ignored, as in torchvision and timm.
+    """Decodes a whole image and turns it upright, as its EXIF orientation says.
 
     Args:
-      image: JPEG, PNG, WebP, BMP, GIF or TIFF bytes, or decoded pixels: uint8 [h, w, 3].
+      image: JPEG, PNG, WebP, BMP, GIF, TIFF or PPM bytes, or decoded pixels: uint8 [h, w, 3].
       name: what an error calls the image.
 
     Returns:
       uint8 [h, w, 3]; greyscale is repeated, the alpha channel dropped, palettes and CMYK are
-      converted to RGB.
+      converted to RGB, 16 bits are reduced to their upper 8, and an animation is its first frame.
 
     Raises:
       DamagedImage: it can't be decoded.
     """
-    return _decode(image)
+    return _decode(image, _measure(image)[2])
 
 
 @_named
 def image_size(image: bytes | np.ndarray) -> tuple[int, int]:
-    """Width and height in pixels, read from the header.
+    """Width and height in pixels once the image is upright, read from the header.
 
     Args:
       image: as for `decode`.
@@ -71,7 +73,7 @@ def image_size(image: bytes | np.ndarray) -> tuple[int, int]:
     Raises:
       DamagedImage: it can't be decoded.
     """
-    return _measure(image)
+    return _measure(image)[:2]
 
 
 @_named
@@ -98,13 +100,17 @@ def decode_crop(
     Raises:
       DamagedImage: it can't be decoded.
     """
-    width, height = _measure(image)
+    width, height, orientation = _measure(image)
     box = random_box(rng, width, height, scale, ratio)
-    pixels = _decode(image, min(box[2] - box[0], box[3] - box[1]) / size, fast=True)
-    fx, fy = pixels.shape[1] / width, pixels.shape[0] / height
-    left, top = int(box[0] * fx), int(box[1] * fy)
-    right, bottom = max(left + 1, round(box[2] * fx)), max(top + 1, round(box[3] * fy))
-    return _shrink(pixels[top:bottom, left:right], size)
+    reduction = min(box[2] - box[0], box[3] - box[1]) / size
+    with _memory(width * height):
+        pixels = _decode(image, orientation, reduction, fast=True)
+        fx, fy = pixels.shape[1] / width, pixels.shape[0] / height
+        left, top = int(box[0] * fx), int(box[1] * fy)
+        right, bottom = max(left + 1, round(box[2] * fx)), max(top + 1, round(box[3] * fy))
+        crop = _shrink(pixels[top:bottom, left:right], size)
+        del pixels
+    return crop
 
 
 @_named
@@ -124,17 +130,20 @@ def eval_crop(image: bytes | np.ndarray, size: int, crop_pct: float = 0.875) -> 
     Raises:
       DamagedImage: it can't be decoded.
     """
-    width, height = _measure(image)
+    width, height, orientation = _measure(image)
     shorter, resized = min(width, height), math.floor(size / crop_pct)
-    # Half the reduction that the sizes allow, as in Pillow's thumbnails: Pillow's filter, which
-    # determines the result, still gets twice the resolution that it needs.
-    pixels = Image.fromarray(_decode(image, shorter / resized / 2))
     # Rounded as in torchvision, to give the same pixels.
     scaled = [int(resized * side / shorter) for side in (width, height)]
     left, top = (round((side - size) / 2) for side in scaled)
-    fx, fy = pixels.width / scaled[0], pixels.height / scaled[1]
-    box = (left * fx, top * fy, (left + size) * fx, (top + size) * fy)
-    return np.asarray(pixels.resize((size, size), Image.Resampling.BILINEAR, box))
+    with _memory(width * height):
+        # Half the reduction that the sizes allow, as in Pillow's thumbnails: Pillow's filter, which
+        # determines the result, still gets twice the resolution that it needs.
+        pixels = Image.fromarray(_decode(image, orientation, shorter / resized / 2))
+        fx, fy = pixels.width / scaled[0], pixels.height / scaled[1]
+        box = (left * fx, top * fy, (left + size) * fx, (top + size) * fy)
+        crop = np.asarray(pixels.resize((size, size), Image.Resampling.BILINEAR, box))
+        del pixels
+    return crop
 
 
 def random_box(
@@ -159,44 +168,27 @@ def random_box(
     return left, top, left + w, top + h
 
 
-def _measure(image: bytes | np.ndarray) -> tuple[int, int]:
-    """Width and height, read from the header."""
+@contextlib.contextmanager
+def _memory(pixels: int) -> Iterator[None]:
+    """Waits until no other thread holds a large image, if this one is large."""
+    with _ONE_LARGE if pixels > LARGE else contextlib.nullcontext():
+        yield
+
+
+def _measure(image: bytes | np.ndarray) -> tuple[int, int, int]:
+    """As `pixels.measure`, for decoded pixels too."""
     if isinstance(image, np.ndarray):
-        return image.shape[1], image.shape[0]
-    if image.startswith(_JPEG):
-        try:
-            height, width, _, _ = simplejpeg.decode_jpeg_header(image)
-            return int(width), int(height)
-        except ValueError:
-            pass  # Pillow reads it or reports what is wrong
-    return Image.open(io.BytesIO(image)).size
+        return image.shape[1], image.shape[0], 1
+    return measure(image)
 
 
-def _decode(image: bytes | np.ndarray, reduction: float = 1, fast: bool = False) -> np.ndarray:
-    """Decodes to uint8 [h, w, 3].
-
-    Args:
-      image: as for `decode`.
-      reduction: from 2, 4 or 8 on, a JPEG is decoded at 1/2, 1/4 or 1/8 of its size, which is
-        cheaper because the detail is never computed.
-      fast: whether to decode JPEGs a little faster, with slightly less exact pixels.
-    """
+def _decode(
+    image: bytes | np.ndarray, orientation: int, reduction: float = 1, fast: bool = False
+) -> np.ndarray:
+    """As `pixels.decode_pixels`; decoded pixels are returned unchanged."""
     if isinstance(image, np.ndarray):
         return image
-    if image.startswith(_JPEG):
-        options: dict[str, Any] = {"fastdct": fast, "fastupsample": fast}
-        if reduction >= 2:
-            factor = 2 ** min(3, int(math.log2(reduction)))
-            width, height = _measure(image)
-            options |= {"min_width": -(-width // factor), "min_height": -(-height // factor)}
-        try:
-            return simplejpeg.decode_jpeg(image, **options)
-        except ValueError:
-            pass  # CMYK, or a defect that Pillow tolerates or reports
-    with Image.open(io.BytesIO(image)) as opened:
-        if opened.mode == "P" and isinstance(opened.info.get("transparency"), bytes):
-            opened = opened.convert("RGBA")  # Pillow warns about a direct conversion
-        return np.asarray(opened.convert("RGB"))
+    return decode_pixels(image, orientation, reduction, fast)
 
 
 def _shrink(pixels: np.ndarray, size: int) -> np.ndarray:

@@ -1,6 +1,7 @@
 """Splits whose images are decoded on demand, and the choice between them and decoded splits."""
 
 import contextlib
+import functools
 import os
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -10,8 +11,8 @@ import numpy as np
 
 from xkd_jax.data import open_source
 from xkd_jax.data.decode import DamagedImage, eval_crop, image_size
-from xkd_jax.data.examples import SizesDiffer, read, scan
-from xkd_jax.data.source import Examples, Split, parse_split
+from xkd_jax.data.examples import SizesDiffer, read_kept, scan
+from xkd_jax.data.source import Examples, Split, check_classes, parse_split
 from xkd_jax.errors import UserError
 
 FEEDS = ("auto", "resident", "host")
@@ -95,14 +96,17 @@ def open_split(
       UserError: as for `data.load`, or `size` is 0 but required.
     """
     source = open_source(name, data_dir)
+    check_classes(name, source.class_names)
     examples = source.examples(*parse_split(split, source.sizes))
     sides = sizes_of_images(examples)
     choice = choose_feed(feed, len(examples), sides)
     about = source.class_names, source.mean, source.std
     if choice == "resident":
         try:
-            pair = read(examples, size if len(sides) > 1 else 0, on_error)
-            return Split(*pair, *about, crop_pct)
+            resize = size if len(sides) > 1 else 0
+            images, labels, kept = read_kept(examples, resize, on_error)
+            digest = functools.partial(examples.digest, kept)
+            return Split(images, labels, *about, crop_pct, digest)
         except SizesDiffer:
             if feed == "resident" or not size:
                 raise
@@ -112,9 +116,9 @@ def open_split(
             "image_size, such as image_size=224."
         )
     examples = scan(examples, on_error)
-    images: Any = EncodedImages(examples, size, crop_pct or CROP_PCT)  # used like an array
-    labels: Any = EncodedLabels(examples)
-    return Split(images, labels, *about)
+    encoded: Any = EncodedImages(examples, size, crop_pct or CROP_PCT)  # used like an array
+    encoded_labels: Any = EncodedLabels(examples)
+    return Split(encoded, encoded_labels, *about, examples_digest=examples.digest)
 
 
 def choose_feed(feed: str, count: int, sides: set[tuple[int, int]]) -> str:

@@ -10,7 +10,7 @@ import tqdm
 
 from xkd_jax.data.decode import DamagedImage, decode, eval_crop
 from xkd_jax.data.progress import Progress
-from xkd_jax.data.source import Example, Examples
+from xkd_jax.data.source import Example, Examples, sha256
 from xkd_jax.errors import UserError, unknown
 
 ON_ERROR = ("stop", "skip")
@@ -46,6 +46,11 @@ class ArrayExamples:
         """Always empty: the images are already decoded."""
         return {}
 
+    def digest(self, kept: np.ndarray | None = None) -> str:
+        """Of the labels and of the size of the images, which have no names."""
+        labels = self.labels if kept is None else self.labels[kept]
+        return sha256(str(self.images.shape[1:]).encode(), labels.astype("<i4").tobytes())
+
 
 @dataclasses.dataclass(frozen=True)
 class Subset:
@@ -70,6 +75,10 @@ class Subset:
         found = self.examples.faults()
         return {i: found[j] for i, j in enumerate(self.indices.tolist()) if j in found}
 
+    def digest(self, kept: np.ndarray | None = None) -> str:
+        """The digest of the examples that are kept."""
+        return self.examples.digest(self.indices if kept is None else self.indices[kept])
+
 
 def scan(examples: Examples, on_error: str = "stop") -> Examples:
     """Finds images that can't be decoded, without decoding those that look intact.
@@ -91,7 +100,18 @@ def scan(examples: Examples, on_error: str = "stop") -> Examples:
 def read(
     examples: Examples, size: int = 0, on_error: str = "stop"
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Decodes all examples, on all cores.
+    """Decodes all examples, on all cores; arguments and errors are those of `read_kept`.
+
+    Returns:
+      images uint8 [n, h, w, 3] and labels int32 [n].
+    """
+    return read_kept(examples, size, on_error)[:2]
+
+
+def read_kept(
+    examples: Examples, size: int = 0, on_error: str = "stop"
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """As `read`, with the indices of the examples that were not damaged.
 
     Args:
       examples: at least one.
@@ -100,14 +120,14 @@ def read(
       on_error: as for `scan`.
 
     Returns:
-      images uint8 [n, h, w, 3] and labels int32 [n].
+      images uint8 [n, h, w, 3], labels int32 [n] and indices int64 [n].
 
     Raises:
       UserError: as for `scan`.
       SizesDiffer: the images differ in size.
     """
     if isinstance(examples, ArrayExamples) and not size:
-        return examples.images, examples.labels
+        return examples.images, examples.labels, np.arange(len(examples))
 
     def pixels(index: int) -> tuple[np.ndarray, int]:
         image, label, name = examples[index]
@@ -134,7 +154,8 @@ def read(
         kept += 1
     _report(faults, len(examples), on_error)
     assert images is not None  # _report raises if nothing is left
-    return images[:kept], labels[:kept]
+    indices = np.setdiff1d(np.arange(len(examples)), list(faults))
+    return images[:kept], labels[:kept], indices
 
 
 def in_threads(function: Callable, count: int, what: str):

@@ -2,7 +2,6 @@
 
 import functools
 import hashlib
-import io
 import os
 from collections.abc import Mapping
 from pathlib import Path
@@ -12,16 +11,18 @@ import numpy as np
 from xkd_jax.augment.normalization import IMAGENET_MEAN, IMAGENET_STD
 from xkd_jax.data.decode import DamagedImage, decode
 from xkd_jax.data.examples import in_threads
-from xkd_jax.data.source import Example
+from xkd_jax.data.intact import looks_intact
+from xkd_jax.data.layout import find_splits, is_image, single_class, subfolders
+from xkd_jax.data.listing import Listing, count_files, list_images, normal_form, report
+from xkd_jax.data.source import Example, canonical_split, sha256
 from xkd_jax.errors import UserError
-
-SPLITS = ("train", "val", "validation", "test")
-EXTENSIONS = (".jpg", ".jpeg", ".png", ".webp", ".bmp")
-_TAIL = 64  # bytes at the end of a file that contain its end marker
 
 
 class ImageFolder:
     """A folder PATH/SPLIT/CLASS/..., or PATH/CLASS/..., which is a single split, "train".
+
+    Splits are called train, val and test, whichever of the usual names their folders have
+    ("Training", "valid", ...). Classes are sorted by name, as in torchvision: "10" before "2".
 
     The order of a split spreads every class evenly, so that a slice such as train[:90%] is
     stratified; within a class, files are ordered by a hash of their path.
@@ -31,7 +32,7 @@ class ImageFolder:
     std = IMAGENET_STD
 
     def __init__(self, root: Path, leaf: bool = False):
-        """Lists the files without opening any.
+        """Lists the files without opening any, and says on standard error what is left out.
 
         Args:
           root: the folder.
@@ -39,21 +40,20 @@ class ImageFolder:
             train/SUBJECT/live/*.jpg) instead of the split's subfolder.
 
         Raises:
-          UserError: there is no such folder, no class, a class without images, or a split whose
-            classes differ from those of the first split.
+          UserError: there is no such folder, no class or only one, a class without images, a split
+            whose classes differ from those of the first split, two folders for one split or class,
+            or the path is one level too high or too low.
         """
         if not root.is_dir():
             raise UserError(f"there is no folder {root}; it should hold train/CLASS/*.jpg.")
-        folders = {name: root / name for name in SPLITS if _subfolders(root / name)}
-        folders = folders or {"train": root}
-        found = {name: _list(folder, leaf) for name, folder in folders.items()}
-        first = next(iter(found))
-        self.class_names = tuple(sorted(found[first]))
+        found = _list(root, leaf)
+        first, images = next(iter(found.values()))
+        self.class_names = tuple(sorted(images))
         self._splits = {}
-        for name, files in found.items():
+        for name, (folder, files) in found.items():
             if set(files) != set(self.class_names):
-                raise _other_classes(folders[name], folders[first], set(files), self.class_names)
-            self._splits[name] = folders[name], *_spread(files)
+                raise _other_classes(folder, first, set(files), self.class_names)
+            self._splits[name] = folder, *_spread(files)
 
     @property
     def sizes(self) -> Mapping[str, int]:
@@ -91,21 +91,26 @@ class FolderExamples:
             raise DamagedImage(f"{path} can't be read ({error.strerror}).") from error
 
     def faults(self) -> dict[int, str]:
-        """Files that are empty, truncated or not images, judged by their first and last bytes.
+        """Files that are empty, truncated or not images, judged by their header and last bytes.
 
-        A file of another format is decoded; damage in the middle of a file is found only later.
+        An image of an unusual kind is decoded; damage in the middle of a file is found only later.
         """
         found = enumerate(in_threads(self._check, len(self), "checking files"))
         return {i: str(error) for i, error in found if error}
+
+    def digest(self, kept: np.ndarray | None = None) -> str:
+        """Of the files' paths, relative to the folder of the split, and of the labels."""
+        files, labels = self._files, self.labels
+        if kept is not None:
+            files, labels = files[kept], labels[kept]
+        names = normal_form(os.fsdecode(b"\0".join(files.tolist())))
+        return sha256(os.fsencode(names), labels.astype("<i4").tobytes())
 
     def _check(self, index: int) -> None:
         path = self._path(index)
         try:
             with open(path, "rb") as file:
-                head = file.read(16)
-                size = file.seek(0, io.SEEK_END)
-                file.seek(max(0, size - _TAIL))
-                if _looks_whole(head, file.read(), size):
+                if looks_intact(file):
                     return
         except OSError as error:
             raise DamagedImage(f"{path} can't be read ({error.strerror}).") from error
@@ -115,53 +120,31 @@ class FolderExamples:
         return os.path.join(self._folder, os.fsdecode(self._files[index]))
 
 
-def _looks_whole(head: bytes, tail: bytes, size: int) -> bool:
-    if head.startswith(b"\xff\xd8\xff"):
-        return b"\xff\xd9" in tail
-    if head.startswith(b"\x89PNG\r\n\x1a\n"):
-        return b"IEND" in tail
-    if head.startswith(b"RIFF") and head[8:12] == b"WEBP":
-        return size >= 8 + int.from_bytes(head[4:8], "little")
-    return False
-
-
-def _subfolders(folder: Path) -> list[str]:
-    if not folder.is_dir():
-        return []
-    return sorted(x.name for x in os.scandir(folder) if x.is_dir() and x.name[0] != ".")
-
-
 @functools.lru_cache(maxsize=8)
-def _list(folder: Path, leaf: bool) -> dict[str, list[str]]:
-    """The images of each class, as paths relative to `folder`."""
-    files: dict[str, list[str]] = {} if leaf else {name: [] for name in _subfolders(folder)}
-    for first in _subfolders(folder):
-        for path, subfolders, names in os.walk(folder / first, followlinks=True):
-            subfolders[:] = [name for name in subfolders if name[0] != "."]
-            inside = os.path.relpath(path, folder)
-            images = [
-                os.path.join(inside, name)
-                for name in names
-                if name.lower().endswith(EXTENSIONS) and name[0] != "."
-            ]
-            if images:
-                files.setdefault(os.path.basename(path) if leaf else first, []).extend(images)
-    if not files:
-        raise UserError(f"{folder} has no class folders; put images in {folder}/CLASS/*.jpg.")
-    empty = sorted(name for name, images in files.items() if not images)
-    if empty:
-        raise UserError(
-            f"{folder / empty[0]} has no images ({', '.join(EXTENSIONS)}); add some or delete the "
-            f"folder."
-        )
-    return files
+def _list(root: Path, leaf: bool) -> dict[str, tuple[Path, dict[str, list[str]]]]:
+    """The folder of each split, and the images of each class as paths relative to it."""
+    splits, found, listings = find_splits(root), {}, []
+    for split, folder in splits.items():
+        listing = list_images(folder, leaf)
+        if not found and len(listing.images) == 1:
+            raise single_class(folder, next(iter(listing.images)), root, leaf)
+        found[split] = folder, listing.images
+        listings.append(listing)
+    for name in subfolders(root):
+        # Such as a test split without labels.
+        if canonical_split(name) and root / name not in (root, *splits.values()):
+            files = count_files(root / name)
+            images = sum(count for suffix, count in files.items() if is_image(suffix))
+            listings.append(Listing(stray=images))
+    report(root, listings)
+    return found
 
 
 def _spread(files: Mapping[str, list[str]]) -> tuple[np.ndarray, np.ndarray]:
     """All paths, and int32 labels, in the order described in `ImageFolder`."""
     paths, labels, places = [], [], []
     for label, name in enumerate(sorted(files)):
-        ordered = sorted(files[name], key=_hash)
+        ordered = sorted(files[name], key=lambda path: (_hash(path), path))
         paths += [os.fsencode(path) for path in ordered]
         labels += [label] * len(ordered)
         places += [(i + 0.5) / len(ordered) for i in range(len(ordered))]
@@ -170,7 +153,8 @@ def _spread(files: Mapping[str, list[str]]) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _hash(path: str) -> bytes:
-    return hashlib.blake2b(os.fsencode(path), digest_size=8).digest()
+    # Normalised, so that a copy made by macOS has the same order.
+    return hashlib.blake2b(os.fsencode(normal_form(path)), digest_size=8).digest()
 
 
 def _other_classes(folder: Path, train: Path, has: set[str], wanted: tuple[str, ...]) -> UserError:

@@ -1,9 +1,11 @@
 """The interface of data sources, the decoded split and the syntax of splits."""
 
 import dataclasses
+import functools
+import hashlib
 import re
-from collections.abc import Mapping
-from typing import NamedTuple, Protocol
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 
@@ -23,6 +25,7 @@ class Split:
       std: per channel, in the same units.
       crop_pct: the share of the shorter side that evaluation crops from the centre, for
         `augment.ops.resize_crop`; 0 crops nothing.
+      examples_digest: for `identity`; None computes a digest of the labels alone.
     """
 
     images: np.ndarray
@@ -31,11 +34,23 @@ class Split:
     mean: Statistics = IMAGENET_MEAN
     std: Statistics = IMAGENET_STD
     crop_pct: float = 0.0
+    examples_digest: Callable[[], str] | None = None
 
     @property
     def num_classes(self) -> int:
         """The number of classes of the data set, including any that this split lacks."""
         return len(self.class_names)
+
+    @functools.cached_property
+    def identity(self) -> dict[str, Any]:
+        """What makes two splits the same data, wherever they are stored; can be saved as JSON.
+
+        `class_names`, the number of `examples`, and the `digest` of the examples in their order
+        (`Examples.digest`). No image is read.
+        """
+        digest = self.examples_digest or (lambda: sha256(np.asarray(self.labels).tobytes()))
+        names = list(self.class_names)
+        return {"class_names": names, "examples": len(self), "digest": digest()}
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -71,6 +86,16 @@ class Examples(Protocol):
         """Damage found without decoding: by index, a message that names the image."""
         ...
 
+    def digest(self, kept: np.ndarray | None = None) -> str:
+        """16 hexadecimal digits that other files, labels or another order would change.
+
+        The location of the data set has no influence, and no image is read.
+
+        Args:
+          kept: the indices of the examples that count; None: all.
+        """
+        ...
+
 
 class Source(Protocol):
     """A data set found on disk, not decoded yet."""
@@ -100,6 +125,45 @@ class Source(Protocol):
         ...
 
 
+# What people call the folders of a data set, in lower case.
+_SPLIT_NAMES = {
+    "train": ("train", "training"),
+    "val": ("val", "valid", "validation"),
+    "test": ("test", "testing"),
+}
+_CANONICAL = {name: split for split, names in _SPLIT_NAMES.items() for name in names}
+
+
+def canonical_split(name: str) -> str | None:
+    """ "train", "val" or "test" for the usual names of these splits, in any case; else None."""
+    return _CANONICAL.get(name.casefold())
+
+
+def check_classes(name: str, class_names: tuple[str, ...]) -> None:
+    """Refuses a data set with a single class.
+
+    Args:
+      name: of the data set.
+      class_names: of its classes.
+
+    Raises:
+      UserError: there is one class.
+    """
+    if len(class_names) == 1:
+        raise UserError(
+            f"{name} has a single class, {class_names[0]!r}, and a classifier needs at least two; "
+            f"use another data set."
+        )
+
+
+def sha256(*parts: bytes) -> str:
+    """The first 16 hexadecimal digits of the SHA-256 of the parts, each preceded by its length."""
+    digest = hashlib.sha256()
+    for part in parts:
+        digest.update(len(part).to_bytes(8, "little") + part)
+    return digest.hexdigest()[:16]
+
+
 _SPLIT = re.compile(r"(\w+)(?:\[(?:(-?\d+)(%?))?:(?:(-?\d+)(%?))?\])?")
 
 
@@ -107,6 +171,7 @@ def parse_split(spec: str, sizes: Mapping[str, int]) -> tuple[str, int, int]:
     """Parses TFDS's slicing syntax: `train`, `train[:1000]`, `train[45000:]`, `test[10%:20%]`.
 
     Negative bounds count from the end; percentages round to the nearest example, as TFDS does.
+    `val`, `valid` and `validation` find each other, as do the other names of `canonical_split`.
 
     Args:
       spec: the split, as the user wrote it.
@@ -120,12 +185,13 @@ def parse_split(spec: str, sizes: Mapping[str, int]) -> tuple[str, int, int]:
     """
     match = _SPLIT.fullmatch(spec.strip())
     known = ", ".join(f"{name} ({size})" for name, size in sizes.items())
-    if match is None or match[1] not in sizes:
+    name = _find_split(match[1], sizes) if match else None
+    if match is None or name is None:
         raise UserError(
             f"unknown split {spec!r}; known: {known}, or a slice such as "
             f"'{next(iter(sizes))}[:1000]' or '{next(iter(sizes))}[90%:]'."
         )
-    name, size = match[1], sizes[match[1]]
+    size = sizes[name]
 
     def bound(number: str | None, percent: str | None, default: int) -> int:
         if number is None:
@@ -140,3 +206,11 @@ def parse_split(spec: str, sizes: Mapping[str, int]) -> tuple[str, int, int]:
             f"a slice needs at least one."
         )
     return name, start, stop
+
+
+def _find_split(wanted: str, sizes: Mapping[str, int]) -> str | None:
+    """The key of `sizes` that `wanted` stands for."""
+    if wanted in sizes:
+        return wanted
+    split = canonical_split(wanted)
+    return next((name for name in sizes if split and canonical_split(name) == split), None)

@@ -11,7 +11,7 @@ from google.protobuf.message import DecodeError
 
 from xkd_jax.augment import normalization
 from xkd_jax.data import prepare
-from xkd_jax.data.source import Example
+from xkd_jax.data.source import Example, sha256
 from xkd_jax.errors import UserError
 
 _IMAGENET = normalization.IMAGENET_MEAN, normalization.IMAGENET_STD  # for any other set
@@ -82,7 +82,8 @@ class TfdsFolder:
         Raises:
           UserError: the set is not one of labelled images.
         """
-        return TfdsExamples(self._folder, split, start, stop, len(self.class_names))
+        about = self._name, self._folder.name, sorted(self._sizes.items()), self.class_names
+        return TfdsExamples(self._folder, split, start, stop, len(self.class_names), str(about))
 
     def _builder(self) -> Any:
         """TFDS's reader of the folder, once the set is known to have images and labels."""
@@ -108,7 +109,9 @@ class TfdsFolder:
 class TfdsExamples:
     """Records, read on access; a copy in another process reopens the files."""
 
-    def __init__(self, folder: Path, split: str, start: int, stop: int, num_classes: int):
+    def __init__(
+        self, folder: Path, split: str, start: int, stop: int, num_classes: int, about: str
+    ):
         """Opens nothing yet.
 
         Args:
@@ -117,9 +120,10 @@ class TfdsExamples:
           start: the index of the first example.
           stop: the index after the last example.
           num_classes: labels must be below this.
+          about: identifies the prepared set, wherever it is stored.
         """
         self._folder, self._split, self._range = folder, split, range(start, stop)
-        self._num_classes = num_classes
+        self._num_classes, self._about = num_classes, about
 
     def __len__(self) -> int:
         return len(self._range)
@@ -156,6 +160,12 @@ class TfdsExamples:
     def faults(self) -> dict[int, str]:
         """Always empty: records have checksums, which are verified when they are read."""
         return {}
+
+    def digest(self, kept: np.ndarray | None = None) -> str:
+        """Of the set's name, version, sizes and class names: its labels take long to read."""
+        whole = np.arange(len(self))
+        indices = self._range.start + (whole if kept is None else whole[kept])
+        return sha256(self._about.encode(), self._split.encode(), indices.astype("<i8").tobytes())
 
     @functools.cached_property
     def _records(self) -> Any:
