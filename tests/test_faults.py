@@ -26,19 +26,20 @@ OFTEN = "--config.checkpoint_every=3"
 POISONED = """
 import sys
 import jax.numpy as jnp
-from absl import app
-from xkd_jax import main, train
+from xkd_jax import distiller
+from xkd_jax.cli import train
 
-plain = train.student_loss
+plain = distiller.gradients
 
-def poisoned(experiment, state, params, *rest):
-    loss, aux = plain(experiment, state, params, *rest)
-    loss += jnp.where(state.step == 10, jnp.nan, 0) * params["fc"]["kernel"].sum()
-    aux["metrics"]["loss"] = loss
-    return loss, aux
+def poisoned(of, state, *rest):
+    carry, (grads, metrics) = plain(of, state, *rest)
+    poison = jnp.where(state.step == 10, jnp.nan, 0)
+    grads["student"]["fc"]["kernel"] += poison
+    metrics["loss"] += poison
+    return carry, (grads, metrics)
 
-train.student_loss = poisoned
-app.run(main.main, argv=["main", *sys.argv[1:]], flags_parser=main.parse)
+distiller.gradients = poisoned
+sys.exit(train.main(sys.argv[1:]))
 """
 
 
@@ -74,16 +75,17 @@ def unfinished(unbroken, tmp_path):
     return folder
 
 
-def test_a_run_killed_twenty_times_ends_bit_identical(start, unbroken, tmp_path):
+@pytest.mark.parametrize("kills", [4, pytest.param(20, marks=pytest.mark.exhaustive)])
+def test_a_killed_run_ends_bit_identical(start, unbroken, tmp_path, kills):
     folder, rng, reached = tmp_path / "run", random.Random(0), 0
-    for _ in range(20):
+    for _ in range(kills):
         process = start(*RUN, OFTEN, "--workdir", folder)
-        wait_for_step(process, folder, reached + rng.randint(1, 5))
+        wait_for_step(folder, reached + rng.randint(1, 5), process)
         time.sleep(rng.uniform(0, 0.05))
         process.send_signal(signal.SIGKILL)
         assert finish(process)[0] == -signal.SIGKILL
         reached = read_metrics(folder)[-1]["step"]
-    assert 20 < reached < STEPS
+    assert kills < reached < STEPS
     run_to_the_end(start, folder)
     assert_same_run(folder, unbroken)
 
@@ -113,7 +115,7 @@ def test_a_failed_save_stops_the_run_which_goes_on_after_the_repair(
 ):
     folder = tmp_path / "run"
     process = start(*RUN, OFTEN, "--workdir", folder)
-    wait_for_step(process, folder, 20)
+    wait_for_step(folder, 20, process)
     harm(process, folder)
     code, _, err = finish(process)
     assert code == 2, err
@@ -153,7 +155,7 @@ def test_it_resumes_on_four_devices_after_eight_and_on_one_after_four(start, unb
     for devices, until in ((8, 4), (4, 8)):
         flags = f"--xla_force_host_platform_device_count={devices}"
         process = start(*RUN, OFTEN, "--workdir", folder, XLA_FLAGS=flags)
-        wait_for_step(process, folder, until)
+        wait_for_step(folder, until, process)
         process.send_signal(signal.SIGTERM)
         code, _, err = finish(process)
         assert code == 0, err

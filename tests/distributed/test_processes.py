@@ -5,10 +5,8 @@ import re
 import shutil
 import signal
 import socket
-import subprocess
 import sys
 import time
-from pathlib import Path
 
 import jax
 import numpy as np
@@ -16,13 +14,13 @@ import pytest
 
 from tests import tiny
 from tests.distributed.devices import difference
+from tests.runs import spawn, wait_for_step
 from xkd_jax.checkpoint import Checkpoints
 from xkd_jax.distributed import processes
 from xkd_jax.errors import UserError
 from xkd_jax.experiment import create_experiment
 from xkd_jax.reporting.logger import Reporter, read_metrics, say
 
-ROOT = Path(__file__).parents[2]
 METHOD = "crd+rkd"  # a bank that is split over the devices, and a loss over all pairs
 DEVICES = "--xla_force_host_platform_device_count="
 
@@ -100,21 +98,10 @@ def test_only_the_first_process_tells(tmp_path, monkeypatch, capsys):
 
 
 @pytest.fixture(scope="module")
-def environment(tmp_path_factory):
-    """A new compilation cache, and a process's share of 8 devices."""
-    cache = {"XDG_CACHE_HOME": str(tmp_path_factory.mktemp("cache"))}
-    return os.environ | cache | {"XLA_FLAGS": f"{DEVICES}4", "JAX_PLATFORMS": "cpu"}
-
-
-def spawn(command, environment):
-    return subprocess.Popen(
-        [*map(str, command)],
-        cwd=ROOT,
-        env=environment,
-        text=True,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-    )
+def environment():
+    """A process's share of 8 devices; XLA's optimizations change none of the claims."""
+    quick = {"JAX_DISABLE_MOST_OPTIMIZATIONS": "1"}
+    return os.environ | quick | {"XLA_FLAGS": f"{DEVICES}4", "JAX_PLATFORMS": "cpu"}
 
 
 def main(folder, changes, method=METHOD):
@@ -140,18 +127,6 @@ def finish(*running):
     """The exit codes, and what was said on standard error."""
     said = [process.communicate(timeout=400)[1] for process in running]
     return [process.returncode for process in running], said
-
-
-def wait_for_step(folder, step, running):
-    deadline = time.monotonic() + 300
-    while time.monotonic() < deadline:
-        if any(process.poll() is not None for process in running):
-            break
-        lines = read_metrics(folder)
-        if lines and lines[-1]["step"] >= step:
-            return
-        time.sleep(0.01)
-    raise AssertionError(f"step {step} was not reached: {finish(*running)}")
 
 
 def newest_step(folder):
@@ -217,7 +192,7 @@ def test_sigterm_to_one_process_stops_both_at_the_same_step(one_each, tmp_path):
     codes, said = finish(*start_two(one_each, main(unbroken, LONG)))
     assert codes == [0, 0], said
     running = start_two(one_each, main(folder, LONG))
-    wait_for_step(folder, 5, running)
+    wait_for_step(folder, 5, *running)
     running[1].send_signal(signal.SIGTERM)
     codes, said = finish(*running)
     assert codes == [0, 0], said
@@ -242,7 +217,7 @@ def test_sigterm_to_one_process_stops_both_at_the_same_step(one_each, tmp_path):
 @pytest.mark.parametrize("victim", [0, 1])
 def test_when_one_process_dies_the_other_ends_with_a_message(one_each, tmp_path, victim):
     running = start_two(one_each, main(tmp_path / "run", LONG))
-    wait_for_step(tmp_path / "run", 3, running)
+    wait_for_step(tmp_path / "run", 3, *running)
     running[victim].send_signal(signal.SIGKILL)
     begun = time.monotonic()
     codes, said = finish(*running)
