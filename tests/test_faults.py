@@ -21,8 +21,6 @@ STEPS = 76  # one past a multiple of 3
 OFTEN = "--config.checkpoint_every=3"
 # A discriminator with its own optimizer, and memory banks.
 RUN = ("--config", f"{TINY}:cakd+crd", f"--config.epochs={STEPS // 4}", OFTEN)
-# For programs that run a few steps and that no other run compiles.
-QUICK = {"JAX_DISABLE_MOST_OPTIMIZATIONS": "1"}
 
 # One weight's gradient is NaN at the eleventh step.
 POISONED = """
@@ -171,7 +169,7 @@ def test_it_resumes_on_four_devices_after_eight_and_on_one_after_four(start, unb
     folder = tmp_path / "run"
     for devices, until in ((8, 4), (4, 8)):
         flags = f"--xla_force_host_platform_device_count={devices}"
-        process = start(*RUN, "--workdir", folder, XLA_FLAGS=flags, **QUICK)
+        process = start(*RUN, "--workdir", folder, XLA_FLAGS=flags)
         wait_for_step(folder, until, process)
         process.send_signal(signal.SIGTERM)
         code, _, err = finish(process)
@@ -189,7 +187,7 @@ def test_it_resumes_on_four_devices_after_eight_and_on_one_after_four(start, unb
 def test_nan_stops_the_run_and_names_step_parameters_and_examples(start, tmp_path):
     folder = tmp_path / "run"
     run = "--config", f"{TINY}:logits", OFTEN
-    process = start(*run, "--workdir", folder, program=("-c", POISONED), **QUICK)
+    process = start(*run, "--workdir", folder, program=("-c", POISONED))
     code, _, err = finish(process)
     assert code == 2, err
     assert_one_sentence(

@@ -21,6 +21,9 @@ from xkd_jax.errors import UserError
 from xkd_jax.experiment import create_experiment
 from xkd_jax.reporting.logger import Reporter, read_metrics, say
 
+# The runs compile quickly, and so do the experiments here: a random teacher's last bits are theirs.
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
 METHOD = "crd+rkd"  # a bank that is split over the devices, and a loss over all pairs
 DEVICES = "--xla_force_host_platform_device_count="
 
@@ -177,7 +180,7 @@ def test_two_processes_train_like_one(environment, tmp_path):
             assert scores[name][score] == pytest.approx(scores["1 x 1"][score], rel=1e-3)
 
 
-LONG = {"epochs": 30, "eval_every": 30, "checkpoint_every": 40}
+LONG = {"epochs": 16, "eval_every": 16, "checkpoint_every": 40}
 
 
 @pytest.fixture(scope="module")
@@ -199,10 +202,10 @@ def test_sigterm_to_one_process_stops_both_at_the_same_step(one_each, tmp_path):
     assert "stopped by SIGTERM" in said[0]
     assert "run the same command again to resume" not in said[1]
     stopped_at = newest_step(folder)
-    assert stopped_at == read_metrics(folder)[-1]["step"] < 120
+    assert stopped_at == read_metrics(folder)[-1]["step"] < 64
     codes, said = finish(*start_two(one_each, main(folder, LONG)))
     assert codes == [0, 0], said
-    assert f"step {stopped_at + 1}/120" in said[0]
+    assert f"step {stopped_at + 1}/64" in said[0]
     pairs = zip(
         *(jax.tree.leaves_with_path(last_state(run, LONG)) for run in (unbroken, folder)),
         strict=True,
