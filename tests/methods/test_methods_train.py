@@ -52,7 +52,7 @@ def made_for(method):
     return "ViT to ViT" if method in ("deit", "minilm") else "ViT to ResNet"
 
 
-@pytest.mark.parametrize(("method", "pair"), cases())
+@pytest.mark.parametrize(("method", "pair"), list(cases()))
 def test_every_method_trains_every_pair_or_says_what_would(method, pair):
     if pair in REFUSED.get(method, ()):
         with pytest.raises(UserError, match=r"; for this pair take .*logits"):
