@@ -16,37 +16,37 @@ TINY = "tests/tiny.py"
 MAIN = ("-m", "xkd_jax.main")
 
 
-def starter(cache):
-    """Starts `python -m xkd_jax.main`; all processes share the compilation cache at `cache`."""
-    environment = os.environ | {"XDG_CACHE_HOME": str(cache)}
+def start(*arguments, program=MAIN, **variables):
+    """Starts `python -m xkd_jax.main`, or another program of Python's."""
+    return spawn([sys.executable, *program, *arguments], os.environ | variables)
 
-    def start(*arguments, program=MAIN, **variables):
-        return subprocess.Popen(
-            [sys.executable, *program, *map(str, arguments)],
-            cwd=ROOT,
-            env=environment | variables,
-            text=True,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-        )
 
-    return start
+def spawn(command, environment):
+    """Starts any command, with pipes for what it says."""
+    return subprocess.Popen(
+        [*map(str, command)],
+        cwd=ROOT,
+        env=environment,
+        text=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+    )
 
 
 def finish(process):
-    out, err = process.communicate(timeout=300)
+    out, err = process.communicate(timeout=400)
     return process.returncode, out, err
 
 
-def wait_for_step(process, folder, step):
-    """Returns as soon as metrics.jsonl contains `step`."""
-    deadline = time.monotonic() + 240
-    while time.monotonic() < deadline and process.poll() is None:
+def wait_for_step(folder, step, *running):
+    """Returns as soon as metrics.jsonl reports `step`; all processes must still be running."""
+    deadline = time.monotonic() + 300
+    while time.monotonic() < deadline and all(process.poll() is None for process in running):
         lines = read_metrics(folder)
         if lines and lines[-1]["step"] >= step:
             return
         time.sleep(0.005)
-    raise AssertionError(f"step {step} was not reached: {finish(process)}")
+    raise AssertionError(f"step {step} was not reached: {[finish(one) for one in running]}")
 
 
 def timeless(folder):

@@ -1,5 +1,7 @@
-"""Every recipe's `:smoke`, on random images, each in a process of its own."""
+"""Every recipe's `:smoke`, on random images."""
 
+import functools
+import importlib
 import io
 import json
 import os
@@ -9,13 +11,18 @@ import subprocess
 import sys
 from pathlib import Path
 
+import jax
 import numpy as np
 import pytest
 from PIL import Image
 
 from tests.data.test_prepare import write_tar
 from xkd_jax.cli import recipes
+from xkd_jax.config import for_method, validate
 from xkd_jax.data import prepare
+from xkd_jax.data.loader import batch_shapes
+from xkd_jax.experiment import create_experiment
+from xkd_jax.train import experiment_step
 
 pytestmark = [
     pytest.mark.slow,
@@ -87,6 +94,9 @@ RECIPES = {
     "teacher_cifar100_32.py:smoke": "--config.data.dir={tfds}",
     "teacher_cifar100_32.py:swin_smoke": "--config.data.dir={tfds}",
 }
+# Run in CI, each in a process of its own: a comparison, a folder of photos, a Transformer student.
+# The others differ in options that other tests run; that they fit together is seen without running.
+RUN = ("cifar100_32.py:smoke", "folder.py:smoke", "teacher_cifar100_32.py:smoke")
 ELSEWHERE = {"quickstart.py", "quickstart_teacher.py"}  # tests/cli/test_train.py runs the first one
 
 
@@ -118,6 +128,31 @@ def test_from_photos_to_a_student_by_the_page(photos, tmp_path):
 
 
 @pytest.mark.parametrize("recipe", RECIPES)
+def test_steps_fit_together(recipe, tfds, photos):
+    """Every run of a recipe, up to the shapes that come out of its training step."""
+    stem, variant = recipe.split(".py:")
+    config = importlib.import_module(f"xkd_jax.configs.{stem}").get_config(variant)
+    name, value = RECIPES[recipe].format(tfds=tfds, photos=photos).split("=")
+    config.update_from_flattened_dict({name.removeprefix("--config."): value})
+    validate(config)
+    for method in config.compare or [config.method.name]:
+        experiment = create_experiment(for_method(config, method))
+        mesh, state = experiment.mesh, experiment.distiller.state_shapes
+        teacher = experiment.distiller.teacher.variables if experiment.distiller.teacher else {}
+        resident = experiment.create_loader().arrays
+        batch = batch_shapes(experiment.train, mesh, config.batch_size)
+        step = functools.partial(experiment_step, experiment)
+        after, metrics = jax.eval_shape(step, state, teacher, resident, batch)
+        assert [(leaf.shape, leaf.dtype) for leaf in jax.tree.leaves(after)] == [
+            (leaf.shape, leaf.dtype) for leaf in jax.tree.leaves(state)
+        ]
+        assert metrics["loss"].shape == ()
+
+
+@pytest.mark.parametrize(
+    "recipe",
+    [pytest.param(name, marks=() if name in RUN else pytest.mark.exhaustive) for name in RECIPES],
+)
 def test_smoke(recipe, tfds, photos, tmp_path):
     data = RECIPES[recipe].format(tfds=tfds, photos=photos)
     command = [sys.executable, "-m", "xkd_jax.main", f"--config=configs/{recipe}", data]

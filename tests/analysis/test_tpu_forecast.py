@@ -170,8 +170,43 @@ def sizes(experiment):
     return count(state.params), count(state.batch_stats), sum(split)
 
 
+def check_step(config, mesh, chip):
+    """That it fits and communicates little; returns its MFU and the bytes of split weights."""
+    with backend.assume("tpu"):
+        experiment = experiment_of_shapes(config, mesh)
+        prediction = predict_train_step(experiment, chip)
+        trained, statistics, split = sizes(experiment)
+    assert prediction.memory < chip.memory
+    moved = {
+        kind: hlo.total_bytes([c for c in prediction.collectives if c.kind == kind])
+        for kind in hlo.KINDS
+    }
+    # Weights alone are gathered, and only if they are split: no images, no activations.
+    assert moved["all-gather"] <= 1.05 * split
+    assert moved["all-to-all"] == 0
+    assert moved["collective-permute"] < 2**20
+    # One reduction of gradients, in bfloat16 where the network computes in it; BatchNorm's sums,
+    # forward and backward. From 64 chips on this compiler writes all-gathers as all-reduces.
+    reduced = moved["all-reduce"] + moved["reduce-scatter"]
+    most = 4 * trained + 3 * 4 * statistics + split + 2**20
+    assert 2 * trained + split / 2 < reduced + moved["all-gather"] < most
+    return prediction.mfu(mesh.size, chip), split
+
+
 @needs_compiler
 @pytest.mark.slow
+def test_a_small_pair_fits_and_sends_little():
+    mesh, chip = tpu_forecast.topology("v5e:2x2")
+    config = recipe("vit_tiny_patch16_224", "resnet18", 64, IMAGES * mesh.size)
+    config.teacher.update(model="vit_tiny_patch16_224", weights="random")
+    config.teacher.args = {"img_size": 64, "depth": 2}
+    # Its gradients are tens of MiB, more than all images together.
+    config.student.args = {"layers": (1, 1, 1, 1)}
+    assert check_step(config, mesh, chip)[1] == 0
+
+
+@needs_compiler
+@pytest.mark.exhaustive
 @pytest.mark.parametrize(
     ("pair", "topology"),
     [
@@ -184,27 +219,14 @@ def sizes(experiment):
     ],
 )
 def test_the_papers_pairs_fit_and_send_little(pair, topology):
-    """Takes minutes each, so only some pairs; benchmarks/scaling.py compiles all of them."""
+    """Takes minutes each, so only some pairs; benchmarks/scaling.py compiles all of them.
+
+    Run them when the step, distributed/ or models/scan.py change,
+    and before a release.
+    """
     mesh, chip = tpu_forecast.topology(topology)
-    with backend.assume("tpu"):
-        config = recipe(*PAIRS[pair], IMAGES * mesh.size)
-        config.mesh.teacher = "fsdp" if pair == "large384" else "auto"
-        experiment = experiment_of_shapes(config, mesh)
-        prediction = predict_train_step(experiment, chip)
-        trained, statistics, split = sizes(experiment)
-    assert prediction.memory < chip.memory
-    assert 0.05 < prediction.mfu(mesh.size, chip) < 0.9
+    config = recipe(*PAIRS[pair], IMAGES * mesh.size)
+    config.mesh.teacher = "fsdp" if pair == "large384" else "auto"
+    mfu, split = check_step(config, mesh, chip)
+    assert 0.05 < mfu < 0.9
     assert (split > 0) == (pair == "large384")
-    moved = {
-        kind: hlo.total_bytes([c for c in prediction.collectives if c.kind == kind])
-        for kind in hlo.KINDS
-    }
-    # Only sharded weights are gathered: no images, no activations.
-    assert moved["all-gather"] <= 1.05 * split
-    assert moved["all-to-all"] == 0
-    assert moved["collective-permute"] < 2**20
-    # One reduction of gradients, in bfloat16 where the network computes in it; BatchNorm's sums,
-    # forward and backward. From 64 chips on this compiler writes all-gathers as all-reduces.
-    reduced = moved["all-reduce"] + moved["reduce-scatter"]
-    most = 4 * trained + 3 * 4 * statistics + split + 2**20
-    assert 2 * trained + split / 2 < reduced + moved["all-gather"] < most

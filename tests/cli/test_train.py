@@ -52,7 +52,7 @@ def test_the_saved_student_is_the_plain_network(unbroken):
 def test_killed_run_ends_bit_identical_to_an_unbroken_one(start, unbroken, tmp_path):
     folder = tmp_path / "unbroken"
     process = start("--config", TINY, "--workdir", folder)
-    wait_for_step(process, folder, 17)
+    wait_for_step(folder, 17, process)
     process.send_signal(signal.SIGKILL)
     assert finish(process)[0] == -signal.SIGKILL
     assert not (folder / "summary.json").exists()
@@ -71,7 +71,7 @@ def test_killed_run_ends_bit_identical_to_an_unbroken_one(start, unbroken, tmp_p
 def test_a_signal_saves_and_says_how_to_resume(start, unbroken, tmp_path, number, code):
     folder = tmp_path / "unbroken"
     process = start("--config", TINY, "--workdir", folder)
-    wait_for_step(process, folder, 11)
+    wait_for_step(folder, 11, process)
     process.send_signal(number)
     returned, _, err = finish(process)
     assert returned == code, err

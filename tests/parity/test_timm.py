@@ -1,6 +1,8 @@
 """Every network against timm's own, live: converted weights, taps and running statistics.
 
-Run with `pytest -m parity`, where the extra `parity` is installed; without it these fail.
+Run with `pytest -m parity`, where the extra `parity` is installed; without it these fail. That
+takes one network of each class, options and odd sizes; `pytest -m "parity or exhaustive"` takes
+them all. tests/models/test_goldens.py compares each network with what timm made of it earlier.
 """
 
 import pytest
@@ -50,6 +52,16 @@ SPECIMENS = {
 }
 
 
+def first_of_their_class():
+    names = {}
+    for name, variant in MODELS.items():
+        names.setdefault(variant.network, name)
+    return set(names.values())
+
+
+LIVE = first_of_their_class() | (SPECIMENS.keys() - MODELS.keys())
+
+
 @pytest.fixture(scope="module")
 def pending(request, quick_compilation):
     import torch
@@ -65,7 +77,13 @@ def pending(request, quick_compilation):
         yield futures
 
 
-@pytest.mark.parametrize("name", SPECIMENS)
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param(name, marks=() if name in LIVE else pytest.mark.exhaustive)
+        for name in SPECIMENS
+    ],
+)
 def test_equals_timm(name, pending):
     found = pending[name].result()
     # Not "above": NaN is wrong too.
