@@ -361,3 +361,31 @@ def test_recipes_are_valid(path):
 def test_default_config_is_locked():
     with pytest.raises(AttributeError, match="epoch"):
         default_config().epoch = 3
+
+
+def test_a_run_resumes_with_the_same_data_only(photos, tmp_path):
+    """The folder may move; its classes, images and labels may not change."""
+    (tmp_path / "run").mkdir()
+    config = tiny.get_config("none")
+    names = {"train": "train", "eval": "train", "test": "val"}
+
+    def check(root):
+        config.data.update(name=f"folder:{root}", **names)
+        config.update(image_size=28, batch_size=4)
+        experiment._cached_open.cache_clear()  # as in another process
+        runs._check_data(create_experiment(config), tmp_path / "run")
+
+    check(photos)
+    check(photos.rename(tmp_path / "moved"))
+    moved = tmp_path / "moved" / "train"
+    (moved / "cat" / "00.png").rename(moved / "dog" / "00.png")
+    with pytest.raises(UserError, match=r"data.train: the images' names or labels have changed"):
+        check(tmp_path / "moved")
+    (moved / "dog" / "00.png").unlink()
+    with pytest.raises(UserError, match=r"data.train: there were 12 images and are 11 now"):
+        check(tmp_path / "moved")
+    for split in ("train", "val"):
+        (tmp_path / "moved" / split / "dog").rename(tmp_path / "moved" / split / "a dog")
+    message = "data.train: class 0 was 'cat' and is 'a dog' now; restore the data, or choose"
+    with pytest.raises(UserError, match=message):
+        check(tmp_path / "moved")

@@ -233,7 +233,8 @@ def test_a_teacher_of_timms_in_a_config(hub):
     state = checkpoint("vit_tiny_patch16_224", args, classes=10).state
     hub.publish("vit_tiny_patch16_224.augreg_in21k_ft_in1k", state, **args)
     config = get_config("logits")
-    config.teacher.update(model="", args={}, weights="timm:vit_tiny_patch16_224")
+    config.teacher.update(model="", weights="timm:vit_tiny_patch16_224")
+    config.teacher.args = {}
     made = experiment.create_experiment(config)
     assert made.distiller.teacher.image_size == 28
     assert made.distiller.teacher.mean == (0.4, 0.4, 0.4)

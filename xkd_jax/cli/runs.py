@@ -1,6 +1,7 @@
 """Run folders: trains one run, or a comparison of several methods, and writes the report."""
 
 import contextlib
+import itertools
 import json
 import os
 import signal
@@ -16,7 +17,7 @@ from xkd_jax.cli import lock
 from xkd_jax.config import Config, for_method, used, validate
 from xkd_jax.distributed import processes, sharding
 from xkd_jax.errors import UserError
-from xkd_jax.experiment import create_experiment
+from xkd_jax.experiment import Experiment, create_experiment
 from xkd_jax.reporting import files, report, summary
 from xkd_jax.reporting.logger import say
 from xkd_jax.weights import write_file
@@ -89,6 +90,7 @@ def _train(config: Config, folder: Path) -> signal.Signals | None:
     if processes.is_first() and not (folder / files.CONFIG).exists():
         write_file(folder / files.CONFIG, (json.dumps(used(config), indent=2) + "\n").encode())
     experiment = create_experiment(config)
+    _check_data(experiment, folder)
     say(summary.headline(experiment, folder))
     state, stopped = train.run(experiment, folder)
     if stopped and int(state.step) < experiment.total_steps:
@@ -97,6 +99,41 @@ def _train(config: Config, folder: Path) -> signal.Signals | None:
     variables = sharding.to_host(train.student_variables(state), experiment.mesh)
     summary.finish(experiment, variables, folder)
     return stopped
+
+
+def _check_data(experiment: Experiment, folder: Path) -> None:
+    """Refuses to resume a run with other data than it began with; a moved folder is the same data.
+
+    Raises:
+      UserError: names the first thing that differs.
+    """
+    path, splits = folder / files.DATA, {"train": experiment.train, "eval": experiment.evaluation}
+    here = {name: split.identity for name, split in splits.items()}
+    if not path.exists():
+        if processes.is_first():
+            write_file(path, (json.dumps(here, indent=2) + "\n").encode())
+        return
+    there = files.read_json(path)
+    for name, split in here.items():
+        difference = _data_difference(there.get(name, {}), split)
+        if difference:
+            raise UserError(
+                f"the run in {folder} began with other data: data.{name}: {difference}; restore "
+                "the data, or choose another --workdir."
+            )
+
+
+def _data_difference(there: dict[str, Any], here: dict[str, Any]) -> str:
+    """What differs between two identities of a split, in words; "" if nothing does."""
+    names = there.get("class_names", []), here["class_names"]
+    for label, (before, now) in enumerate(itertools.zip_longest(*names)):
+        if before != now:
+            return f"class {label} was {before!r} and is {now!r} now"
+    if there.get("examples") != here["examples"]:
+        return f"there were {there.get('examples'):,} images and are {here['examples']:,} now"
+    if there.get("digest") != here["digest"]:
+        return "the images' names or labels have changed"
+    return ""
 
 
 @contextlib.contextmanager

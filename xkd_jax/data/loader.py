@@ -7,6 +7,7 @@ import JAX.
 
 import dataclasses
 import itertools
+import os
 from collections.abc import Iterator
 
 import jax
@@ -133,7 +134,10 @@ class HostLoader:
         if not flags.FLAGS.is_parsed():  # grain's workers ask for its flags, in a notebook too
             flags.FLAGS.mark_as_parsed()
         positions = grain.MapDataset.range(start * self._local, np.iinfo(np.int64).max)
-        dataset = positions.map(self._load).batch(self._local).to_iter_dataset()
+        # An element is a batch here: grain's own 16 threads and 500 elements would hold gigabytes.
+        threads = os.cpu_count() or 1
+        options = grain.ReadOptions(num_threads=threads, prefetch_buffer_size=2 * threads)
+        dataset = positions.map(self._load).batch(self._local).to_iter_dataset(options)
         if self._workers:
             options = grain.MultiprocessingOptions(self._workers, per_worker_buffer_size=2)
             dataset = dataset.mp_prefetch(options)

@@ -7,6 +7,7 @@ from typing import Any
 from xkd_jax.errors import UserError
 
 CONFIG = "config.json"
+DATA = "data.json"  # what a run was trained on, see `data.Split.identity`
 METRICS = "metrics.jsonl"
 
 
