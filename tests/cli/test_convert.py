@@ -108,6 +108,36 @@ def test_the_hubs_config_beside_a_file(run, resnet, tmp_path):
     )
 
 
+def test_a_forced_network_is_a_warning(run, resnet, tmp_path):
+    config = {"architecture": "resnet18d", "pretrained_cfg": {"input_size": [3, 64, 64]}}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    argv = ["--from", resnet, *TINY_ARGS, "--out", tmp_path / "out.safetensors"]
+    code, _, error = run(*argv)
+    assert code == 2
+    assert "resnet18d, which is not among the networks here" in error
+    code, out, _ = run(*argv, "--model", "resnet18")
+    assert code == 0
+    assert f"{resnet}: warning: the checkpoint states resnet18d and is read as resnet18" in out
+    assert "resnet18, 5 classes, 64 pixels" in out
+
+
+def test_one_of_two_networks(run, tmp_path):
+    path, out = tmp_path / "both.safetensors", tmp_path / "out.safetensors"
+    state = checkpoint("resnet18", TINY_RESNET).state
+    state["fc.bias"][0] = np.nan
+    both = {f"{part}.{k}": v for part in ("student", "teacher") for k, v in state.items()}
+    save_file(both, path)
+    argv = ["--from", path, "--model", "resnet18", *TINY_ARGS, "--out", out]
+    code, _, error = run(*argv)
+    assert code == 2
+    assert "holds two networks, 'student' and 'teacher'; choose one, such as --key student" in error
+    code, _, error = run(*argv, "--key", "teacher")
+    assert code == 2
+    assert "holds NaN or infinite values in fc.bias" in error
+    assert run(*argv, "--key", "teacher", "--allow_not_finite")[0] == 0
+    assert run("--timm", "resnet18", "--key", "teacher", "--out", out)[0] == 2
+
+
 @pytest.mark.parametrize(
     ("argv", "error"),
     [

@@ -248,7 +248,7 @@ def test_option_a_is_pytorchs(torch):
     theirs = CifarResNet(20, (16, 16, 32, 64), 10)
     for block in theirs.modules():
         if isinstance(block, BasicBlock) and block.downsample is not None:
-            block.downsample = Shortcut()
+            block.downsample = nn.Sequential(Shortcut())
     randomise(torch, theirs)
 
     class Logits(nn.Module):

@@ -95,7 +95,8 @@ def convert(
             f"{checkpoint.name} has no classifier; python -m xkd_jax.convert --num_classes N "
             "adds an untrained one."
         )
-    changes += done + _check_finite(checkpoint.name, state, places, allow_not_finite)
+    used = {k: state[k] for k, p in places.items() if not (p.in_head and classes != old_classes)}
+    changes += done + _check_finite(checkpoint.name, used, allow_not_finite)
     if classes != old_classes:
         known.pop("class_names", None)
     metadata = {"source": checkpoint.name, **_statistics(model, old_classes)}
@@ -126,15 +127,13 @@ def _statistics(model: str, classes: int) -> dict[str, list[float]]:
     return {"mean": list(mean), "std": list(std)}
 
 
-def _check_finite(
-    name: str, state: Mapping[str, np.ndarray], places: Mapping[str, Place], allowed: bool
-) -> list[str]:
+def _check_finite(name: str, state: Mapping[str, np.ndarray], allowed: bool) -> list[str]:
     """A sentence about tensors that are not finite, if they are allowed.
 
     Raises:
       UserError: they are not allowed.
     """
-    wrong = describe_not_finite({key: array for key, array in state.items() if key in places})
+    wrong = describe_not_finite(state)
     if wrong and not allowed:
         raise UserError(
             f"{name} holds NaN or infinite values in {wrong}; give an earlier checkpoint, or "
