@@ -58,7 +58,13 @@ def test_there_and_back(run, resnet, tmp_path):
     ours, back = tmp_path / "new" / "ours.safetensors", tmp_path / "back.safetensors"
     code, out, _ = run("--from", resnet, "--model", "resnet18", *TINY_ARGS, "--out", ours)
     assert code == 0
-    assert out == f"wrote {ours}: resnet18, 5 classes, 224 pixels\n"
+    assert out.splitlines() == [
+        f"{resnet}: took the prefix module. off the tensors' names",
+        f"wrote {ours}: resnet18, 5 classes, 224 pixels",
+        "assumed, not in the tensors: mean 0.485 0.456 0.406 and std 0.229 0.224 0.225 "
+        "(ImageNet's), 224 pixels, bilinear interpolation of images; change with "
+        "--mean R G B --std R G B --image_size PIXELS",
+    ]
     variables, metadata = load_weights(ours)
     assert metadata["args"] == {"layers": [1, 1, 1, 1], "width": 0.125}
     assert metadata["source"] == str(resnet)
@@ -82,7 +88,7 @@ def test_it_says_what_it_changes(run, resnet, tmp_path):
     argv = ["--from", resnet, "--model", "resnet18", *TINY_ARGS, "--out", out]
     code, text, _ = run(*argv, "--num_classes", 3, "--mean", 0, 0, 0, "--image_size", 32)
     assert code == 0
-    assert text.splitlines()[0] == (f"{resnet}: set fc.bias and fc.weight to zero, for 3 classes")
+    assert text.splitlines()[1] == f"{resnet}: set fc.bias and fc.weight to zero, for 3 classes"
     assert load_weights(out)[1]["mean"] == [0, 0, 0]
 
 
@@ -100,6 +106,36 @@ def test_the_hubs_config_beside_a_file(run, resnet, tmp_path):
         [0.1] * 3,
         [0.2] * 3,
     )
+
+
+def test_a_forced_network_is_a_warning(run, resnet, tmp_path):
+    config = {"architecture": "resnet18d", "pretrained_cfg": {"input_size": [3, 64, 64]}}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    argv = ["--from", resnet, *TINY_ARGS, "--out", tmp_path / "out.safetensors"]
+    code, _, error = run(*argv)
+    assert code == 2
+    assert "resnet18d, which is not among the networks here" in error
+    code, out, _ = run(*argv, "--model", "resnet18")
+    assert code == 0
+    assert f"{resnet}: warning: the checkpoint states resnet18d and is read as resnet18" in out
+    assert "resnet18, 5 classes, 64 pixels" in out
+
+
+def test_one_of_two_networks(run, tmp_path):
+    path, out = tmp_path / "both.safetensors", tmp_path / "out.safetensors"
+    state = checkpoint("resnet18", TINY_RESNET).state
+    state["fc.bias"][0] = np.nan
+    both = {f"{part}.{k}": v for part in ("student", "teacher") for k, v in state.items()}
+    save_file(both, path)
+    argv = ["--from", path, "--model", "resnet18", *TINY_ARGS, "--out", out]
+    code, _, error = run(*argv)
+    assert code == 2
+    assert "holds two networks, 'student' and 'teacher'; choose one, such as --key student" in error
+    code, _, error = run(*argv, "--key", "teacher")
+    assert code == 2
+    assert "holds NaN or infinite values in fc.bias" in error
+    assert run(*argv, "--key", "teacher", "--allow_not_finite")[0] == 0
+    assert run("--timm", "resnet18", "--key", "teacher", "--out", out)[0] == 2
 
 
 @pytest.mark.parametrize(

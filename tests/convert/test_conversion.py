@@ -7,9 +7,9 @@ import pytest
 from xkd_jax.convert import networks
 from xkd_jax.convert.conversion import convert
 from xkd_jax.convert.files import Checkpoint, to_state
+from xkd_jax.convert.layouts import find_layout, rename
 from xkd_jax.convert.networks import get_places, recognize
 from xkd_jax.convert.resize import resize_bias_table, resize_patch_kernel, resize_position_embedding
-from xkd_jax.convert.rules import find_layout, rename
 from xkd_jax.errors import UserError
 from xkd_jax.models import MODELS
 

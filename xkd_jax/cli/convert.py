@@ -47,7 +47,12 @@ def run(options: argparse.Namespace) -> None:
         raise UserError("no output file is given; add --out FILE or --to_timm FILE.")
     if options.out and not options.out.endswith(".safetensors"):
         raise UserError(f"--out {options.out} must end in .safetensors.")
-    checkpoint = download(options.timm) if options.timm else read_checkpoint(options.source)
+    if options.timm and options.key:
+        raise UserError("--key chooses among the state dicts of --from FILE; leave it out.")
+    if options.timm:
+        checkpoint = download(options.timm)
+    else:
+        checkpoint = read_checkpoint(options.source, key=options.key)
     result = convert(
         checkpoint,
         options.model,
@@ -56,8 +61,9 @@ def run(options: argparse.Namespace) -> None:
         args=_arguments(options, checkpoint.metadata),
         mean=options.mean or (),
         std=options.std or (),
+        allow_not_finite=options.allow_not_finite,
     )
-    for change in result.changes:
+    for change in (*checkpoint.notes, *result.changes):
         print(f"{checkpoint.name}: {change}")
     metadata = result.metadata
     what = (
@@ -70,6 +76,8 @@ def run(options: argparse.Namespace) -> None:
         state = to_state(result.variables, metadata["model"])
         write_state(options.to_timm, state, metadata)
         print(f"wrote {options.to_timm}: {what}, as timm's state dict")
+    if result.assumed:
+        print(result.assumed)
 
 
 def _arguments(options: argparse.Namespace, known: dict[str, Any]) -> dict[str, Any] | None:
@@ -77,7 +85,8 @@ def _arguments(options: argparse.Namespace, known: dict[str, Any]) -> dict[str, 
 
     if not options.arg:
         return None
-    args = dict(known.get("args", {})) if options.model in ("", known.get("model")) else {}
+    own = options.model in ("", known.get("model", options.model)) and "architecture" not in known
+    args = dict(known.get("args", {})) if own else {}
     for text in options.arg:
         name, equals, value = text.partition("=")
         if not equals:
@@ -108,6 +117,12 @@ def _parser() -> Parser:
         metavar="FILE",
         help="a .safetensors, .pth or .bin file, from timm or xkd_jax; the last two need PyTorch",
     )
+    parser.add_argument(
+        "--key",
+        default="",
+        metavar="NAME",
+        help="the state dict to read, where the file has several, such as teacher",
+    )
     parser.add_argument("--out", metavar="FILE", help="the .safetensors file to write")
     parser.add_argument(
         "--to_timm",
@@ -115,7 +130,10 @@ def _parser() -> Parser:
         help="the timm state dict to write: .safetensors, .pth or .bin",
     )
     parser.add_argument(
-        "--model", default="", metavar="NAME", help="the network; default: detected from the file"
+        "--model",
+        default="",
+        metavar="NAME",
+        help="the network, even if the file states another; default: from the file",
     )
     parser.add_argument(
         "--num_classes",
@@ -137,6 +155,11 @@ def _parser() -> Parser:
         default=[],
         metavar="NAME=VALUE",
         help="a field of the network, such as patch_size=8; may be repeated",
+    )
+    parser.add_argument(
+        "--allow_not_finite",
+        action="store_true",
+        help="convert tensors with NaN or infinite values, which are refused otherwise",
     )
     for name, what in (("mean", "mean"), ("std", "standard deviation")):
         parser.add_argument(

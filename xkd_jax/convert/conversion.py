@@ -11,18 +11,20 @@ from typing import Any
 import numpy as np
 from flax import traverse_util
 
+from xkd_jax.augment.normalization import CIFAR10_MEAN, CIFAR10_STD, CIFAR100_MEAN
+from xkd_jax.convert.choice import choose_model, misfit_error
 from xkd_jax.convert.files import Checkpoint
-from xkd_jax.convert.hub import DEFAULT_TAGS, download, full_name
-from xkd_jax.convert.networks import Place, fit, get_places, recognize
+from xkd_jax.convert.hub import download, full_name
+from xkd_jax.convert.layouts import Layout, add_shortcuts, find_layout, lacks_shortcuts, translate
+from xkd_jax.convert.messages import Misfit, describe_assumptions, describe_not_finite
+from xkd_jax.convert.networks import Place, get_places
 from xkd_jax.convert.resize import resize
-from xkd_jax.convert.rules import Family, family_of, find_layout, from_torch, rename, torch_shape
-from xkd_jax.errors import UserError, unknown
+from xkd_jax.convert.rules import Family, family_of, from_torch, torch_shape
+from xkd_jax.errors import UserError
 from xkd_jax.models import MODELS
 from xkd_jax.weights import save_weights
 
-_ENOUGH = 0.5  # share of tensors in common below which a checkpoint matches no network
-_SURE = 0.9  # share of tensors in common above which no other network is considered
-_NAMED = 5  # tensors that the message names when another network fits better
+_CIFAR10_CLASSES = 10
 
 
 @dataclasses.dataclass(frozen=True)
@@ -33,11 +35,14 @@ class Converted:
       variables: nested dict of float32 arrays.
       metadata: model, args, num_classes, image_size, mean, std, source ...
       changes: everything that was done beyond renaming, a sentence each.
+      assumed: what neither the tensors nor the checkpoint's metadata tell, with the command line's
+        options that change it; "" if nothing.
     """
 
     variables: dict[str, Any]
     metadata: dict[str, Any]
     changes: list[str]
+    assumed: str = ""
 
 
 def convert(
@@ -49,6 +54,7 @@ def convert(
     args: Mapping[str, Any] | None = None,
     mean: Sequence[float] = (),
     std: Sequence[float] = (),
+    allow_not_finite: bool = False,
 ) -> Converted:
     """Turns a checkpoint into a network's variables; arguments default to the checkpoint's own.
 
@@ -58,46 +64,82 @@ def convert(
 
     Args:
       checkpoint: from `read_checkpoint` or `download`.
-      model: a key of `MODELS`; recognised from the tensors if the checkpoint doesn't name it.
+      model: a key of `MODELS`, which overrides the name that the checkpoint states; recognised
+        from the tensors if there is neither.
       num_classes: the number of classes.
       image_size: the side of the images, pixels.
       args: all fields of the network's module that differ from the variant's.
       mean: the mean per channel of images in [0, 1] that the network expects.
       std: the standard deviation per channel, in the same units.
+      allow_not_finite: whether tensors may hold NaN or infinite values.
 
     Raises:
-      UserError: a tensor is missing, unexpected or has another shape (the message names all of
-        them); the network is unknown or can't be recognised; or the arguments contradict each
-        other.
+      UserError: a tensor is missing, unexpected, not finite or has another shape; the network is
+        unknown or can't be recognised; or the arguments contradict each other.
     """
-    state, changes = _normalize(checkpoint.state)
-    known = dict(checkpoint.metadata)
-    model = model or known.get("model") or _recognized(checkpoint.name, state, changes)
-    if model not in MODELS:
-        raise unknown("network", model, MODELS)
-    if model != known.get("model", model):
-        # The checkpoint's sizes are those of its own network.
-        known = {key: value for key, value in known.items() if key not in ("args", "image_size")}
+    layout = find_layout(checkpoint.state)
+    state, changes = _normalize(checkpoint.state, layout)
+    model = choose_model(checkpoint, model, state, layout, changes)
+    given = {"mean": list(mean), "std": list(std), "image_size": image_size}
+    known = _known(checkpoint, model, layout) | {k: v for k, v in given.items() if v}
+    stated = {*known, *known.get("args", {}), *(args or {})}
     args, image_size = _arguments(model, state, known, args, image_size)
     places = get_places(model, args)
     old_classes = _count_classes(state, places)
     classes = num_classes or old_classes
     flat, done, wrong = _put(state, places, family_of(model), classes, classes != old_classes)
     if wrong:
-        raise _misfit(checkpoint.name, model, state, places, wrong)
+        raise misfit_error(checkpoint, model, state, places, wrong)
     if not classes:
         raise UserError(
             f"{checkpoint.name} has no classifier; python -m xkd_jax.convert --num_classes N "
             "adds an untrained one."
         )
-    changes += done
+    used = {k: state[k] for k, p in places.items() if not (p.in_head and classes != old_classes)}
+    changes += done + _check_finite(checkpoint.name, used, allow_not_finite)
     if classes != old_classes:
         known.pop("class_names", None)
-    metadata = {"source": checkpoint.name, **_record(known, changes), "model": model, "args": args}
+    metadata = {"source": checkpoint.name, **_statistics(model, old_classes)}
+    metadata |= {**_record(known, changes), "model": model, "args": args}
     metadata |= {"num_classes": classes, "image_size": image_size}
-    for field, given in (("mean", mean), ("std", std)):
-        metadata[field] = list(given or known.get(field, getattr(MODELS[model], field)))
-    return Converted(traverse_util.unflatten_dict(flat, sep="/"), metadata, changes)
+    assumed = describe_assumptions(metadata, stated)
+    return Converted(traverse_util.unflatten_dict(flat, sep="/"), metadata, changes, assumed)
+
+
+def _known(checkpoint: Checkpoint, model: str, layout: Layout | None) -> dict[str, Any]:
+    """The metadata that the checkpoint, or the library that its names are from, states."""
+    known = dict(checkpoint.metadata)
+    if "architecture" in known:
+        known = {k: v for k, v in known.items() if k not in ("architecture", "args")}
+    elif model != known.get("model", model):
+        # The checkpoint's sizes are those of its own network.
+        known = {k: v for k, v in known.items() if k not in ("model", "args", "image_size")}
+    if layout and layout.mean and layout.std:
+        known = {"mean": list(layout.mean), "std": list(layout.std), **known}
+    return known
+
+
+def _statistics(model: str, classes: int) -> dict[str, list[float]]:
+    """Mean and standard deviation that a network of `classes` was probably trained with."""
+    mean, std = MODELS[model].mean, MODELS[model].std
+    if mean == CIFAR100_MEAN and classes == _CIFAR10_CLASSES:
+        mean, std = CIFAR10_MEAN, CIFAR10_STD
+    return {"mean": list(mean), "std": list(std)}
+
+
+def _check_finite(name: str, state: Mapping[str, np.ndarray], allowed: bool) -> list[str]:
+    """A sentence about tensors that are not finite, if they are allowed.
+
+    Raises:
+      UserError: they are not allowed.
+    """
+    wrong = describe_not_finite(state)
+    if wrong and not allowed:
+        raise UserError(
+            f"{name} holds NaN or infinite values in {wrong}; give an earlier checkpoint, or "
+            "convert it unchanged with --allow_not_finite."
+        )
+    return [f"warning: NaN or infinite values in {wrong}"] if wrong else []
 
 
 def _record(metadata: Mapping[str, Any], changes: list[str]) -> dict[str, Any]:
@@ -125,42 +167,21 @@ def fetch(name: str) -> Path:
     return path
 
 
-def _normalize(state: Mapping[str, np.ndarray]) -> tuple[dict[str, np.ndarray], list[str]]:
+def _normalize(
+    state: Mapping[str, np.ndarray], layout: Layout | None
+) -> tuple[dict[str, np.ndarray], list[str]]:
     """The state with timm's names in float32, and a sentence for each change."""
     changes = []
-    layout = find_layout(state)
     if layout:
-        state = {rename(name, layout): array for name, array in state.items()}
+        state = translate(state, layout)
         changes.append(f"renamed the tensors from {layout.source} names")
+    if lacks_shortcuts(state):
+        state = add_shortcuts(state)
+        changes.append("wrote the shortcuts of option A, which have no weights, as convolutions")
     floats = {array.dtype.name for array in state.values() if array.dtype.kind not in "biu"}
     if floats - {"float32"}:
         changes.append(f"converted {' and '.join(sorted(floats - {'float32'}))} to float32")
     return {name: np.asarray(array, np.float32) for name, array in state.items()}, changes
-
-
-def _recognized(name: str, state: Mapping[str, np.ndarray], changes: list[str]) -> str:
-    """Recognises the network from its tensors, and adds a sentence about it to `changes`.
-
-    Raises:
-      UserError: no network matches, or several do.
-    """
-    alike, score = recognize(_shapes(state))
-    if score < _ENOUGH:
-        some = ", ".join(list(state)[:3])
-        raise UserError(
-            f"{name} does not match any known network (its first tensors are {some}); if it is "
-            "one, name it with --model."
-        )
-    published = [model for model in alike if model in DEFAULT_TAGS]
-    if len(alike) > 1 and len(published) != 1:
-        raise UserError(
-            f"{name} fits {', '.join(alike)} equally well; choose one with --model, because they "
-            "may expect differently prepared images."
-        )
-    model = published[0] if published else alike[0]
-    others = [other for other in alike if other != model]
-    changes.append(f"recognised {model}" + (f", not {', '.join(others)}" if others else ""))
-    return model
 
 
 def _arguments(
@@ -197,11 +218,11 @@ def _put(
     family: Family,
     classes: int,
     new_head: bool,
-) -> tuple[dict[str, np.ndarray], list[str], list[str]]:
+) -> tuple[dict[str, np.ndarray], list[str], list[Misfit]]:
     """Puts each tensor of a checkpoint in its place.
 
     Returns:
-      the tensors by our path, the changes made to them, and a phrase for each that doesn't fit.
+      the tensors by our path, the changes made to them, and the tensors that don't fit.
     """
     flat, wrong, reset = {}, [], []
     resized: Counter[str] = Counter()
@@ -214,20 +235,20 @@ def _put(
             reset.append(name)
         elif array is None:
             if classes or not place.in_head:
-                wrong.append(f"{name} {list(want)} is missing ({place.path})")
+                after = f" {list(want)} is missing"
+                wrong.append(Misfit(name, "missing", after, path=place.path))
         elif array.shape == want:
             flat[place.path] = np.asarray(from_torch(place.path, array), order="C")
         elif fitted := resize(name, from_torch(place.path, array), shape):
             flat[place.path], change = fitted
             resized[f"{name.rpartition('attn.')[2]} {change}"] += 1
         else:
-            wrong.append(
-                f"{name} has the shape {list(array.shape)} instead of {list(want)} ({place.path})"
-            )
+            after = f" has the shape {list(array.shape)} instead of {list(want)}"
+            wrong.append(Misfit(name, "shape", after, path=place.path))
     extra = [name for name in state if name not in places]
     skipped = [name for name in extra if re.fullmatch(family.skipped, name)]
     wrong += [
-        f"unexpected tensor {name} {list(state[name].shape)}"
+        Misfit(name, "unexpected", f" {list(state[name].shape)}", before="unexpected tensor ")
         for name in extra
         if name not in skipped
     ]
@@ -240,29 +261,3 @@ def _put(
         more = f" and {len(skipped) - 1} more" if len(skipped) > 1 else ""
         changes.append(f"left out {skipped[0]}{more}")
     return flat, changes, wrong
-
-
-def _misfit(
-    name: str,
-    model: str,
-    state: Mapping[str, np.ndarray],
-    places: Mapping[str, Place],
-    wrong: list[str],
-) -> UserError:
-    """The error that lists all tensors that don't fit, or names a network that fits better."""
-    shapes = _shapes(state)
-    own = fit(shapes, places)
-    if own < _SURE:
-        alike, score = recognize(shapes)
-        if score > max(own, _ENOUGH):
-            more = f" and {len(wrong) - _NAMED} more" if len(wrong) > _NAMED else ""
-            return UserError(
-                f"{name} is not {model} but looks like {' or '.join(alike)}; choose that model "
-                f"instead ({'; '.join(wrong[:_NAMED])}{more})."
-            )
-    lines = ";\n  ".join(wrong)
-    return UserError(f"{name} does not fit {model} in {len(wrong)} of its tensors:\n  {lines}.")
-
-
-def _shapes(state: Mapping[str, np.ndarray]) -> dict[str, tuple[int, ...]]:
-    return {name: array.shape for name, array in state.items()}

@@ -3,7 +3,8 @@
 import dataclasses
 import re
 
-from xkd_jax.convert.files import Checkpoint, first_line, read_checkpoint
+from xkd_jax.convert.files import Checkpoint, read_checkpoint
+from xkd_jax.convert.pytorch import first_line
 from xkd_jax.errors import UserError, unknown
 from xkd_jax.models import MODELS
 

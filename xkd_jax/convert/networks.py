@@ -117,6 +117,11 @@ def recognize(shapes: Mapping[str, tuple[int, ...]]) -> tuple[list[str], float]:
     return [name for name in alike if alike[name] == max(alike.values())], best
 
 
+def equal_networks(names: Iterable[str]) -> bool:
+    """Whether networks compute the same from the same tensors and images."""
+    return len({create_model(name, num_classes=1) for name in names}) == 1
+
+
 def _likeness(shapes: Iterable[str]) -> dict[type, float]:
     """The share of names in common for each class of network, ignoring numbers."""
     kinds = {_pattern(name) for name in shapes}

@@ -1,0 +1,345 @@
+"""Other libraries' names for the tensors of the networks here, translated to timm's."""
+
+import dataclasses
+import re
+from collections.abc import Iterable, Mapping
+
+import numpy as np
+
+from xkd_jax.augment.normalization import IMAGENET_MEAN, IMAGENET_STD, Statistics
+
+_BATCH_NORM_EPSILON = 1e-5
+
+
+@dataclasses.dataclass(frozen=True)
+class Layout:
+    """Another library's, or an older timm's, names for the same tensors.
+
+    Attributes:
+      source: whose names they are.
+      marker: a pattern that matches a name in this layout, and none in others.
+      renames: patterns and replacements, applied in order.
+      skipped: pattern of tensors, by their own names, that classification doesn't use.
+      prefix: the beginning of the names of networks that the layout occurs with, where networks
+        under other names have the same tensors.
+      mean: the mean that all of its published weights were trained with; None if they differ.
+      std: the standard deviation, likewise.
+    """
+
+    source: str
+    marker: str
+    renames: tuple[tuple[str, str], ...]
+    skipped: str = r"(?!)"
+    prefix: str = ""
+    mean: Statistics | None = None
+    std: Statistics | None = None
+
+
+_LATER_DOWNSAMPLING = (  # at the end of a stage, where timm now begins the next one
+    (r"^layers\.2\.downsample", "layers.3.downsample"),
+    (r"^layers\.1\.downsample", "layers.2.downsample"),
+    (r"^layers\.0\.downsample", "layers.1.downsample"),
+)
+
+_OLD_SWIN = Layout(
+    "Microsoft's, or timm's before 0.9",
+    r"layers\.0\.downsample\..*",
+    (*_LATER_DOWNSAMPLING, (r"^head\.(weight|bias)$", r"head.fc.\1")),
+)
+
+# Stage and index of the blocks: 16 in EfficientNet-B0 and Lite0, 17 in MobileNetV2.
+_B0_BLOCKS = [(i, j) for i, depth in enumerate((1, 2, 2, 3, 3, 4, 1)) for j in range(depth)]
+_V2_BLOCKS = [(i, j) for i, depth in enumerate((1, 2, 3, 4, 3, 3, 1)) for j in range(depth)]
+_EFFICIENTNET_PYTORCH = Layout(
+    "efficientnet-pytorch's",
+    r"_conv_stem\.weight",
+    (
+        (r"^_conv_(stem|head)", r"conv_\1"),
+        (r"^_bn1", "bn2"),
+        (r"^_bn0", "bn1"),
+        (r"^_fc", "classifier"),
+        (r"^(_blocks\.0\.)_project_conv", r"\1conv_pw"),
+        (r"^(_blocks\.0\.)_(bn[12])", r"\1\2"),
+        (r"\._expand_conv", ".conv_pw"),
+        (r"\._depthwise_conv", ".conv_dw"),
+        (r"\._project_conv", ".conv_pwl"),
+        (r"\._se_(reduce|expand)", r".se.conv_\1"),
+        (r"\._bn2", ".bn3"),
+        (r"\._bn1", ".bn2"),
+        (r"\._bn0", ".bn1"),
+        *((rf"^_blocks\.{n}\.", f"blocks.{i}.{j}.") for n, (i, j) in enumerate(_B0_BLOCKS)),
+    ),
+)
+
+_TORCHVISION_VIT = Layout(
+    "torchvision's",
+    r"encoder\.layers\.encoder_layer_0\.self_attention\.in_proj_weight",
+    (
+        (r"^class_token$", "cls_token"),
+        (r"^encoder\.pos_embedding$", "pos_embed"),
+        (r"^conv_proj\.", "patch_embed.proj."),
+        (r"^encoder\.layers\.encoder_layer_", "blocks."),
+        (r"^encoder\.ln\.", "norm."),
+        (r"^heads\.head\.", "head."),
+        (r"\.ln_([12])\.", r".norm\1."),
+        (r"\.self_attention\.in_proj_", ".attn.qkv."),
+        (r"\.self_attention\.out_proj\.", ".attn.proj."),
+        (r"\.mlp\.(0|linear_1)\.", ".mlp.fc1."),
+        (r"\.mlp\.(3|linear_2)\.", ".mlp.fc2."),
+    ),
+    prefix="vit_",
+    mean=IMAGENET_MEAN,
+    std=IMAGENET_STD,
+)
+
+_TORCHVISION_SWIN = Layout(
+    "torchvision's",
+    r"features\.1\.0\.attn\.relative_position_bias_table",
+    (
+        (r"^features\.0\.0\.", "patch_embed.proj."),
+        (r"^features\.0\.2\.", "patch_embed.norm."),
+        *((rf"^features\.{2 * i + 1}\.", f"layers.{i}.blocks.") for i in range(4)),
+        *((rf"^features\.{2 * i}\.", f"layers.{i}.downsample.") for i in range(1, 4)),
+        (r"\.mlp\.0\.", ".mlp.fc1."),
+        (r"\.mlp\.3\.", ".mlp.fc2."),
+        (r"^head\.", "head.fc."),
+    ),
+    mean=IMAGENET_MEAN,
+    std=IMAGENET_STD,
+)
+
+_TORCHVISION_MOBILENETV2 = Layout(
+    "torchvision's",
+    r"features\.1\.conv\.0\.0\.weight",
+    (
+        (r"^features\.0\.0\.", "conv_stem."),
+        (r"^features\.0\.1\.", "bn1."),
+        (r"^features\.18\.0\.", "conv_head."),
+        (r"^features\.18\.1\.", "bn2."),
+        (r"^classifier\.1\.", "classifier."),
+        (r"^features\.1\.conv\.0\.0\.", "blocks.0.0.conv_dw."),
+        (r"^features\.1\.conv\.0\.1\.", "blocks.0.0.bn1."),
+        (r"^features\.1\.conv\.1\.", "blocks.0.0.conv_pw."),
+        (r"^features\.1\.conv\.2\.", "blocks.0.0.bn2."),
+        *(
+            (rf"^features\.{n}\.conv\.", f"blocks.{i}.{j}.conv.")
+            for n, (i, j) in enumerate(_V2_BLOCKS, start=1)
+        ),
+        (r"\.conv\.0\.0\.", ".conv_pw."),
+        (r"\.conv\.0\.1\.", ".bn1."),
+        (r"\.conv\.1\.0\.", ".conv_dw."),
+        (r"\.conv\.1\.1\.", ".bn2."),
+        (r"\.conv\.2\.", ".conv_pwl."),
+        (r"\.conv\.3\.", ".bn3."),
+    ),
+    mean=IMAGENET_MEAN,
+    std=IMAGENET_STD,
+)
+
+_TORCHVISION_EFFICIENTNET = Layout(
+    "torchvision's",
+    r"features\.1\.0\.block\.1\.fc1\.weight",
+    (
+        (r"^features\.0\.0\.", "conv_stem."),
+        (r"^features\.0\.1\.", "bn1."),
+        (r"^features\.8\.0\.", "conv_head."),
+        (r"^features\.8\.1\.", "bn2."),
+        (r"^classifier\.1\.", "classifier."),
+        (r"^features\.1\.(\d+)\.block\.0\.0\.", r"blocks.0.\1.conv_dw."),
+        (r"^features\.1\.(\d+)\.block\.0\.1\.", r"blocks.0.\1.bn1."),
+        (r"^features\.1\.(\d+)\.block\.2\.0\.", r"blocks.0.\1.conv_pw."),
+        (r"^features\.1\.(\d+)\.block\.2\.1\.", r"blocks.0.\1.bn2."),
+        (r"\.block\.[12]\.fc1\.", ".block.se.conv_reduce."),
+        (r"\.block\.[12]\.fc2\.", ".block.se.conv_expand."),
+        (r"\.block\.0\.0\.", ".block.conv_pw."),
+        (r"\.block\.0\.1\.", ".block.bn1."),
+        (r"\.block\.1\.0\.", ".block.conv_dw."),
+        (r"\.block\.1\.1\.", ".block.bn2."),
+        (r"\.block\.3\.0\.", ".block.conv_pwl."),
+        (r"\.block\.3\.1\.", ".block.bn3."),
+        *((rf"^features\.{i + 1}\.(\d+)\.block\.", rf"blocks.{i}.\1.") for i in range(7)),
+    ),
+    mean=IMAGENET_MEAN,
+    std=IMAGENET_STD,
+)
+
+_HUGGING_FACE_VIT = Layout(
+    "Hugging Face's",
+    r"((vit|deit)\.)?encoder\.layer\.0\.attention\.attention\.query\.weight",
+    (
+        (r"^(vit|deit)\.", ""),
+        (r"^embeddings\.cls_token$", "cls_token"),
+        (r"^embeddings\.distillation_token$", "dist_token"),
+        (r"^embeddings\.position_embeddings$", "pos_embed"),
+        (r"^embeddings\.patch_embeddings\.projection\.", "patch_embed.proj."),
+        (r"^encoder\.layer\.", "blocks."),
+        (r"^layernorm\.", "norm."),
+        (r"^(cls_)?classifier\.", "head."),
+        (r"^distillation_classifier\.", "head_dist."),
+        (r"\.layernorm_before\.", ".norm1."),
+        (r"\.layernorm_after\.", ".norm2."),
+        (r"\.attention\.attention\.(query|key|value)\.", r".attn.\1."),
+        (r"\.attention\.output\.dense\.", ".attn.proj."),
+        (r"\.intermediate\.dense\.", ".mlp.fc1."),
+        (r"\.output\.dense\.", ".mlp.fc2."),
+    ),
+    skipped=r"(.*\.)?(pooler\.dense\.(weight|bias)|embeddings\.mask_token)",
+)
+
+_HUGGING_FACE_SWIN = Layout(
+    "Hugging Face's",
+    r"(swin\.)?encoder\.layers\.0\.blocks\.0\.attention\.self\.relative_position_bias_table",
+    (
+        (r"^swin\.", ""),
+        (r"^embeddings\.patch_embeddings\.projection\.", "patch_embed.proj."),
+        (r"^embeddings\.norm\.", "patch_embed.norm."),
+        (r"^encoder\.layers\.", "layers."),
+        *_LATER_DOWNSAMPLING,
+        (r"^layernorm\.", "norm."),
+        (r"^classifier\.", "head.fc."),
+        (r"\.layernorm_before\.", ".norm1."),
+        (r"\.layernorm_after\.", ".norm2."),
+        (r"\.attention\.self\.", ".attn."),
+        (r"\.attention\.output\.dense\.", ".attn.proj."),
+        (r"\.intermediate\.dense\.", ".mlp.fc1."),
+        (r"\.output\.dense\.", ".mlp.fc2."),
+    ),
+    skipped=r"(.*\.)?embeddings\.mask_token",
+)
+
+_HUGGING_FACE_RESNET = Layout(
+    "Hugging Face's",
+    r"(resnet\.)?embedder\.embedder\.convolution\.weight",
+    (
+        (r"^resnet\.", ""),
+        (r"^embedder\.embedder\.convolution\.", "conv1."),
+        (r"^embedder\.embedder\.normalization\.", "bn1."),
+        (r"^classifier\.1\.", "fc."),
+        *((rf"^encoder\.stages\.{i}\.layers\.", f"layer{i + 1}.") for i in range(4)),
+        *((rf"\.layer\.{i}\.convolution\.", f".conv{i + 1}.") for i in range(3)),
+        *((rf"\.layer\.{i}\.normalization\.", f".bn{i + 1}.") for i in range(3)),
+        (r"\.shortcut\.convolution\.", ".downsample.0."),
+        (r"\.shortcut\.normalization\.", ".downsample.1."),
+    ),
+)
+
+# kuangliu/pytorch-cifar and akamaster/pytorch_resnet_cifar10; the latter's have three groups.
+_CIFAR_RENAMES = ((r"\.shortcut\.", ".downsample."), (r"^linear\.", "fc."))
+_PYTORCH_CIFAR = Layout("pytorch-cifar's", r"linear\.weight", _CIFAR_RENAMES)
+_PYTORCH_RESNET_CIFAR10 = Layout(
+    "pytorch_resnet_cifar10's",
+    r"(?!)",  # found by what it lacks
+    _CIFAR_RENAMES,
+    mean=IMAGENET_MEAN,
+    std=IMAGENET_STD,
+)
+
+_LAYOUTS = (
+    _OLD_SWIN,
+    _EFFICIENTNET_PYTORCH,
+    _TORCHVISION_VIT,
+    _TORCHVISION_SWIN,
+    _TORCHVISION_MOBILENETV2,
+    _TORCHVISION_EFFICIENTNET,
+    _HUGGING_FACE_VIT,
+    _HUGGING_FACE_SWIN,
+    _HUGGING_FACE_RESNET,
+    _PYTORCH_CIFAR,
+)
+
+# Names that no network here has, whose they are, and what to do about them.
+_UNREAD = (
+    (r"features\.\d+\.\d+\.block\.5\.weight", "torchvision's ConvNeXt"),
+    (r"features\.\d+\.\d+\.attn\.cpb_mlp\..*", "torchvision's Swin Transformer V2"),
+    (r"trunk_output\.block1\..*", "torchvision's RegNet"),
+    (r"features\.denseblock1\..*", "torchvision's DenseNet"),
+    (r"features\.\d+\.weight", "torchvision's VGG, AlexNet or SqueezeNet"),
+    (r"(backbone\.)?layers\.0\.ln1\.weight", "mmpretrain's ViT"),
+    (r"(backbone\.)?stages\.0\.blocks\.0\.attn\.w_msa\..*", "mmpretrain's Swin Transformer"),
+    (r"(backbone\.)?conv1\.conv\.weight", "mmpretrain's MobileNetV2"),
+    (r"(backbone\.)?layers\.0\.attention\.q_proj\.weight", "Hugging Face's ViT of another version"),
+    (r"(model\.)?embeddings\.patch_embeddings\.weight", "Hugging Face's DINOv3"),
+    (r"(visual\.)?transformer\.resblocks\.0\..*", "OpenAI's CLIP or OpenCLIP"),
+    (r"blocks\.0\.ls1\.gamma", "DINOv2, or another ViT with LayerScale"),
+)
+
+
+def find_layout(names: Iterable[str]) -> Layout | None:
+    """The layout of tensors with these `names`; None for timm's."""
+    names = list(names)
+    if lacks_shortcuts(names):
+        return _PYTORCH_RESNET_CIFAR10 if "linear.weight" in names else None
+    for layout in _LAYOUTS:
+        if any(re.fullmatch(layout.marker, name) for name in names):
+            return layout
+    return None
+
+
+def name_unread(names: Iterable[str]) -> str:
+    """The network whose tensors have these `names`, if it is a known one that isn't read."""
+    names = list(names)
+    for pattern, network in _UNREAD:
+        if any(re.fullmatch(pattern, name) for name in names):
+            return network
+    return ""
+
+
+def rename(name: str, layout: Layout) -> str:
+    """timm's name of the tensor that `layout` calls `name`."""
+    for pattern, replacement in layout.renames:
+        name = re.sub(pattern, replacement, name)
+    return name
+
+
+def translate(state: Mapping[str, np.ndarray], layout: Layout) -> dict[str, np.ndarray]:
+    """The state under timm's names, with queries, keys and values in one tensor."""
+    kept = {name: array for name, array in state.items() if not re.fullmatch(layout.skipped, name)}
+    renamed = {rename(name, layout): array for name, array in kept.items()}
+    joined = {}
+    for name, array in renamed.items():
+        found = re.fullmatch(r"(.*\.attn\.)(query|key|value)\.(weight|bias)", name)
+        if not found:
+            joined[name] = array
+            continue
+        parts = [f"{found[1]}{part}.{found[3]}" for part in ("query", "key", "value")]
+        if not all(part in renamed for part in parts):
+            joined[name] = array
+        elif found[2] == "query":
+            joined[f"{found[1]}qkv.{found[3]}"] = np.concatenate([renamed[part] for part in parts])
+    return joined
+
+
+def lacks_shortcuts(names: Iterable[str]) -> bool:
+    """Whether `names` are a CIFAR ResNet's with shortcuts of option A, which have no weights."""
+    names = set(names)
+    groups = [f"layer{i}.0.conv1.weight" in names for i in range(1, 5)]
+    return groups == [True, True, True, False] and not any(
+        re.match(r"layer\d\.0\.(downsample|shortcut)\.", name) for name in names
+    )
+
+
+def add_shortcuts(state: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """Writes a CIFAR ResNet's shortcuts of option A as 1x1 convolutions with BatchNorm.
+
+    Option A (arXiv:1512.03385, section 4.2) takes every second pixel, as a convolution of stride 2
+    does, and pads the channels with zeros: half of them before and half after, as in
+    pytorch_resnet_cifar10. The kernel's zeros and ones do the same, and the variance 1 - epsilon
+    makes the BatchNorm the identity.
+
+    Args:
+      state: tensors by timm's name, in PyTorch's layout.
+    """
+    state = dict(state)
+    for group in (1, 2, 3):
+        outputs, inputs = state[f"layer{group}.0.conv1.weight"].shape[:2]
+        if inputs == outputs:
+            continue
+        prefix, before = f"layer{group}.0.downsample", (outputs - inputs) // 2
+        kernel = np.zeros((outputs, inputs, 1, 1), np.float32)
+        kernel[before + np.arange(inputs), np.arange(inputs)] = 1
+        state[f"{prefix}.0.weight"] = kernel
+        state[f"{prefix}.1.weight"] = np.ones(outputs, np.float32)
+        state[f"{prefix}.1.bias"] = np.zeros(outputs, np.float32)
+        state[f"{prefix}.1.running_mean"] = np.zeros(outputs, np.float32)
+        state[f"{prefix}.1.running_var"] = np.full(outputs, 1 - _BATCH_NORM_EPSILON, np.float32)
+    return state
