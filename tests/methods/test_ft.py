@@ -1,12 +1,15 @@
 """Factor transfer, against NumPy in float64."""
 
 import jax
+import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 
 from tests.methods.outputs import cnn, gradient_fn, init, reached, teacher_cnn, vit
 from xkd_jax.errors import UserError
 from xkd_jax.methods.ft import FT, Paraphraser, factor_distance
+from xkd_jax.optim import create_optimizer, select
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 
@@ -109,9 +112,38 @@ def test_first_the_paraphraser_learns_and_then_the_student(trained):
 
 def test_each_phase_freezes_the_other_phases_parts():
     first, then = (FT().moves(np.float32(progress)) for progress in (-0.1, 0))
-    assert first == {"student": False, "method": {"paraphraser": True, "translator": True}}
+    assert first == {"student": False, "method": {"paraphraser": True, "translator": False}}
     assert then == {"student": True, "method": {"paraphraser": False, "translator": True}}
     assert FT(first_epochs=7).first_phase == 7
+
+
+def test_the_translator_outlasts_the_published_first_phase():
+    """30 epochs of 781 steps: weight decay alone would shrink its norm by a factor of 350."""
+    method, outs = FT(), PAIRS["CNN to CNN"]()
+    params = init(method, *outs)[0]
+    options = {"name": "sgd", "learning_rate": 0.05, "weight_decay": 5e-4}
+    optimizer = create_optimizer(options, lambda step: 0.05)
+    zeros = jax.tree.map(jnp.zeros_like, params)
+
+    def step(i, state):
+        old, old_trace = state
+        moves = method.moves(i / 781 - method.first_phase)["method"]
+        updates, trace = optimizer.update(zeros, old_trace, old, step=i)
+        new = optax.apply_updates(old, updates)
+        return select(moves, new, old, old), select(moves, trace, old_trace, old)
+
+    run = jax.jit(lambda n, state: jax.lax.fori_loop(0, n, step, state))
+    start = params, optimizer.init(params)
+    after, trace = jax.device_get(run(30 * 781, start))
+    jax.tree.map(np.testing.assert_array_equal, after["translator"], params["translator"])
+    momentum = optax.tree.get(trace, "trace")["translator"]
+    assert not any(leaf.any() for leaf in jax.tree.leaves(momentum))
+    # The simulation does decay what is trained: the paraphraser, whose gradient is 0 only here.
+    norm = {name: optax.tree.norm(tree["paraphraser"]) for name, tree in
+            (("before", params), ("after", after))}  # fmt: skip
+    assert norm["after"] < 0.01 * norm["before"]
+    last = jax.device_get(run(31 * 781, start))[0]
+    assert optax.tree.norm(last["translator"]) < optax.tree.norm(params["translator"])
 
 
 def test_the_terms_are_weighted_and_reported():

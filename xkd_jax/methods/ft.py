@@ -99,7 +99,7 @@ class FT(Method):
 
     @override
     def moves(self, progress):
-        parts = {"paraphraser": progress < 0, "translator": True}
+        parts = {"paraphraser": progress < 0, "translator": progress >= 0}
         return {"student": progress >= 0, "method": parts}
 
     @override
