@@ -5,7 +5,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from tests.methods.cakd_reference import outputs, run_loss
+from tests.methods.cakd_reference import np_softmax, outputs, run_loss
+from tests.methods.outputs import cnn, swin
 from xkd_jax.errors import UserError
 from xkd_jax.methods import align, cakd
 from xkd_jax.methods.base import PairError
@@ -40,6 +41,42 @@ def test_teacher_block_changes_the_loss():
     _, before = run_loss(CAKD(teacher_block=-2), teacher, student)
     for name in ("attention", "value_relation", "tokens"):
         assert last[name] != before[name]
+
+
+def small_swin():
+    """Two blocks in a last stage that has one window."""
+    teacher, student = swin(0, sides=(16, 8, 4, 4)), cnn(1, sides=(16, 8, 4, 2))
+    return teacher | {f"block03_{m}": teacher[f"block04_{m}"] for m in ("query", "bias")}, student
+
+
+def test_a_swins_bias_is_part_of_the_teachers_attention_alone():
+    teacher, student = small_swin()
+    plain = teacher | {"bias": jnp.zeros_like(teacher["bias"])}
+    losses = [run_loss(CAKD(), out, student)[1] for out in (teacher, plain)]
+    assert losses[0].pop("attention") != losses[1].pop("attention")
+    assert losses[0]["value_relation"] == losses[1]["value_relation"]
+    taps, bias = cakd.teacher_taps(teacher, -1)[0], np.asarray(teacher["bias"], np.float64)
+    q, k, v = (np.float64(tap) for tap in taps)
+    weights = np_softmax(np.einsum("nhqd,nhkd->nhqk", q, k) / np.sqrt(q.shape[-1]) + bias)
+    expected = np.einsum("nhqk,nhkd->nhqd", weights, v)
+    np.testing.assert_allclose(cakd.attention(*taps, teacher["bias"]), expected, atol=1e-5)
+    to_bias = jax.grad(lambda b: run_loss(CAKD(), teacher | {"bias": b}, student)[0])
+    assert not to_bias(teacher["bias"]).any()
+
+
+def test_a_block_of_an_earlier_stage_is_refused():
+    teacher, student = small_swin()
+    for block in (-1, -2):
+        CAKD(teacher_block=block).check(teacher, student)
+    with pytest.raises(UserError, match=r"an earlier stage of this Swin.*; take -1 .* to -2"):
+        CAKD(teacher_block=-3).check(teacher, student)
+
+
+def test_a_swin_whose_last_map_is_padded_is_refused():
+    teacher, student = small_swin()
+    padded = {name: x for name, x in teacher.items() if not name.endswith("bias")}
+    with pytest.raises(PairError, match="pads its last map, 4x4, to whole windows"):
+        CAKD().check(padded, student)
 
 
 def test_teacher_taps_are_float32():
