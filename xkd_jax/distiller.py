@@ -268,6 +268,7 @@ def gradients(
             student.module, variables, student_view, train=True,
             mutable=["batch_stats"], rngs={"dropout": dropout_key},
         )  # fmt: skip
+        student_out = student_out | {"side": student_view.shape[1]}
         label = label_term(method, student_out, targets)
         term = method.loss(
             params["method"], state.method_state, teacher_out, student_out,
@@ -296,7 +297,12 @@ def create_teacher_fn(distiller: Distiller, variables: Any) -> Callable[[jax.Arr
     if getattr(teacher.module, "kind", "") == "transformer" and not sharding.is_replicated(layout):
         options["gather"] = sharding.BlockGather(variables["params"], layout["params"])
     gathered = sharding.gather(distiller.mesh, variables)
-    return lambda view: apply(teacher.module, gathered, view, train=False, **options)[1]
+
+    def teacher_fn(view: jax.Array) -> Outputs:
+        _, out = apply(teacher.module, gathered, view, train=False, **options)
+        return out | {"side": view.shape[1]}
+
+    return teacher_fn
 
 
 def create_views(

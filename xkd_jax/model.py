@@ -75,8 +75,11 @@ class Model:
 
     @functools.cached_property
     def output_shapes(self) -> Outputs:
-        """`out` for one image as `jax.ShapeDtypeStruct`; `grid` has its values."""
-        static = {}
+        """`out` for one image as `jax.ShapeDtypeStruct`; `grid` has its values.
+
+        So has `side`, the side of the images in pixels, which methods get in addition.
+        """
+        static: dict[str, Any] = {"side": self.image_size}
 
         def forward(key):
             images = jnp.zeros((1, self.image_size, self.image_size, 3))

@@ -14,7 +14,8 @@ from flax import linen as nn
 
 from xkd_jax.errors import UserError
 
-Outputs = dict[str, Any]  # a network's `out`: see the README's table of keys
+# A network's `out`, see the README's table of keys, and `side`, of its images in pixels.
+Outputs = dict[str, Any]
 Tree = Any  # a pytree of arrays
 
 
@@ -95,6 +96,14 @@ class Method:
           PairError: the method does not support this teacher or this student.
           UserError: an option has an invalid value.
         """
+
+    def describe(self, teacher_out: Outputs, student_out: Outputs) -> str:
+        """How the method applies to this pair, in one line for the user; "" if that is obvious.
+
+        The arguments are those of `check`, which has passed.
+        """
+        del teacher_out, student_out
+        return ""
 
     def init(
         self, key: jax.Array, teacher_out: Outputs, student_out: Outputs, labels: Any = ()

@@ -1,4 +1,4 @@
-"""Cross-architecture knowledge distillation: a Transformer teaches a CNN.
+"""Cross-architecture knowledge distillation: a Transformer teaches a CNN or a Transformer.
 
 Liu, Cao, Li, Hu, Ding, Li: Cross-Architecture Knowledge Distillation, ACCV 2022. All
 equations of the paper except the multi-view generator's (`xkd_jax/augment/multiview.py`) are here,
@@ -15,7 +15,7 @@ from typing_extensions import override
 
 from xkd_jax import backend
 from xkd_jax.errors import UserError, unknown
-from xkd_jax.methods.align import choose_stage, resize_map
+from xkd_jax.methods.align import level_grid, level_map, match_stage, resize_map
 from xkd_jax.methods.base import Method, Outputs, PairError, Tree, apply, weighted_sum
 
 TILE = 4  # each tile of 4x4 tokens shares one linear layer
@@ -262,7 +262,7 @@ class CAKD(Method):
             raise PairError(
                 "cakd taps a Transformer's query, key and value, but this teacher is a CNN"
             )
-        choose_stage(student_out, teacher_out["grid"], self.student_stage)
+        self._stage(teacher_out, student_out)
         if self.generator not in GENERATORS:
             raise unknown("generator loss", self.generator, GENERATORS)
         if self.adversary_clock not in ("step", "epoch"):
@@ -309,8 +309,26 @@ class CAKD(Method):
 
     def _student_map(self, teacher_out: Outputs, student_out: Outputs) -> jax.Array:
         """h_S on the teacher's grid, [N, h, w, C]."""
-        stage = choose_stage(student_out, teacher_out["grid"], self.student_stage)
-        return resize_map(student_out[stage].astype(jnp.float32), teacher_out["grid"])
+        stage, _ = self._stage(teacher_out, student_out)
+        return resize_map(level_map(student_out, stage, standardize=False), teacher_out["grid"])
+
+    def _stage(self, teacher_out: Outputs, student_out: Outputs) -> tuple[str, str]:
+        """Where the student is tapped, and why."""
+        sides = teacher_out.get("side", 0), student_out.get("side", 0)
+        return match_stage(student_out, teacher_out["grid"], self.student_stage, sides)
+
+    @override
+    def describe(self, teacher_out, student_out):
+        stage, why = self._stage(teacher_out, student_out)
+        of_student, of_teacher = (
+            "x".join(map(str, grid))
+            for grid in (level_grid(student_out, stage), teacher_out["grid"])
+        )
+        block = max(_block_numbers(teacher_out)) + 1 + self.teacher_block
+        return (
+            f"the student is tapped at {stage}, {of_student}, and the teacher at block {block}, "
+            f"{of_teacher} tokens: {why}"
+        )
 
     @override
     def init(self, key, teacher_out, student_out, labels=()):

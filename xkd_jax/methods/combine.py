@@ -49,6 +49,11 @@ class Sum(Method):
         for _, method in self.parts:
             method.check(teacher_out, student_out)
 
+    @override
+    def describe(self, teacher_out, student_out):
+        parts = (method.describe(teacher_out, student_out) for _, method in self.parts)
+        return "; ".join(part for part in parts if part)
+
     @property
     @override
     def first_phase(self) -> float:
