@@ -23,7 +23,8 @@ from xkd_jax.methods import check_pair, create_method
 from xkd_jax.methods.base import Method, Outputs, apply
 from xkd_jax.methods.label import label_term
 from xkd_jax.model import Model
-from xkd_jax.optim import accumulate, average, select
+from xkd_jax.models.layers import batch_statistics
+from xkd_jax.optim import accumulate, average, scale_parts, select
 from xkd_jax.reporting import nan_guard
 from xkd_jax.state import TrainState, create_state, student_variables
 
@@ -140,9 +141,10 @@ class Distiller:
     @property
     def optimizers(self) -> dict[str, optax.GradientTransformationExtraArgs]:
         """By part."""
+        of_method = self.method_optimizer or self.optimizer
         parts = {
             "student": self.optimizer,
-            "method": self.method_optimizer or self.optimizer,
+            "method": scale_parts(of_method, self.method.rates),
             "adversary": self.adversary_optimizer,
         }
         return {name: optax.with_extra_args_support(tx) for name, tx in parts.items()}
@@ -299,7 +301,13 @@ def create_teacher_fn(distiller: Distiller, variables: Any) -> Callable[[jax.Arr
     gathered = sharding.gather(distiller.mesh, variables)
 
     def teacher_fn(view: jax.Array) -> Outputs:
-        _, out = apply(teacher.module, gathered, view, train=False, **options)
+        if distiller.method.teacher_batch_stats:
+            with batch_statistics():
+                (_, out), _ = apply(
+                    teacher.module, gathered, view, train=False, mutable=["batch_stats"], **options
+                )
+        else:
+            _, out = apply(teacher.module, gathered, view, train=False, **options)
         return out | {"side": view.shape[1]}
 
     return teacher_fn

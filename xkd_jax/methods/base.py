@@ -61,6 +61,12 @@ class Method:
     # The original authors' ImageNet settings, where they differ from the defaults, which are their
     # CIFAR-100 settings.
     imagenet: ClassVar[Mapping[str, Any]] = {}
+    # Whether a CNN teacher's batch normalisation uses the batch's statistics, as in training; the
+    # running ones stay unchanged.
+    teacher_batch_stats = False
+    # What the learning rate of the method's parameters is multiplied by: a number, or a tree of
+    # numbers that is a prefix of the tree of the parameters.
+    rates: ClassVar[Any] = 1.0
     adversary_period = 0  # the adversary is updated when the clock is a multiple; 0: no adversary
     adversary_clock = "step"  # or "epoch": at every step of such an epoch
 

@@ -1,6 +1,7 @@
 """Several methods at once: `config.method.name = "cakd+logits"` adds their losses."""
 
 import dataclasses
+from typing import Any
 
 import jax
 from typing_extensions import override
@@ -26,6 +27,18 @@ class Sum(Method):
     def needs_teacher(self) -> bool:
         """Whether any part needs one."""
         return any(method.needs_teacher for _, method in self.parts)
+
+    @property
+    @override
+    def teacher_batch_stats(self) -> bool:
+        """Whether any part needs them; all parts see the same outputs of the teacher."""
+        return any(method.teacher_batch_stats for _, method in self.parts)
+
+    @property
+    @override
+    def rates(self) -> Any:
+        """The parts' by name."""
+        return {name: method.rates for name, method in self.parts}
 
     @property
     @override
