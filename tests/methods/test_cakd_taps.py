@@ -1,18 +1,24 @@
 """Where CAKD taps the two networks, and the networks and options that it refuses."""
 
+import dataclasses
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from typing_extensions import override
 
 from tests.methods.cakd_reference import method_params, np_softmax, outputs, run_loss
 from tests.methods.outputs import cnn, reached, swin, vit
+from xkd_jax.distiller import Distiller, train_step
 from xkd_jax.errors import UserError
 from xkd_jax.methods import METHODS, align, cakd, create_method
-from xkd_jax.methods.base import PairError
+from xkd_jax.methods.base import Method, PairError
 from xkd_jax.methods.cakd import CAKD
 from xkd_jax.methods.cakd_release import CAKDRelease
 from xkd_jax.model import create_model
+from xkd_jax.optim import create_optimizer
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 
@@ -136,7 +142,30 @@ def test_the_method_says_which_stage_it_chose():
     assert METHODS["logits"].describe(teacher, student) == ""
 
 
-def test_a_384_pixel_teacher_meets_stage3_in_the_training_step():
+def test_the_training_step_tells_methods_the_sides_of_the_images():
+    seen = []
+
+    @dataclasses.dataclass(frozen=True)
+    class Sides(Method):
+        needs_teacher = True
+
+        @override
+        def loss(self, params, state, teacher_out, student_out, *rest):
+            seen.append((teacher_out["side"], student_out["side"]))
+            return super().loss(params, state, teacher_out, student_out, *rest)
+
+    args = {"img_size": 48, "embed_dim": 4, "depth": 1, "num_heads": 1}
+    teacher = create_model("vit_tiny_patch16_224", num_classes=3, **args)
+    student = create_model("resnet8", num_classes=3, image_size=32)
+    teacher = dataclasses.replace(teacher, variables=teacher.shapes)
+    distiller = Distiller(teacher, student, Sides(), create_optimizer({}, lambda step: 0.1))
+    batch = {"image": jnp.zeros((2, 40, 40, 3)), "label": jnp.zeros(2, int), "index": jnp.arange(2)}
+    step = functools.partial(train_step, distiller)
+    jax.eval_shape(step, distiller.state_shapes, teacher.shapes, batch)
+    assert set(seen) == {(48, 32)}
+
+
+def test_a_384_pixel_teacher_meets_stage3():
     """Teacher and student of other image sizes, by the real networks' shapes."""
     teacher = create_model("vit_base_patch16_384", num_classes=3, depth=1)
     student = create_model("resnet18", num_classes=3, image_size=224)
