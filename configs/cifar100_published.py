@@ -14,6 +14,8 @@ Commands, teacher first:
     --workdir runs/resnet56
   python -m xkd_jax.main --config configs/cifar100_published.py:resnet20 --config.data.dir=DIR \
     --config.teacher.weights=runs/resnet56/student.safetensors --workdir runs/resnet20
+`:resnet20-crd_logits` and `:resnet8x4-crd_logits` run the combination of the CRD paper, with its
+weights: 1 for the labels, 1 for `logits` and 0.8 for `crd`.
 """
 
 from xkd_jax.config import Config, default_config
@@ -21,6 +23,7 @@ from xkd_jax.configs import common
 
 TEACHERS = ("resnet56", "resnet32x4", "short_teacher")
 STUDENTS = ("resnet20", "resnet8x4", "short", "smoke")
+COMBINED = ("resnet20-crd_logits", "resnet8x4-crd_logits")
 METHODS = (
     "none", "logits", "fitnet", "at", "irg", "rkd", "crd", "ofd", "review", "london", "afd", "ab",
     "ft",
@@ -28,8 +31,8 @@ METHODS = (
 
 
 def get_config(variant: str = "") -> Config:
-    common.check_variant(variant, TEACHERS + STUDENTS)
-    variant = variant or "resnet20"
+    common.check_variant(variant, TEACHERS + STUDENTS + COMBINED)
+    variant, _, combined = (variant or "resnet20").partition("-")
     config = default_config()
     config.epochs = 240
     config.data.name = "tfds:cifar100"
@@ -42,6 +45,9 @@ def get_config(variant: str = "") -> Config:
         config.compare = METHODS
         config.teacher.weights = "teacher.safetensors"
         config.method.review.weight = 5.0 if variant == "resnet8x4" else 0.6
+    if combined:
+        config.compare = ("none", "crd+logits")
+        config.method.logits.update(label_weight=1.0, weight=1.0)
     if variant.startswith("short"):
         config.epochs = 4 if variant in TEACHERS else 5
         config.schedule.name = "cosine"

@@ -8,6 +8,8 @@ Cost: 20 epochs at 224 x 224. `:smoke` takes about a minute on two CPU cores.
 Command:
   python -m xkd_jax.main --config configs/spoof.py --config.data.name=leaf:FOLDER \
     --config.teacher.weights=runs/spoof_teacher/student.safetensors --workdir runs/spoof
+The pairs of the paper's Table 4 are variants: `:vit_l16-resnet18`, `:vit_l16-inception_v3` and
+`:vit_l16-resnext26`, each with a ViT-L/16 at 384 pixels as the teacher.
 """
 
 from xkd_jax.config import Config, default_config
@@ -15,7 +17,7 @@ from xkd_jax.configs import common
 
 
 def get_config(variant: str = "") -> Config:
-    common.check_variant(variant, ("smoke",))
+    common.check_variant(variant, ("smoke", *common.TABLE_4))
     config = default_config()
     config.epochs = 20
     config.batch_size = 64
@@ -33,6 +35,8 @@ def get_config(variant: str = "") -> Config:
     config.schedule.name = "cosine"
     config.schedule.warmup_epochs = 1.0
     config.views.mask_patch = 16
+    if variant in common.TABLE_4:
+        common.paper_pair(config, variant)
     if variant == "smoke":
         common.smoke(config, epochs=2, batch_size=8, image_size=64, log_every=1)
         sizes = {"embed_dim": 24, "depths": (1, 1, 1, 1), "num_heads": (1, 2, 4, 8)}

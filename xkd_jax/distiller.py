@@ -23,7 +23,7 @@ from xkd_jax.methods import check_pair, create_method
 from xkd_jax.methods.base import Method, Outputs, apply
 from xkd_jax.methods.label import label_term
 from xkd_jax.model import Model
-from xkd_jax.optim import accumulate, average, select
+from xkd_jax.optim import accumulate, average, scale_parts, select
 from xkd_jax.reporting import nan_guard
 from xkd_jax.state import TrainState, create_state, student_variables
 
@@ -143,9 +143,10 @@ class Distiller:
     @property
     def optimizers(self) -> dict[str, optax.GradientTransformationExtraArgs]:
         """The optimizers of "student", "method" and "adversary"."""
+        of_method = self.method_optimizer or self.optimizer
         parts = {
             "student": self.optimizer,
-            "method": self.method_optimizer or self.optimizer,
+            "method": scale_parts(of_method, self.method.rates),
             "adversary": self.adversary_optimizer,
         }
         return {name: optax.with_extra_args_support(tx) for name, tx in parts.items()}
@@ -270,6 +271,7 @@ def gradients(
             student.module, variables, student_view, train=True,
             mutable=["batch_stats"], rngs={"dropout": dropout_key},
         )  # fmt: skip
+        student_out = student_out | {"side": student_view.shape[1]}
         label = label_term(method, student_out, targets)
         term = method.loss(
             params["method"], state.method_state, teacher_out, student_out,
@@ -298,7 +300,13 @@ def create_teacher_fn(distiller: Distiller, variables: Any) -> Callable[[jax.Arr
     if getattr(teacher.module, "kind", "") == "transformer" and not sharding.is_replicated(layout):
         options["gather"] = sharding.BlockGather(variables["params"], layout["params"])
     gathered = sharding.gather(distiller.mesh, variables)
-    return lambda view: teacher.forward(gathered, view, **options)[1]
+    use_batch = distiller.method.teacher_batch_stats
+
+    def teacher_fn(view: jax.Array) -> Outputs:
+        _, out = teacher.forward(gathered, view, batch_statistics=use_batch, **options)
+        return out | {"side": view.shape[1]}
+
+    return teacher_fn
 
 
 def create_views(

@@ -13,6 +13,7 @@ from xkd_jax import models, weights
 from xkd_jax.augment import ops
 from xkd_jax.errors import UserError, unknown
 from xkd_jax.methods.base import Outputs, apply
+from xkd_jax.models import layers
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -65,9 +66,24 @@ class Model:
         """Resizes and normalises float32 images [N, H, W, 3] in [0, 1] for the network."""
         return ops.normalize(ops.resize(images, self.image_size), self.mean, self.std)
 
-    def forward(self, variables: Any, images: jax.Array, **options: Any) -> tuple[Any, Outputs]:
-        """Inference on preprocessed images: the logits and `out`, in `class_order`."""
-        logits, out = apply(self.module, variables, images, train=False, **options)
+    def forward(
+        self, variables: Any, images: jax.Array, *, batch_statistics: bool = False, **options: Any
+    ) -> tuple[jax.Array, Outputs]:
+        """Inference on preprocessed images: the logits and `out`, in `class_order`.
+
+        Args:
+          variables: the module's.
+          images: from `preprocess`.
+          batch_statistics: whether BatchNorm uses the batch's statistics.
+          **options: further arguments of the module.
+        """
+        if batch_statistics:
+            with layers.batch_statistics():
+                (logits, out), _ = apply(
+                    self.module, variables, images, train=False, mutable=["batch_stats"], **options
+                )
+        else:
+            logits, out = apply(self.module, variables, images, train=False, **options)
         if not self.class_order:
             return logits, out
         order = jnp.asarray(self.class_order)
@@ -85,8 +101,11 @@ class Model:
 
     @functools.cached_property
     def output_shapes(self) -> Outputs:
-        """`out` for one image as `jax.ShapeDtypeStruct`s; `grid` keeps its values."""
-        static = {}
+        """`out` for one image as `jax.ShapeDtypeStruct`s; `grid` keeps its values.
+
+        So does `side`, the side of the images in pixels, which methods get in addition.
+        """
+        static: dict[str, Any] = {"side": self.image_size}
 
         def forward(key):
             images = jnp.zeros((1, self.image_size, self.image_size, 3))

@@ -221,6 +221,20 @@ def _scale_by_learning_rate(
     return optax.GradientTransformationExtraArgs(optax.init_empty_state, update)
 
 
+def scale_parts(
+    optimizer: optax.GradientTransformation, rates: Any
+) -> optax.GradientTransformation:
+    """`optimizer` with its updates multiplied by `rates`, a prefix of the tree of parameters."""
+    if all(rate == 1 for rate in jax.tree.leaves(rates)):
+        return optimizer
+
+    def scale(updates: Any, params: Any) -> Any:
+        del params
+        return jax.tree.map(lambda u, rate: rate * u, updates, jax.tree.broadcast(rates, updates))
+
+    return optax.chain(optimizer, optax.stateless(scale))
+
+
 def select(moves: Any, new: Any, old: Any, params: Any) -> Any:
     """`new`, except that frozen leaves keep their `old` value.
 

@@ -24,6 +24,8 @@ def vit(seed, n=4, side=4, width=8, depth=3, heads=2, classes=5, distilled=False
     """Patch tokens on a square grid, a class token and, if `distilled`, a distillation token."""
     t, head = side * side, (n, heads, side * side, width // heads)
     shapes = {"tokens": (n, t, width), "cls": (n, width), "pooled": (n, width)}
+    prefix = (n, heads, 1 + distilled, width // heads)
+    shapes |= {f"prefix_{name}": prefix for name in ("query", "key", "value")}
     shapes |= {f"block{i:02d}": (n, t, width) for i in range(1, depth + 1)}
     for name in ("query", "key", "value"):
         shapes |= {f"block{i:02d}_{name}": head for i in range(1, depth + 1)}
@@ -46,7 +48,9 @@ def swin(seed, n=4, sides=(8, 4, 2, 1), widths=(4, 8, 16, 32), heads=2, classes=
     out = _draw(seed, shapes | {"pooled": (n, widths[-1]), "logits": (n, classes)})
     for i, side in enumerate(sides, start=1):
         out[f"stage{i}"] = out[f"block{i:02d}"].reshape(n, side, side, -1)
+    bias = _draw(seed + 1, {"block04_bias": (1, heads, sides[-1] ** 2, sides[-1] ** 2)})
     last = {name: out[f"block04_{name}"] for name in ("query", "key", "value")}
+    last |= bias | {"bias": bias["block04_bias"]}
     return out | last | {"grid": (sides[-1], sides[-1])}
 
 

@@ -41,9 +41,9 @@ def record_attention(monkeypatch):
     """The Q, K and V of each call of `attention`: first the teacher's, then the mixed ones."""
     calls, attention = [], cakd.attention
 
-    def recorder(*args):
+    def recorder(*args, bias=0.0):
         calls.append(tuple(np.asarray(a) for a in args))
-        return attention(*args)
+        return attention(*args, bias=bias)
 
     monkeypatch.setattr(cakd, "attention", recorder)
     return calls

@@ -47,7 +47,7 @@ def outputs():
         "block01": normal(2, tokens, WIDTH),
     }
     student = {"pooled": normal(2, 9), "logits": normal(2, 5, seed=1)}
-    student |= {"stage2": normal(2, 6, 10, 8), "stage3": normal(2, *GRID, 7)}
+    student |= {"stage2": normal(2, 6, 10, 8), "stage3": normal(2, *GRID, 32)}
     return {"grid": GRID} | teacher, student
 
 
@@ -76,9 +76,10 @@ def dense(params, x):
 
 
 def linear_heads(params, features):
-    """One linear layer, [N, h, w, C] -> Q, K, V [N, 16, T, 2]; its channels are Q | K | V."""
+    """One linear layer without bias, [N, h, w, C] -> Q, K, V [N, 16, T, 2]: channels Q | K | V."""
     n, h, w, c = features.shape
-    projected = dense({"params": params["params"]["Dense_0"]}, features.reshape(n, h * w, c))
+    assert params["params"]["Dense_0"].keys() == {"kernel"}
+    projected = np.float64(features.reshape(n, h * w, c)) @ params["params"]["Dense_0"]["kernel"]
     width = projected.shape[-1] // 3
     return [
         np.stack([projected[..., m * width + 2 * i : m * width + 2 * i + 2] for i in range(16)], 1)
@@ -105,22 +106,25 @@ def same_conv4x4(x, params, stride):
     for i, j in np.ndindex(out_h, out_w):
         patch = x[:, i * stride : i * stride + 4, j * stride : j * stride + 4]
         out[:, i, j] = np.einsum("nabc,abcf->nf", patch, np.float64(params["kernel"]))
-    return out + params["bias"]
+    return out + params.get("bias", 0)
 
 
 def patch_gan(adversary, scores):
-    x = np.float64(scores)[..., None]
-    for i in range(3):
-        x = same_conv4x4(x, adversary["params"][f"Conv_{i}"], 2)
+    x, params = np.float64(scores)[..., None], adversary["params"]
+    for i, stride in enumerate((2, 2, 2, 1)):
+        x = same_conv4x4(x, params[f"Conv_{i}"], stride)
+        if i:
+            x = (x - x.mean((0, 1, 2))) / np.sqrt(x.var((0, 1, 2)) + 1e-5)
+            x = x * params[f"scale_{i}"] + params[f"bias_{i}"]
         x = np.where(x > 0, x, 0.2 * x)
-    return same_conv4x4(x, adversary["params"]["Conv_3"], 1).mean((1, 2, 3))
+    return same_conv4x4(x, params["Conv_4"], 1).mean((1, 2, 3))
 
 
 def test_terms_are_the_released_codes():
     teacher, student = outputs()
     params, adversary = all_params(CAKDRelease())
     q, k, v = linear_heads(params["pca"], student["stage3"])
-    assert params["gl"]["params"]["kernel"].shape == (2, 7, WIDTH)
+    assert params["gl"]["params"]["kernel"].shape == (2, 32, WIDTH)
     kernel, bias = (params["gl"]["params"][name] for name in ("kernel", "bias"))
     tokens = np.stack(
         [
@@ -146,34 +150,46 @@ def test_terms_are_the_released_codes():
     assert metrics.keys() == expected.keys() | {f"{name}_weighted" for name in expected}
     for name, value in expected.items():
         np.testing.assert_allclose(metrics[name], value, rtol=1e-4, err_msg=name)
-    total = sum(value for name, value in expected.items() if name != "generator")
-    np.testing.assert_allclose(loss, total + 0.1 * expected["generator"], rtol=1e-5)
+    weights = {"attention": 0.2, "value_relation": 0.05, "tokens": 0.05}
+    total = sum(weights.get(name, 1.0) * value for name, value in expected.items())
+    np.testing.assert_allclose(loss, 0.1 * total, rtol=1e-4)  # (30 - 25) / 50
 
 
 def test_weights_are_options():
     weights = ("attention", "value", "token", "logit", "class_token")
     names = ("attention", "value_relation", "tokens", "logits_mse", "class_token")
     options = {f"{name}_weight": 0.5 * i for i, name in enumerate(weights)}
-    loss, metrics = run_loss(CAKDRelease(**options))
+    options |= {"adversarial_weight": 0.0, "ramp_start": 3.0, "ramp_epochs": 4.0, "ramp_limit": 0.5}
+    loss, metrics = run_loss(CAKDRelease(**options), progress=4.9)
     for i, name in enumerate(names):
-        np.testing.assert_allclose(metrics[f"{name}_weighted"], 0.5 * i * metrics[name], rtol=1e-6)
+        expected = 0.25 * 0.5 * i * metrics[name]
+        np.testing.assert_allclose(metrics[f"{name}_weighted"], expected, rtol=1e-6)
     np.testing.assert_allclose(loss, sum(metrics[f"{n}_weighted"] for n in names), rtol=1e-6)
 
 
 @pytest.mark.parametrize(
-    ("progress", "weight"), [(0, 0), (24, 0), (30, 0.1), (32.5, 0.15), (36, 0.2), (200, 0.2)]
+    ("progress", "factor"), [(0, 0), (25.9, 0), (30, 0.1), (32.5, 0.14), (36, 0.2), (200, 0.2)]
 )
-def test_lambda_grows_from_epoch_25_to_35(progress, weight):
-    _, metrics = run_loss(CAKDRelease(), progress)
-    np.testing.assert_allclose(
-        metrics["generator_weighted"], weight * metrics["generator"], rtol=1e-5
-    )
+def test_the_ramp_is_a_factor_of_every_term(progress, factor):
+    """min(max(epoch - 25, 0) / 50, 0.2), as in the released code's line, of whole epochs."""
+    method = CAKDRelease()
+    loss, metrics = run_loss(method, progress)
+    weights = {
+        "attention": 0.2, "value_relation": 0.05, "tokens": 0.05, "logits_mse": 1.0,
+        "class_token": 1.0, "generator": 1.0,
+    }  # fmt: skip
+    for name, weight in weights.items():
+        expected = factor * weight * metrics[name]
+        np.testing.assert_allclose(metrics[f"{name}_weighted"], expected, rtol=1e-5)
+    total = sum(weight * metrics[name] for name, weight in weights.items())
+    np.testing.assert_allclose(loss, factor * total, rtol=1e-5)
+    assert method.label_weight == 1  # of the cross-entropy beside it, whatever the ramp
 
 
-def test_a_ramp_that_ends_before_it_starts_is_refused():
+def test_a_ramp_without_length_is_refused():
     CAKDRelease().check(*outputs())
-    with pytest.raises(UserError, match=r"ramp_end=25\.0 must be a later epoch"):
-        CAKDRelease(ramp_end=25.0).check(*outputs())
+    with pytest.raises(UserError, match=r"ramp_epochs=0\.0 must be above 0"):
+        CAKDRelease(ramp_epochs=0.0).check(*outputs())
 
 
 def test_a_teacher_without_class_token_gives_its_pooled_features():
@@ -197,19 +213,20 @@ def test_patch_gan_halves_the_map_three_times():
         jax.random.key(0),
     )
     assert logits.shape == (2,)
-    channels = [1, 32, 64, 128, 1]
-    for i, side in enumerate((25, 13, 7, 7)):
+    channels = [1, 8, 16, 32, 64, 1]
+    for i, side in enumerate((25, 13, 7, 7, 7)):
         assert params[f"Conv_{i}"]["kernel"].shape == (4, 4, channels[i], channels[i + 1])
         (out,) = state["intermediates"][f"Conv_{i}"]["__call__"]
         assert out.shape == (2, side, side, channels[i + 1])
 
 
-def test_linear_projector_rounds_the_head_width_up():
+@pytest.mark.parametrize(("channels", "width"), [(1024, 64), (40, 2), (7, 1)])
+def test_linear_projector_has_16_heads_of_a_sixteenth_of_the_channels(channels, width):
     shapes = jax.eval_shape(
-        lambda k: LinearProjector(40).init_with_output(k, jnp.zeros((2, 3, 5, 7)))[0],
+        lambda k: LinearProjector().init_with_output(k, jnp.zeros((2, 3, 5, channels)))[0],
         jax.random.key(0),
     )
-    assert [x.shape for x in shapes] == [(2, 16, 15, 3)] * 3
+    assert [x.shape for x in shapes] == [(2, 16, 15, width)] * 3
 
 
 def test_the_adversary_judges_score_maps():
@@ -218,16 +235,27 @@ def test_the_adversary_judges_score_maps():
     q, k, _ = linear_heads(params["pca"], student["stage3"])
     real = patch_gan(adversary, mean_scores(teacher["query"], teacher["key"]))
     fake = patch_gan(adversary, mean_scores(q, k))
-    expected = np.mean(np.log1p(np.exp(-real)) + np.log1p(np.exp(fake)))
+    expected = np.mean(np.log1p(np.exp(-real)) + np.log1p(np.exp(fake))) / 2
     judged = full_loss(CAKDRelease()).judged
-    loss, _ = CAKDRelease().adversary_loss(adversary, judged)
-    np.testing.assert_allclose(loss, expected, rtol=1e-5)
+    loss, metrics = CAKDRelease().adversary_loss(adversary, judged)
+    np.testing.assert_allclose(loss, expected, rtol=1e-4)
+    assert metrics["discriminator_accuracy"] == (np.mean(real > 0) + np.mean(fake < 0)) / 2
+
+    def gradient(of_teacher):
+        loss = lambda a: CAKDRelease().adversary_loss(a, (of_teacher, judged[1]))[0]  # noqa: E731
+        return jax.tree.leaves(jax.grad(loss)(adversary))
+
+    # The teacher's half is detached: other maps of the teacher give the same gradient.
+    for one, other in zip(gradient(judged[0]), gradient(2 * judged[0]), strict=True):
+        np.testing.assert_array_equal(one, other)
+        assert one.any() or one.shape[-1] > 1
 
 
 def test_it_trains():
     config = default_config()
     config.batch_size = 16
     config.method.name = "cakd_release"
+    config.method.cakd_release.update(ramp_start=-50.0, ramp_limit=1.0)  # all terms from the start
     config.data.update(name="fashion_mnist_mini", train="train[:64]", eval="validation[:64]")
     config.student.args = {"layers": (1, 1, 1, 1), "width": 0.125, "stem": "cifar"}
     config.teacher.update(model="vit_tiny_patch16_224", weights="random")
@@ -236,9 +264,9 @@ def test_it_trains():
         "class_token": False, "global_pool": "avg",
     }  # fmt: skip
     config.augment.update(crop_padding=0, flip=False)
-    config.optimizer.learning_rate = 0.02
+    config.optimizer.learning_rate = 0.05
     experiment = create_experiment(config)
-    assert experiment.distiller.method == CAKDRelease()
+    assert experiment.distiller.method == CAKDRelease(ramp_start=-50.0, ramp_limit=1.0)
     assert experiment.distiller.teacher is not None
     states, losses = (trained := run(experiment, 12)).states, []
     for metrics, (before, after) in zip(trained.metrics, itertools.pairwise(states), strict=True):
@@ -250,5 +278,5 @@ def test_it_trains():
             strict=True,
         ):
             assert not np.array_equal(old, new)
-    assert metrics["generator_weighted"] == 0 < metrics["generator"]
+    assert metrics["generator_weighted"] == metrics["generator"] > 0
     assert np.mean(losses[-4:]) < 0.95 * np.mean(losses[:4])

@@ -1,12 +1,17 @@
 """Factor transfer, against NumPy in float64."""
 
 import jax
+import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 
+from tests.experiments import tiny_experiment
 from tests.methods.outputs import cnn, gradient_fn, init, reached, teacher_cnn, vit
 from xkd_jax.errors import UserError
+from xkd_jax.methods import create_method
 from xkd_jax.methods.ft import FT, Paraphraser, factor_distance
+from xkd_jax.optim import create_optimizer, select
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 
@@ -53,30 +58,30 @@ def test_the_finer_grid_is_averaged_and_the_scale_does_not_matter():
     np.testing.assert_allclose(factor_distance(3 * fine, fine, "energy", 1), 0, atol=1e-7)
 
 
-def conv_norm_leaky(x, params):
-    """A 3x3 convolution padded with zeros, batch statistics and a leaky ReLU."""
-    kernel, x = np.float64(params["conv"]["kernel"]), np.float64(x)
+def conv_leaky(x, params):
+    """A 3x3 convolution padded with zeros, its bias and a leaky ReLU."""
+    kernel, x = np.float64(params["kernel"]), np.float64(x)
     n, h, w, _ = x.shape
     padded = np.pad(x, ((0, 0), (1, 1), (1, 1), (0, 0)))
     y = np.zeros((n, h, w, kernel.shape[-1]))
     for i in range(3):
         for j in range(3):
             y += padded[:, i : i + h, j : j + w] @ kernel[i, j]
-    y = (y - y.mean((0, 1, 2))) / np.sqrt(y.var((0, 1, 2)) + 1e-5)
-    y = y * np.float64(params["scale"]) + np.float64(params["bias"])
+    y += np.float64(params["bias"])
     return np.where(y > 0, y, 0.1 * y)
 
 
 def test_the_paraphraser_is_an_auto_encoder_of_three_and_three_convolutions():
     x, module = factors(0, width=4), Paraphraser(2)
     variables = jax.jit(module.init)(jax.random.key(0), x)
+    variables = jax.tree.map(lambda leaf: leaf + 0.1, variables)  # biases too
     found, reconstruction = jax.jit(module.apply)(variables, x)
     stages = [variables["params"][part] for part in ("encoder", "decoder")]
     assert [len(stage) for stage in stages] == [3, 3]
     expected = []
     for stage in stages:
         for i in range(3):
-            x = conv_norm_leaky(x, stage[f"ConvNorm_{i}"])
+            x = conv_leaky(x, stage[f"Conv_{i}"])
         expected.append(x)
     assert found.shape == (3, 4, 4, 2)
     np.testing.assert_allclose(found, expected[0], atol=1e-4)
@@ -109,9 +114,53 @@ def test_first_the_paraphraser_learns_and_then_the_student(trained):
 
 def test_each_phase_freezes_the_other_phases_parts():
     first, then = (FT().moves(np.float32(progress)) for progress in (-0.1, 0))
-    assert first == {"student": False, "method": {"paraphraser": True, "translator": True}}
+    assert first == {"student": False, "method": {"paraphraser": True, "translator": False}}
     assert then == {"student": True, "method": {"paraphraser": False, "translator": True}}
     assert FT(first_epochs=7).first_phase == 7
+
+
+def test_the_translator_outlasts_the_published_first_phase():
+    """30 epochs of 781 steps: weight decay alone would shrink its norm by a factor of 350."""
+    method, outs = FT(), PAIRS["CNN to CNN"]()
+    params = init(method, *outs)[0]
+    options = {"name": "sgd", "learning_rate": 0.05, "weight_decay": 5e-4}
+    optimizer = create_optimizer(options, lambda step: 0.05)
+    zeros = jax.tree.map(jnp.zeros_like, params)
+
+    def step(i, state):
+        old, old_trace = state
+        moves = method.moves(i / 781 - method.first_phase)["method"]
+        updates, trace = optimizer.update(zeros, old_trace, old, step=i)
+        new = optax.apply_updates(old, updates)
+        return select(moves, new, old, old), select(moves, trace, old_trace, old)
+
+    run = jax.jit(lambda n, state: jax.lax.fori_loop(0, n, step, state))
+    start = params, optimizer.init(params)
+    after, trace = jax.device_get(run(30 * 781, start))
+    jax.tree.map(np.testing.assert_array_equal, after["translator"], params["translator"])
+    momentum = optax.tree.get(trace, "trace")["translator"]
+    assert not any(leaf.any() for leaf in jax.tree.leaves(momentum))
+    # The simulation does decay what is trained: the paraphraser, whose gradient is 0 only here.
+    norm = {name: optax.tree.norm(tree["paraphraser"]) for name, tree in
+            (("before", params), ("after", after))}  # fmt: skip
+    assert norm["after"] < 0.01 * norm["before"]
+    last = jax.device_get(run(31 * 781, start))[0]
+    assert optax.tree.norm(last["translator"]) < optax.tree.norm(params["translator"])
+
+
+def test_the_paraphraser_has_a_learning_rate_of_its_own():
+    """In the optimizer that the training step uses; momentum doesn't see the factor."""
+    distiller = tiny_experiment("ft").distiller
+    assert distiller.method.rates == {"paraphraser": 0.2, "translator": 1.0}
+    optimizer = distiller.optimizers["method"]
+    params = {"paraphraser": {"a": jnp.ones(2)}, "translator": jnp.ones(3)}
+    updates, state = optimizer.update(params, optimizer.init(params), params, step=0)
+    np.testing.assert_allclose(updates["translator"], -0.05 * 1.0001, rtol=1e-5)
+    np.testing.assert_allclose(updates["paraphraser"]["a"], -0.01 * 1.0001, rtol=1e-5)
+    momentum = jax.tree.leaves(optax.tree.get(state, "trace"))
+    np.testing.assert_allclose(np.concatenate(momentum), 1.0001, rtol=1e-6)
+    both = create_method("logits+ft", {})
+    assert both.rates == {"logits": 1.0, "ft": FT().rates}
 
 
 def test_the_terms_are_weighted_and_reported():
@@ -131,6 +180,7 @@ def test_the_terms_are_weighted_and_reported():
     [
         ({"variant": "factors"}, "variant of ft 'factors'; did you mean factor"),
         ({"p": 3}, "p=3 must be 1 or 2"),
+        ({"paraphraser_rate": 0.0}, r"paraphraser_rate=0\.0 must be above 0"),
         ({"k": 0.0}, r"k=0\.0 must be above 0"),
         ({"first_epochs": 0}, "first_epochs=0 must be at least 1"),
     ],

@@ -52,7 +52,7 @@ def test_methods_compare_by_value():
 
 PAIRS = {
     ("cakd", "CNN", "CNN"): "cakd taps a Transformer's query, key and value, but this teacher",
-    ("cakd", "ViT", "ViT"): "cakd taps the stages of a CNN student, but this student has none",
+    ("cakd_release", "ViT", "ViT"): "stage3 of the student .*, but this student has no stages",
     ("deit", "ViT", "CNN"): "deit trains a distillation token, but this student has none",
     ("minilm", "CNN", "ViT"): "minilm compares the attention of two Transformers, but this teacher",
     ("minilm", "Swin", "ViT"): "minilm compares token by token, but the teacher's grid is 1x1",
@@ -86,7 +86,10 @@ def test_a_refusal_names_methods_that_support_the_pair(name, teacher, student):
                 check_pair(METHODS[other], *outs)
 
 
-@pytest.mark.parametrize(("teacher", "student"), [("ViT", "CNN"), ("CNN", "CNN"), ("Swin", "CNN")])
+@pytest.mark.parametrize(
+    ("teacher", "student"),
+    [("ViT", "CNN"), ("CNN", "CNN"), ("Swin", "CNN"), ("ViT", "ViT"), ("ViT", "Swin")],
+)
 def test_pairs_that_fit_pass(teacher, student):
     outs = shapes(teacher, 0), shapes(student, 1)
     for name in ("logits", "afd", "at", "logits+afd", *["cakd"] * (teacher != "CNN")):

@@ -18,7 +18,7 @@ DISTILLING = [name for name, method in METHODS.items() if method.needs_teacher]
 REFUSED = {
     "deit": {"ViT to ResNet", "Swin to MobileNetV2", "ResNet to ResNet"},
     "minilm": {"ViT to ResNet", "Swin to MobileNetV2", "ResNet to ResNet"},
-    "cakd": {"ResNet to ResNet", "ViT to ViT"},
+    "cakd": {"ResNet to ResNet"},
     "cakd_release": {"ResNet to ResNet", "ViT to ViT"},
 }
 

@@ -44,11 +44,19 @@ def divergence(student, teacher):
     return sum(p * np.log(p / q) for p, q in zip(t.ravel(), s.ravel(), strict=True)) / len(s)
 
 
+def all_tokens(out, name):
+    """Of a ViT: the class token and the patches."""
+    return np.concatenate([out[f"prefix_{name}"][:, :, :1], out[name]], axis=2)
+
+
 def expected(student, teacher, names, heads):
     """One term: the mean over images and heads."""
     found = []
     for image in range(len(student["query"])):
-        taps = [[split(out[name][image], heads) for name in names] for out in (student, teacher)]
+        taps = [
+            [split(all_tokens(out, name)[image], heads) for name in names]
+            for out in (student, teacher)
+        ]
         for head in range(heads):
             found.append(divergence(*[[tap[head] for tap in pair] for pair in taps]))
     return np.mean(found)
@@ -85,6 +93,29 @@ def test_relation_heads_are_split_from_the_joined_heads():
     np.testing.assert_array_equal(regroup(jnp.asarray(x), 3), x)
 
 
+def test_the_class_token_counts_if_both_have_one_and_the_distillation_token_does_not():
+    method, teacher, student = MiniLM(), vit(0), vit(1, distilled=True)
+
+    def terms(teacher, student):
+        args = {}, {}, teacher, student, {}, jax.random.key(0), jnp.zeros(())
+        return method.loss(*args).metrics
+
+    whole = terms(teacher, student)
+    other = {f"prefix_{m}": student[f"prefix_{m}"].at[:, :, 1].add(1.0) for m in ("query", "key")}
+    assert terms(teacher, student | other) == whole
+    bare = {name: x for name, x in teacher.items() if not name.startswith("prefix_")}
+    assert terms(bare, student)["minilm_value"] != whole["minilm_value"]
+
+
+def test_attention_includes_a_swins_position_bias():
+    teacher, student = PAIRS["v1, Swin"]()
+    args = {}, jax.random.key(0), jnp.zeros(())
+    plain = teacher | {"bias": jnp.zeros_like(teacher["bias"])}
+    (one, other) = (MiniLM().loss({}, {}, out, student, *args).metrics for out in (teacher, plain))
+    assert one["minilm_attention"] != other["minilm_attention"]
+    assert one["minilm_value"] == other["minilm_value"]
+
+
 @pytest.mark.parametrize("name", PAIRS)
 def test_every_pair_of_transformers_learns(name):
     method, *outs = method_and_pair(name)
@@ -92,7 +123,12 @@ def test_every_pair_of_transformers_learns(name):
     gradient = gradient_fn(method, *outs)
     loss, (_, teacher, student) = jax.device_get(gradient({}, *outs))
     assert reached(teacher) == set()
-    assert reached(student) == {"query", "key", "value"}
+    names = {"query", "key", "value"}
+    if "Swin" not in name:
+        names |= {f"prefix_{tap}" for tap in names}
+    elif name == "v1, Swin":
+        assert "bias" in outs[0]
+    assert reached(student) == names
     stepped = outs[1] | {k: np.asarray(outs[1][k]) - 0.1 * student[k] for k in reached(student)}
     assert gradient({}, outs[0], stepped)[0] < loss
 
@@ -101,7 +137,8 @@ def test_queries_scaled_against_keys_are_the_same_attention():
     method, teacher, student = method_and_pair("v1")
     args = {}, jax.random.key(0), jnp.zeros(())
     term = method.loss({}, {}, teacher, student, *args).metrics["minilm_attention"]
-    student |= {"query": 4 * student["query"], "key": student["key"] / 4}
+    student |= {f"{kind}query": 4 * student[f"{kind}query"] for kind in ("", "prefix_")}
+    student |= {f"{kind}key": student[f"{kind}key"] / 4 for kind in ("", "prefix_")}
     scaled = method.loss({}, {}, teacher, student, *args).metrics["minilm_attention"]
     np.testing.assert_allclose(scaled, term, rtol=1e-5)
     same = method.loss({}, {}, teacher, teacher, *args).value

@@ -1,5 +1,7 @@
 """OFD, against NumPy in float64."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -7,7 +9,11 @@ import pytest
 
 from tests.methods.outputs import assert_levels_learn, cnn, init, learn, pair, step_down, vit
 from tests.methods.reference import LEVELS, conv_norm, level_map, level_maps, on_grid
+from xkd_jax.distiller import Distiller, create_teacher_fn
+from xkd_jax.methods import METHODS, create_method
 from xkd_jax.methods.ofd import OFD, margin, partial_distance, update_negatives
+from xkd_jax.model import create_model
+from xkd_jax.optim import create_optimizer
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 
@@ -111,3 +117,33 @@ def test_responses_at_the_margin_or_equal_to_the_teachers_have_distance_0():
     margins = jnp.asarray(mean_of_negatives(teacher), jnp.float32)
     assert partial_distance(teacher, jnp.maximum(teacher, margins), margins) == 0
     assert partial_distance(teacher, teacher, margins) == 0
+
+
+@pytest.mark.parametrize("method", ["ofd", "london", "logits+ofd"])
+def test_a_cnn_teacher_uses_the_statistics_of_the_batch(method):
+    """As in training mode; and the running ones if the option is off."""
+    teacher = create_model("resnet8", num_classes=3, channels=(2, 2, 3, 4))
+    variables = teacher.init(jax.random.key(0))
+    teacher = dataclasses.replace(teacher, variables=variables)
+    images = jax.random.normal(jax.random.key(1), (4, 32, 32, 3))
+
+    def seen(method):
+        optimizer = create_optimizer({}, lambda step: 0.1)
+        distiller = Distiller(teacher, teacher, method, optimizer)
+        return jax.jit(create_teacher_fn(distiller, distiller.teacher_variables))(images)
+
+    def expected(train):
+        return teacher.module.apply(variables, images, train=train, mutable=["batch_stats"])[0][1]
+
+    options = {part: {"teacher_batch_stats": False} for part in ("ofd", "london")}
+    for of_method, train in ((method, True), (create_method(method, options), False)):
+        out = seen(of_method)
+        for name in ("stage2_pre", "stage4", "logits"):
+            np.testing.assert_allclose(out[name], expected(train)[name], atol=1e-5)
+    assert np.abs(expected(True)["stage4"] - expected(False)["stage4"]).max() > 0.1
+
+
+def test_other_methods_see_the_running_statistics():
+    assert {name for name, method in METHODS.items() if method.teacher_batch_stats} == {
+        "ofd", "london",
+    }  # fmt: skip

@@ -11,7 +11,9 @@ from typing_extensions import override
 
 from tests.experiments import change, changed, run, tiny_experiment
 from xkd_jax.methods import Sum
+from xkd_jax.methods.ab import AB
 from xkd_jax.methods.base import Method, MethodLoss
+from xkd_jax.methods.fitnet import FitNet
 from xkd_jax.optim import create_learning_rate_fn
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
@@ -170,3 +172,10 @@ def test_the_label_term_reads_the_logits_that_the_method_names():
     np.testing.assert_array_equal(combined.label_logits(out), 3 * logits)
     loss = optax.softmax_cross_entropy_with_integer_labels
     assert loss(combined.label_logits(out), jnp.array([0]))[0] < loss(logits, jnp.array([0]))[0]
+
+
+@pytest.mark.parametrize("method", [AB(), FitNet(hint_epochs=3)])
+def test_what_only_the_first_phase_trains_is_frozen_afterwards(method):
+    assert [bool(method.moves(np.float32(progress))["method"]) for progress in (-0.1, 0)] == [1, 0]
+    assert method.moves(np.float32(0))["student"] is True
+    assert FitNet().moves(np.float32(0)) == {"student": True, "method": True}

@@ -134,3 +134,19 @@ def test_context_loss(side):
 def test_a_negative_warm_up_is_refused():
     with pytest.raises(UserError, match="warmup_epochs=-1 must be at least 0"):
         ReviewKD(warmup_epochs=-1).check(vit(0), cnn(1))
+
+
+def test_on_imagenet_the_student_is_taken_before_its_activation():
+    method = ReviewKD(**ReviewKD.imagenet)
+    _, _, _, (_, _, of_student) = learn(method, "CNN to CNN", 1.0)
+    assert reached(of_student) == {*(f"{name}_pre" for name in LEVELS["CNN to CNN"][1]), "pooled"}
+    assert ReviewKD().before_activation is False
+
+
+def test_the_width_of_the_fused_maps_is_an_option():
+    for options, width in (({}, 6), ({"fused_width": 9}, 9)):
+        params, _ = init(ReviewKD(**options), *pair("CNN to CNN"))
+        kernel = params["params"]["fusion1"]["reduce"]["conv"]["kernel"]
+        assert kernel.shape[-1] == width
+    with pytest.raises(UserError, match="fused_width=-1 must be at least 0"):
+        ReviewKD(fused_width=-1).check(vit(0), cnn(1))

@@ -77,6 +77,7 @@ def test_out():
         for name in ("query", "key", "value"):
             head = (2, heads, side**2, dim // heads)
             expected[name] = expected[f"block{i:02d}_{name}"] = head
+    expected["bias"] = expected["block05_bias"] = (1, 4, 4, 4)
     assert shapes(tiny(), images()) == expected
     assert shapes(tiny(), images(), train=True) == expected
 
@@ -300,7 +301,8 @@ def test_bfloat16_computes_in_bfloat16():
     logits, out = jax.eval_shape(model.apply, variables, images())
     assert logits.dtype == jnp.float32
     for key, leaf in out.items():
-        assert key in ("grid", "logits") or leaf.dtype == jnp.bfloat16
+        own = key in ("grid", "logits", "bias", "block05_bias")  # scores are float32
+        assert own or leaf.dtype == jnp.bfloat16
 
     block = swin.Block(num_heads=2, window_size=4, shifted=True)
     _, variables, x = stage(0.0)

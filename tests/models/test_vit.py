@@ -13,14 +13,15 @@ def test_vit_out():
     heads, block = (2, 2, 64, 8), (2, 64, 16)
     qkv = {f"{prefix}{name}": heads for prefix in ("", "block01_", "block02_")
            for name in ("query", "key", "value")}  # fmt: skip
-    expected = {
+    prefix = {f"prefix_{name}": (2, 2, 1, 8) for name in ("query", "key", "value")}
+    expected = prefix | {
         "grid": (8, 8), "block01": block, "block02": block, **qkv, "tokens": block,
         "cls": (2, 16), "pooled": (2, 16), "logits": (2, 5),
     }  # fmt: skip
     assert shapes(tiny_vit(), images()) == expected
     assert shapes(tiny_vit(), images(), train=True) == expected
     bare = shapes(tiny_vit(class_token=False, global_pool="avg"), images())
-    assert bare == {key: shape for key, shape in expected.items() if key != "cls"}
+    assert bare == {key: shape for key, shape in expected.items() if key not in {"cls", *prefix}}
 
 
 def test_vit_last_block_is_the_short_name():

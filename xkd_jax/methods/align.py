@@ -99,29 +99,54 @@ def is_transformer(out: Outputs) -> bool:
     return "tokens" in out
 
 
-def choose_stage(student_out: Outputs, grid: tuple[int, int], stage: str) -> str:
-    """The student's stage to compare with a teacher whose tokens form `grid`.
+def choose_stage(
+    student_out: Outputs, grid: tuple[int, int], stage: str, sides: tuple[int, int] = (0, 0)
+) -> str:
+    """The student's map to compare with a teacher whose tokens form `grid`.
 
     Args:
-      student_out: outputs of a CNN; `stage*` are [N, h, w, C]. Shapes suffice.
+      student_out: its outputs; `stage*` are [N, h, w, C]. Shapes suffice.
       grid: rows and columns of the teacher's tokens.
-      stage: "auto" takes the stage with the same grid or, if there is none, the nearest finer one;
-        any other value names the stage itself.
+      stage: "auto", or the name of a stage. For a student with stages, "auto" takes, if the
+        teacher's images are larger, the stage at the same place in the network, whose stride in
+        pixels is nearest to the teacher's, by less than a factor of the square root of 2.
+        Otherwise, or without such a stage, it takes the stage with the same grid or, if there is
+        none, the nearest finer one. For a Transformer without stages it takes the final tokens.
+      sides: of the teacher's and the student's images, pixels; 0 if unknown.
 
     Raises:
-      UserError: the student has no such stage, or no stages at all.
+      UserError: the student has no such stage.
     """
-    stages = [name for name in STAGES if name in student_out]
+    return match_stage(student_out, grid, stage, sides)[0]
+
+
+def match_stage(
+    student_out: Outputs, grid: tuple[int, int], stage: str, sides: tuple[int, int]
+) -> tuple[str, str]:
+    """`choose_stage`, and in a few words why it is this one."""
+    stages = {name: student_out[name].shape[1:3] for name in STAGES if name in student_out}
+    if not stages and stage == "auto" and is_transformer(student_out):
+        return "tokens", "the student has no stages"
     if not stages:
-        raise PairError("cakd taps the stages of a CNN student, but this student has none")
-    if stage == "auto":
-        fine = [s for s in stages if min(np.subtract(student_out[s].shape[1:3], grid)) >= 0]
-        return fine[-1] if fine else stages[0]
-    if stage not in stages:
-        raise UserError(
-            f"the student has no stage {stage!r}; it has {', '.join(stages)}, or 'auto'."
-        )
-    return stage
+        tap = "a stage" if stage == "auto" else stage
+        raise PairError(f"{tap} of the student would be tapped, but this student has no stages")
+    if stage != "auto":
+        if stage not in stages:
+            raise UserError(
+                f"the student has no stage {stage!r}; it has {', '.join(stages)}, or 'auto'."
+            )
+        return stage, "as configured"
+    if 0 < sides[1] < sides[0]:
+        place = np.multiply(grid, sides[1] / sides[0])  # the teacher's grid on smaller images
+        octaves = {s: np.abs(np.log2(np.divide(g, place))).max() for s, g in stages.items()}
+        nearest = min(octaves, key=lambda name: octaves[name])
+        if octaves[nearest] < 0.5:
+            return nearest, "the same place in the network"
+    fine = [name for name, of_stage in stages.items() if min(np.subtract(of_stage, grid)) >= 0]
+    chosen = fine[-1] if fine else next(iter(stages))
+    if tuple(stages[chosen]) == tuple(grid):
+        return chosen, "the same grid"
+    return chosen, "the nearest finer grid" if fine else "all grids are coarser"
 
 
 def _average_matrix(size: int, target: int) -> np.ndarray:

@@ -14,7 +14,8 @@ from flax import linen as nn
 
 from xkd_jax.errors import UserError
 
-Outputs = dict[str, Any]  # a network's `out`: see the README's table of keys
+# A network's `out`, see the README's table of keys, and `side`, of its images in pixels.
+Outputs = dict[str, Any]
 Tree = Any  # a pytree of arrays
 
 
@@ -60,6 +61,12 @@ class Method:
     # The original authors' ImageNet settings, where they differ from the defaults, which are their
     # CIFAR-100 settings.
     imagenet: ClassVar[Mapping[str, Any]] = {}
+    # Whether a CNN teacher's batch normalisation uses the batch's statistics, as in training; the
+    # running ones stay unchanged.
+    teacher_batch_stats = False
+    # What the learning rate of the method's parameters is multiplied by: a number, or a tree of
+    # numbers that is a prefix of the tree of the parameters.
+    rates: ClassVar[Any] = 1.0
     adversary_period = 0  # the adversary is updated when the clock is a multiple; 0: no adversary
     adversary_clock = "step"  # or "epoch": at every step of such an epoch
 
@@ -95,6 +102,14 @@ class Method:
           PairError: the method does not support this teacher or this student.
           UserError: an option has an invalid value.
         """
+
+    def describe(self, teacher_out: Outputs, student_out: Outputs) -> str:
+        """How the method applies to this pair, in one line for the user; "" if that is obvious.
+
+        The arguments are those of `check`, which has passed.
+        """
+        del teacher_out, student_out
+        return ""
 
     def init(
         self, key: jax.Array, teacher_out: Outputs, student_out: Outputs, labels: Any = ()

@@ -1,4 +1,4 @@
-"""Cross-architecture knowledge distillation: a Transformer teaches a CNN.
+"""Cross-architecture knowledge distillation: a Transformer teaches a CNN or a Transformer.
 
 Liu, Cao, Li, Hu, Ding, Li: Cross-Architecture Knowledge Distillation, ACCV 2022. All
 equations of the paper except the multi-view generator's (`xkd_jax/augment/multiview.py`) are here,
@@ -15,7 +15,7 @@ from typing_extensions import override
 
 from xkd_jax import backend
 from xkd_jax.errors import UserError, unknown
-from xkd_jax.methods.align import choose_stage, resize_map
+from xkd_jax.methods.align import level_grid, level_map, match_stage, resize_map
 from xkd_jax.methods.base import Method, Outputs, PairError, Tree, apply, weighted_sum
 
 TILE = 4  # each tile of 4x4 tokens shares one linear layer
@@ -57,9 +57,14 @@ class PCAProjector(nn.Module):
         return q, k, v
 
 
-def attention(query: jax.Array, key: jax.Array, value: jax.Array) -> jax.Array:
-    """Self-attention (Eq. 2): softmax(Q K^T / sqrt(d)) V per head, all [N, H, T, d]."""
-    scores = jnp.einsum("nhqd,nhkd->nhqk", query, key) / query.shape[-1] ** 0.5
+def attention(
+    query: jax.Array, key: jax.Array, value: jax.Array, bias: jax.Array | float = 0.0
+) -> jax.Array:
+    """Self-attention (Eq. 2): softmax(Q K^T / sqrt(d) + bias) V per head, all [N, H, T, d].
+
+    `bias` is a Swin's, [1, H, T, T]; other networks, and the student's projections, have none.
+    """
+    scores = jnp.einsum("nhqd,nhkd->nhqk", query, key) / query.shape[-1] ** 0.5 + bias
     return jnp.einsum("nhqk,nhkd->nhqd", jax.nn.softmax(scores), value)
 
 
@@ -84,7 +89,10 @@ def value_relation(value: jax.Array) -> jax.Array:
 
 
 def pca_losses(
-    key: jax.Array, student: tuple[jax.Array, ...], teacher: tuple[jax.Array, ...]
+    key: jax.Array,
+    student: tuple[jax.Array, ...],
+    teacher: tuple[jax.Array, ...],
+    bias: jax.Array | float = 0.0,
 ) -> tuple[jax.Array, jax.Array]:
     """The two terms of L_proj1 (Eq. 4), attention and value relation: means over elements.
 
@@ -92,11 +100,12 @@ def pca_losses(
       key: for the partial replacement.
       student: Q_S, K_S, V_S, each [N, H, T, d].
       teacher: Q_T, K_T, V_T, of the same shape; they receive no gradient.
+      bias: of the teacher's scores, see `attention`.
     """
     teacher = jax.lax.stop_gradient(teacher)
     keys = jax.random.split(key, 3)
     mixed = (partly_replace(k, s, t) for k, s, t in zip(keys, student, teacher, strict=True))
-    attention_loss = jnp.mean((attention(*teacher) - attention(*mixed)) ** 2)
+    attention_loss = jnp.mean((attention(*teacher, bias=bias) - attention(*mixed)) ** 2)
     relation_loss = jnp.mean((value_relation(teacher[2]) - value_relation(student[2])) ** 2)
     return attention_loss, relation_loss
 
@@ -185,15 +194,26 @@ def teacher_taps(out: Outputs, block: int) -> tuple[tuple[jax.Array, ...], jax.A
         precedes the pooling; -2 taps the block before it, and so on, with its tokens standardised
         without a learned scale.
     """
+    prefix = _block_prefix(out, block)
     if block == -1:
-        names, tokens = ("query", "key", "value"), out["tokens"]
+        tokens = out["tokens"]
     else:
-        name = f"block{int(max(_block_numbers(out))) + 1 + block:02d}"
-        names, tokens = (f"{name}_query", f"{name}_key", f"{name}_value"), out[name]
-        tokens = jax.nn.standardize(tokens.astype(jnp.float32), epsilon=1e-6)
-    taps = (*(out[name] for name in names), tokens)
+        tokens = out[prefix.removesuffix("_")].astype(jnp.float32)
+        tokens = jax.nn.standardize(tokens, epsilon=1e-6)
+    taps = (*(out[f"{prefix}{name}"] for name in ("query", "key", "value")), tokens)
     *qkv, tokens = (jax.lax.stop_gradient(tap.astype(jnp.float32)) for tap in taps)
     return tuple(qkv), tokens
+
+
+def teacher_bias(out: Outputs, block: int) -> jax.Array | float:
+    """The bias of the scores of a Swin's block, for `attention`, without gradient; else 0."""
+    bias = out.get(f"{_block_prefix(out, block)}bias")
+    return 0.0 if bias is None else jax.lax.stop_gradient(bias)
+
+
+def _block_prefix(out: Outputs, block: int) -> str:
+    """What the names of a block's taps begin with; the last block's have short names."""
+    return "" if block == -1 else f"block{max(_block_numbers(out)) + 1 + block:02d}_"
 
 
 def _block_numbers(out: Outputs) -> list[int]:
@@ -242,19 +262,41 @@ class CAKD(Method):
             raise PairError(
                 "cakd taps a Transformer's query, key and value, but this teacher is a CNN"
             )
-        choose_stage(student_out, teacher_out["grid"], self.student_stage)
+        self._stage(teacher_out, student_out)
         if self.generator not in GENERATORS:
             raise unknown("generator loss", self.generator, GENERATORS)
         if self.adversary_clock not in ("step", "epoch"):
             raise unknown("adversary clock", self.adversary_clock, ("step", "epoch"))
+        self._check_block(teacher_out)
+        if self.adversary_every < 1:
+            raise UserError(f"adversary_every={self.adversary_every} must be at least 1.")
+
+    def _check_block(self, teacher_out: Outputs) -> None:
         blocks = len(_block_numbers(teacher_out))
         if not -blocks <= self.teacher_block <= -1:
             raise UserError(
                 f"teacher_block={self.teacher_block} doesn't exist; this teacher has the blocks "
                 f"-1 (the last) to -{blocks} (the first)."
             )
-        if self.adversary_every < 1:
-            raise UserError(f"adversary_every={self.adversary_every} must be at least 1.")
+        prefix = _block_prefix(teacher_out, self.teacher_block)
+        if "stage1" not in teacher_out:
+            return
+        last = teacher_out["query"].shape
+        if teacher_out[f"{prefix}query"].shape != last:
+            count = sum(
+                teacher_out[f"block{number:02d}_query"].shape == last
+                for number in _block_numbers(teacher_out)
+            )
+            raise UserError(
+                f"teacher_block={self.teacher_block} is in an earlier stage of this Swin, which "
+                f"has another grid; take -1 (the last) to -{count} (the last stage's first)."
+            )
+        if f"{prefix}bias" not in teacher_out:
+            grid = "x".join(map(str, teacher_out["grid"]))
+            raise PairError(
+                f"cakd imitates the teacher's attention, but this Swin pads its last map, {grid}, "
+                "to whole windows, so that part of its attention is on the padding"
+            )
 
     def _modules(self, teacher_out: Outputs) -> tuple[PCAProjector, GLProjector, Discriminator]:
         _, heads, _, head_dim = teacher_out["query"].shape
@@ -267,8 +309,26 @@ class CAKD(Method):
 
     def _student_map(self, teacher_out: Outputs, student_out: Outputs) -> jax.Array:
         """h_S on the teacher's grid, [N, h, w, C]."""
-        stage = choose_stage(student_out, teacher_out["grid"], self.student_stage)
-        return resize_map(student_out[stage].astype(jnp.float32), teacher_out["grid"])
+        stage, _ = self._stage(teacher_out, student_out)
+        return resize_map(level_map(student_out, stage, standardize=False), teacher_out["grid"])
+
+    def _stage(self, teacher_out: Outputs, student_out: Outputs) -> tuple[str, str]:
+        """Where the student is tapped, and why."""
+        sides = teacher_out.get("side", 0), student_out.get("side", 0)
+        return match_stage(student_out, teacher_out["grid"], self.student_stage, sides)
+
+    @override
+    def describe(self, teacher_out, student_out):
+        stage, why = self._stage(teacher_out, student_out)
+        of_student, of_teacher = (
+            "x".join(map(str, grid))
+            for grid in (level_grid(student_out, stage), teacher_out["grid"])
+        )
+        block = max(_block_numbers(teacher_out)) + 1 + self.teacher_block
+        return (
+            f"the student is tapped at {stage}, {of_student}, and the teacher at block {block}, "
+            f"{of_teacher} tokens: {why}"
+        )
 
     @override
     def init(self, key, teacher_out, student_out, labels=()):
@@ -295,7 +355,8 @@ class CAKD(Method):
         # Without the barrier, XLA fuses the projection into each of its consumers on a CPU.
         student_qkv = jax.lax.optimization_barrier(apply(pca, params["pca"], features))
         tokens = apply(gl, params["gl"], features, rngs={"dropout": dropout_key})
-        attention_loss, relation_loss = pca_losses(replace_key, student_qkv, teacher_qkv)
+        bias = teacher_bias(teacher_out, self.teacher_block)
+        attention_loss, relation_loss = pca_losses(replace_key, student_qkv, teacher_qkv, bias)
         logits = apply(discriminator, jax.lax.stop_gradient(adversary), tokens)
         terms = {
             "attention": (self.attention_weight, attention_loss),

@@ -6,6 +6,7 @@ recipe, not of the method.
 """
 
 import dataclasses
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -16,33 +17,41 @@ from xkd_jax.errors import UserError
 from xkd_jax.methods import cakd
 from xkd_jax.methods.base import Outputs, apply, weighted_sum
 from xkd_jax.methods.logits import mean_squared_distance
+from xkd_jax.models.layers import normalize_batch
 
 
 class LinearProjector(nn.Module):
-    """One linear layer to Q, K and V with its own number of heads."""
+    """One linear layer without bias to Q, K and V of 16 heads, together as wide as its input."""
 
-    width: int
     heads: int = 16
 
     @nn.compact
     def __call__(self, features: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
-        """[N, h, w, C] -> Q, K, V, each [N, heads, T, d]."""
-        n, h, w, _ = features.shape
-        head_dim = -(-self.width // self.heads)
-        projected = nn.Dense(3 * self.heads * head_dim)(features.reshape(n, h * w, -1))
+        """[N, h, w, C] -> Q, K, V, each [N, heads, T, C / heads]."""
+        n, h, w, channels = features.shape
+        width = 3 * self.heads * max(1, channels // self.heads)
+        projected = nn.Dense(width, use_bias=False)(features.reshape(n, h * w, channels))
         q, k, v = jnp.moveaxis(projected.reshape(n, h * w, 3, self.heads, -1), (2, 3), (0, 2))
         return q, k, v
 
 
 class PatchGAN(nn.Module):
-    """A discriminator of attention maps: strided convolutions to one logit per patch (pix2pix)."""
+    """A discriminator of attention maps: strided convolutions to one logit per patch (pix2pix).
+
+    The widths and the batch normalisation are the released code's. Small maps are padded so that a
+    patch is left.
+    """
 
     @nn.compact
     def __call__(self, scores: jax.Array) -> jax.Array:
         """[N, T, T] -> logits [N], averaged over patches."""
-        x = scores[..., None]
-        for channels in (32, 64, 128):
-            x = nn.leaky_relu(nn.Conv(channels, (4, 4), (2, 2))(x), 0.2)
+        x = nn.leaky_relu(nn.Conv(8, (4, 4), (2, 2))(scores[..., None]), 0.2)
+        for i, (channels, stride) in enumerate(((16, 2), (32, 2), (64, 1)), start=1):
+            x = nn.Conv(channels, (4, 4), (stride, stride), use_bias=False)(x)
+            scale = self.param(f"scale_{i}", nn.initializers.ones, (channels,))
+            bias = self.param(f"bias_{i}", nn.initializers.zeros, (channels,))
+            normalized: Any = normalize_batch(x, scale, bias, 1e-5)  # custom_vjp hides the type
+            x = nn.leaky_relu(normalized[0], 0.2)
         return jnp.mean(nn.Conv(1, (4, 4))(x), axis=(1, 2, 3))
 
 
@@ -55,37 +64,51 @@ def mean_scores(query: jax.Array, key: jax.Array) -> jax.Array:
 class CAKDRelease(cakd.CAKD):
     """The preset `cakd_release`.
 
+    The whole sum of the terms is multiplied by a ramp, which is 0 in the first 26 epochs:
+    min(max(epoch - ramp_start, 0) / ramp_epochs, ramp_limit), of the whole epochs so far.
+
     Attributes:
-      adversarial_weight: lambda at the end of its linear ramp.
-      ramp_start: epoch at which lambda begins to grow from 0.
-      ramp_end: epoch at which lambda reaches `adversarial_weight`.
+      attention_weight: weight of the mean squared distance of the scores.
+      value_weight: weight of that of the value relations.
+      token_weight: weight of L_proj2.
+      adversarial_weight: weight of the generator's term, which has no gradient.
+      ramp_start: see above.
+      ramp_epochs: see above.
+      ramp_limit: see above.
       logit_weight: weight of the mean squared distance of the logits.
       class_token_weight: weight of the mean squared distance between the class token and a linear
         map of the student's pooled features.
     """
 
     multi_view: bool = False
-    adversarial_weight: float = 0.2
+    attention_weight: float = 0.2
+    value_weight: float = 0.05
+    token_weight: float = 0.05
+    adversarial_weight: float = 1.0
     generator: str = "non_saturating"
     token_dropout: float = 0.0
     adversary_every: int = 1
     student_stage: str = "stage3"
     ramp_start: float = 25.0
-    ramp_end: float = 35.0
+    ramp_epochs: float = 50.0
+    ramp_limit: float = 0.2
     logit_weight: float = 1.0
     class_token_weight: float = 1.0
 
     @override
     def check(self, teacher_out, student_out):
         super().check(teacher_out, student_out)
-        if self.ramp_end <= self.ramp_start:
-            raise UserError(
-                f"ramp_end={self.ramp_end} must be a later epoch than ramp_start={self.ramp_start}."
-            )
+        if not self.ramp_epochs > 0:
+            raise UserError(f"method.cakd_release.ramp_epochs={self.ramp_epochs} must be above 0.")
+
+    def ramp(self, progress: jax.Array) -> jax.Array:
+        """The factor of all terms after `progress` epochs."""
+        epochs = jnp.maximum(jnp.floor(progress) - self.ramp_start, 0)
+        return jnp.minimum(epochs / self.ramp_epochs, self.ramp_limit)
 
     def _release_modules(self, teacher_out: Outputs) -> tuple[nn.Module, nn.Module, nn.Module]:
         width = teacher_out["tokens"].shape[-1]
-        return LinearProjector(width), cakd.GLProjector(width, self.token_dropout), nn.Dense(width)
+        return LinearProjector(), cakd.GLProjector(width, self.token_dropout), nn.Dense(width)
 
     @override
     def init(self, key, teacher_out, student_out, labels=()):
@@ -120,7 +143,7 @@ class CAKDRelease(cakd.CAKD):
         teacher_logits = jax.lax.stop_gradient(teacher_out["logits"])
         # The released code detaches the map, so that the student gets no gradient from this term.
         fooled = apply(PatchGAN(), jax.lax.stop_gradient(adversary), jax.lax.stop_gradient(scores))
-        ramp = jnp.clip((progress - self.ramp_start) / (self.ramp_end - self.ramp_start), 0, 1)
+        ramp = self.ramp(progress)
         terms = {
             "attention": (self.attention_weight, jnp.mean((teacher_scores - scores) ** 2)),
             "value_relation": (self.value_weight, jnp.mean(relation**2)),
@@ -130,13 +153,20 @@ class CAKDRelease(cakd.CAKD):
                 mean_squared_distance(student_out["logits"], teacher_logits),
             ),
             "class_token": (self.class_token_weight, jnp.mean((target - pooled) ** 2)),
-            "generator": (
-                self.adversarial_weight * ramp,
-                cakd.generator_loss(fooled, self.generator),
-            ),
+            "generator": (self.adversarial_weight, cakd.generator_loss(fooled, self.generator)),
         }
+        terms = {name: (ramp * weight, term) for name, (weight, term) in terms.items()}
         return weighted_sum(terms, state, judged=(teacher_scores, scores))
 
     @override
     def adversary_loss(self, adversary, judged):
-        return cakd.judge(PatchGAN(), adversary, *jax.lax.stop_gradient(judged))
+        """Half of L_MAD, of which only the student's half has a gradient.
+
+        The released code detaches the teacher's logits: its discriminator is never trained on them.
+        """
+        teacher, student = (
+            apply(PatchGAN(), adversary, scores) for scores in jax.lax.stop_gradient(judged)
+        )
+        loss = cakd.discriminator_loss(jax.lax.stop_gradient(teacher), student) / 2
+        accuracy = (jnp.mean(teacher > 0) + jnp.mean(student < 0)) / 2
+        return loss, {"discriminator": loss, "discriminator_accuracy": accuracy}

@@ -1,6 +1,7 @@
 """Several methods at once: `config.method.name = "cakd+logits"` adds their losses."""
 
 import dataclasses
+from typing import Any
 
 import jax
 from typing_extensions import override
@@ -29,6 +30,18 @@ class Sum(Method):
 
     @property
     @override
+    def teacher_batch_stats(self) -> bool:
+        """Whether any part needs them; all parts see the same outputs of the teacher."""
+        return any(method.teacher_batch_stats for _, method in self.parts)
+
+    @property
+    @override
+    def rates(self) -> Any:
+        """The parts' by name."""
+        return {name: method.rates for name, method in self.parts}
+
+    @property
+    @override
     def adversary_period(self) -> int:
         """The period of the only part with an adversary; 0 if there is none."""
         return max(method.adversary_period for _, method in self.parts)
@@ -48,6 +61,11 @@ class Sum(Method):
             raise UserError("two methods with an adversary can't be combined; keep one of them.")
         for _, method in self.parts:
             method.check(teacher_out, student_out)
+
+    @override
+    def describe(self, teacher_out, student_out):
+        parts = (method.describe(teacher_out, student_out) for _, method in self.parts)
+        return "; ".join(part for part in parts if part)
 
     @property
     @override

@@ -106,6 +106,15 @@ class CRD(Method):
     1.3 GB each for a batch of 256 on ImageNet. The paper's temperature for CIFAR-100 is 0.1; the
     authors' code has 0.07.
 
+    The authors draw the negatives of an example without replacement, in the data loader. Here they
+    are drawn with replacement, in the step: a permutation of the training set for each example of
+    the batch would cost more than the loss. The loss has the same expectation, because every
+    negative has the same probability; its variance over the draws is larger, on CIFAR-100 by half
+    (a factor of 1 / (1 - 16384 / 49500)), and small against that of the batch.
+
+    "crd+logits" is published (as "CRD+KD") with `label_weight` 1 and `weight` 1 of `logits`, beside
+    the weight 0.8 of this term: variants of `configs/cifar100_published.py` have these.
+
     Attributes:
       weight: weight of this term.
       temperature: tau.

@@ -55,6 +55,10 @@ class FitNet(Method):
         return self.hint_epochs
 
     @override
+    def moves(self, progress):
+        return {"student": True, "method": progress < 0 if self.hint_epochs else True}
+
+    @override
     def check(self, teacher_out, student_out):
         count = len(paired_levels(teacher_out, student_out))
         if not 0 <= self.level <= count:

@@ -79,6 +79,7 @@ class LONDON(OFD):
 
     Attributes:
       weight: weight of OFD's loss.
+      teacher_batch_stats: as for OFD, whose code the authors' builds on.
       spectral_weight: weight of the spectral distance.
     """
 

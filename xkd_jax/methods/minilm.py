@@ -57,8 +57,9 @@ def regroup(x: jax.Array, heads: int) -> jax.Array:
 class MiniLM(Method):
     """Deep self-attention distillation from the teacher's last block to the student's.
 
-    Both must be Transformers with the same grid of tokens. The relations are between patch tokens,
-    without the class token and without Swin's position bias.
+    Both must be Transformers with the same grid of tokens. The relations are between all tokens:
+    the patches and, if both networks have one, the class token. DeiT's distillation token is left
+    out. Attention includes a Swin's position bias.
 
     Attributes:
       weight: weight of each term.
@@ -105,20 +106,28 @@ class MiniLM(Method):
                 f"width, {widths[0]}, and the student's, {widths[1]}."
             )
 
-    def _taps(self, out: Outputs) -> dict[str, jax.Array]:
+    def _relations(self, out: Outputs, with_class: bool) -> dict[str, jax.Array]:
+        """The relations [N, H, T, T] of one network, by the name of the term."""
         taps = {name: out[name].astype(jnp.float32) for name in ("query", "key", "value")}
+        if with_class:
+            taps = {
+                name: jnp.concatenate([out[f"prefix_{name}"][:, :, :1].astype(tap.dtype), tap], 2)
+                for name, tap in taps.items()
+            }
         if self.variant == "v2":
             taps = {name: regroup(tap, self.relation_heads) for name, tap in taps.items()}
-        return taps
+        relations = {
+            name: relation(taps[a], taps[b]) for name, (a, b) in RELATIONS[self.variant].items()
+        }
+        if self.variant == "v1" and "bias" in out:
+            relations["minilm_attention"] += out["bias"]
+        return relations
 
     @override
     def loss(self, params, state, teacher_out, student_out, batch, key, progress, adversary=None):
-        teacher, student = self._taps(teacher_out), self._taps(student_out)
+        with_class = all("prefix_query" in out for out in (teacher_out, student_out))
+        teacher, student = (self._relations(out, with_class) for out in (teacher_out, student_out))
         terms = {
-            name: (
-                self.weight,
-                relation_loss(relation(student[a], student[b]), relation(teacher[a], teacher[b])),
-            )
-            for name, (a, b) in RELATIONS[self.variant].items()
+            name: (self.weight, relation_loss(student[name], teacher[name])) for name in teacher
         }
         return weighted_sum(terms, state)

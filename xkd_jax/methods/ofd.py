@@ -68,9 +68,13 @@ class OFD(Method):
 
     Attributes:
       weight: weight of the sum over levels.
+      teacher_batch_stats: whether a CNN teacher's batch normalisation uses the statistics of the
+        batch, as in the authors' runs, which keep the teacher in training mode (issue 37 of
+        clovaai/overhaul-distillation). False uses its running statistics. A Transformer has none.
     """
 
     weight: float = 1e-3
+    teacher_batch_stats: bool = True
 
     needs_teacher = True
     imagenet: ClassVar = {"weight": 1e-4}

@@ -17,7 +17,7 @@ from xkd_jax.methods.base import Method, Outputs, apply, weighted_sum
 from xkd_jax.methods.layers import ConvNorm
 from xkd_jax.models.layers import Conv, torch_default
 
-MAX_WIDTH = 512  # of the fused maps, whose width is otherwise that of the student's deepest level
+MAX_WIDTH = 512  # of the fused maps, whose width is by default that of the student's deepest level
 
 
 class Fusion(nn.Module):
@@ -48,11 +48,12 @@ class Review(nn.Module):
     """The residual learning framework (section 3.2): fusions from the deepest level up."""
 
     widths: tuple[int, ...]  # the teacher's channels by level, shallow to deep
+    fused_width: int = 0  # see `ReviewKD`
 
     @nn.compact
     def __call__(self, levels: list[jax.Array]) -> list[jax.Array]:
         """The student's maps, shallow to deep -> the same in the teacher's channels."""
-        width = min(levels[-1].shape[-1], MAX_WIDTH)
+        width = self.fused_width or min(levels[-1].shape[-1], MAX_WIDTH)
         reviewed, fused = [], None
         for i in reversed(range(len(levels))):
             fusion = Fusion(width, self.widths[i], name=f"fusion{i + 1}")
@@ -77,10 +78,12 @@ def context_loss(teacher: jax.Array, student: jax.Array) -> jax.Array:
     return loss / weights
 
 
-def _maps(teacher_out: Outputs, student_out: Outputs) -> tuple[list[jax.Array], list[jax.Array]]:
+def _maps(
+    teacher_out: Outputs, student_out: Outputs, before_activation: bool
+) -> tuple[list[jax.Array], list[jax.Array]]:
     """The teacher's maps on the student's grids and the student's, shallow to deep."""
     pairs = [*paired_levels(teacher_out, student_out), ("pooled", "pooled")]
-    student = [level_map(student_out, name) for _, name in pairs]
+    student = [level_map(student_out, name, before_activation) for _, name in pairs]
     teacher = [
         resize_map(level_map(teacher_out, name, before_activation=True), features.shape[1:3])
         for (name, _), features in zip(pairs, student, strict=True)
@@ -92,8 +95,8 @@ def _maps(teacher_out: Outputs, student_out: Outputs) -> tuple[list[jax.Array], 
 class ReviewKD(Method):
     """The context losses of all levels and of the pooled features, which are the deepest level.
 
-    As in the released code, the teacher's maps are taken before the activation and the student's
-    after it, and deeper maps are upsampled by repetition.
+    As in the released code, the teacher's maps are taken before the activation, and deeper maps
+    are upsampled by repetition.
 
     Attributes:
       weight: weight of the sum over levels. The authors use, for CIFAR-100, 0.6 for ResNet-56 ->
@@ -101,28 +104,39 @@ class ReviewKD(Method):
         ResNet-32x4 -> ShuffleNetV2; for ImageNet, 1 for ResNet-34 -> 18, 8 for ResNet-50 ->
         MobileNet.
       warmup_epochs: number of epochs over which the weight grows linearly to its full value.
+      before_activation: whether the student's maps are taken before the activation, as in the
+        released code for ImageNet, and not after it, as in that for CIFAR-100.
+      fused_width: number of channels of the fused maps. 0: those of the student's deepest level, up
+        to 512. The authors use 256 for MobileNet on ImageNet.
     """
 
     weight: float = 1.0
     warmup_epochs: int = 20
+    before_activation: bool = False
+    fused_width: int = 0
 
     needs_teacher = True
-    imagenet: ClassVar = {"warmup_epochs": 1}
+    imagenet: ClassVar = {"warmup_epochs": 1, "before_activation": True}
 
     @override
     def check(self, teacher_out, student_out):
         if self.warmup_epochs < 0:
             raise UserError(f"method.review.warmup_epochs={self.warmup_epochs} must be at least 0.")
+        if self.fused_width < 0:
+            raise UserError(f"method.review.fused_width={self.fused_width} must be at least 0.")
+
+    def _module(self, teacher: list[jax.Array]) -> Review:
+        return Review(tuple(x.shape[-1] for x in teacher), self.fused_width)
 
     @override
     def init(self, key, teacher_out, student_out, labels=()):
-        teacher, student = _maps(teacher_out, student_out)
-        return Review(tuple(x.shape[-1] for x in teacher)).init(key, student), {}
+        teacher, student = _maps(teacher_out, student_out, self.before_activation)
+        return self._module(teacher).init(key, student), {}
 
     @override
     def loss(self, params, state, teacher_out, student_out, batch, key, progress, adversary=None):
-        teacher, student = _maps(teacher_out, student_out)
-        reviewed = apply(Review(tuple(x.shape[-1] for x in teacher)), params, student)
+        teacher, student = _maps(teacher_out, student_out, self.before_activation)
+        reviewed = apply(self._module(teacher), params, student)
         losses = map(context_loss, teacher, reviewed)
         weight = self.weight
         if self.warmup_epochs:

@@ -91,6 +91,20 @@ class BatchNorm(nn.Module):
         return y
 
 
+def batch_statistics() -> Any:
+    """A context in which `BatchNorm` uses the batch's statistics, also with `train=False`.
+
+    `apply` then needs `mutable=["batch_stats"]`.
+    """
+
+    def intercept(call: Any, args: tuple, kwargs: dict[str, Any], context: Any) -> Any:
+        if isinstance(context.module, BatchNorm) and context.method_name == "__call__":
+            return call(args[0], train=True)
+        return call(*args, **kwargs)
+
+    return nn.intercept_methods(intercept)
+
+
 @partial(jax.custom_vjp, nondiff_argnums=(3,))
 def normalize_batch(
     x: jax.Array, scale: jax.Array, bias: jax.Array, epsilon: float

@@ -88,6 +88,36 @@ def _regions(side: int, window: int, shift: int) -> np.ndarray:
     return regions.reshape(count * count, window * window)
 
 
+def score_bias(table: jax.Array, side: int, window: int, shifted: bool) -> jax.Array | None:
+    """What a block adds to the scores of all pairs of positions of a map: [1, heads, T, T].
+
+    The relative position bias, the shift mask and, for pairs in different windows, -1e9.
+
+    Args:
+      table: the block's `relative_position_bias_table`.
+      side: of the map, which has T positions in raster order.
+      window: the block's window size.
+      shifted: whether its windows are shifted.
+
+    Returns:
+      The bias, or None if the map is padded to whole windows: the padding takes part in the
+      attention, which no bias of the map's own positions expresses.
+    """
+    window = min(side, window)
+    if side % window:
+        return None
+    shift = window // 2 if shifted and window < side else 0
+    position = (np.arange(side) - shift) % side  # in the rolled map
+    row, column = (x.ravel() for x in np.meshgrid(position, position, indexing="ij"))
+    place = row % window * window + column % window
+    number = row // window * (side // window) + column // window
+    bias = table[_relative_position_index(window)[place[:, None], place]].transpose(2, 0, 1)
+    if shift:
+        region = _regions(side, window, shift)[number, place]
+        bias = bias + np.where(region[:, None] != region, np.float32(-100), np.float32(0))
+    return jnp.where(number[:, None] == number, bias, -1e9)[None]
+
+
 class WindowAttention(nn.Module):
     """Multi-head self-attention within (shifted) windows, with a bias by relative position.
 
@@ -276,8 +306,10 @@ class SwinTransformer(nn.Module):
           final norm and their `grid` (h, w); `stage1` ... `stage4` [N, h, w, C], each before the
           next one's downsampling; for each block, numbered through all stages and with its
           stage's T and C, `block01` ... [N, T, C] and `block01_query` ... [N, heads, T, d];
-          `query`, `key`, `value` of the last block; `pooled` [N, D], `logits`. Everything with an
-          axis T is in raster order.
+          `query`, `key`, `value` of the last block; `pooled` [N, D], `logits`; for each block of
+          the last stage `block11_bias` ... [1, heads, T, T], and `bias`, the last one's, what is
+          added to the scores before the softmax, unless that stage pads its map. Everything with
+          an axis T is in raster order.
 
         Raises:
           UserError: the options contradict each other, or `images` has another size.
@@ -304,6 +336,13 @@ class SwinTransformer(nn.Module):
                 add_block(out, block, x, qkv)
             side = _side(x)
             out[f"stage{i + 1}"] = x.reshape(len(x), side, side, -1)
+
+        blocks = self.variables["params"]["layers_3"]
+        for i in range(self.depths[3]):
+            table = blocks[f"blocks_{i}"]["attn"]["relative_position_bias_table"]
+            bias = score_bias(table, side, self.window_size, i % 2 == 1)
+            if bias is not None:
+                out["bias"] = out[f"block{sum(self.depths[:3]) + i + 1:02d}_bias"] = bias
 
         out["grid"] = Grid((side, side))
         x = _layer_norm("norm", dtype=self.dtype)(x)

@@ -212,9 +212,10 @@ class VisionTransformer(nn.Module):
           logits [N, num_classes] float32, and the intermediates: `tokens` [N, T, D], `cls`
           [N, D] with a class token, `block01` ... [N, T, D], `query`, `key`, `value` of the
           last block and `block01_query` ... of each [N, heads, T, d], `grid` (h, w), `pooled`
-          [N, D], `logits`. Everything per token covers only the patch tokens. With `distilled`
-          also `dist` [N, D], and the two heads' `cls_logits` and `dist_logits`; `logits` is their
-          mean.
+          [N, D], `logits`. Everything per token covers only the patch tokens, except
+          `prefix_query` ... of the last block, of the class token and then the distillation token,
+          [N, heads, 1 or 2, d]. With `distilled` also `dist` [N, D], and the two heads'
+          `cls_logits` and `dist_logits`; `logits` is their mean.
 
         Raises:
           UserError: the options contradict each other, or `images` has another size.
@@ -227,6 +228,9 @@ class VisionTransformer(nn.Module):
         for i, (tokens, qkv) in enumerate(blocks, start=1):
             heads = tuple(head[:, :, prefix:] for head in qkv)
             add_block(out, i, tokens[:, prefix:], heads)
+        if prefix:
+            for name, head in zip(("query", "key", "value"), blocks[-1][1], strict=True):
+                out[f"prefix_{name}"] = head[:, :, :prefix]
 
         use_fc_norm = self.global_pool == "avg" if self.fc_norm is None else self.fc_norm
         if not use_fc_norm:

@@ -1,0 +1,93 @@
+"""The variants of recipes that reproduce the paper's tables: built and checked, never trained."""
+
+import functools
+
+import pytest
+
+from xkd_jax import config as configs
+from xkd_jax.configs import (
+    cifar100,
+    cifar100_published,
+    common,
+    imagenet,
+    imagenet_release,
+    spoof,
+)
+from xkd_jax.errors import UserError
+from xkd_jax.methods import check_pair, create_method
+from xkd_jax.model import create_model
+
+ROWS = [
+    *((cifar100, variant) for variant in common.TABLE_1),
+    *((imagenet, variant) for variant in dict.fromkeys(common.TABLE_2 + common.TABLE_3)),
+    *((spoof, variant) for variant in common.TABLE_4),
+]
+IDS = [f"{recipe.__name__.rsplit('.', 1)[-1]}:{variant}" for recipe, variant in ROWS]
+
+
+@functools.cache
+def outputs(model, size):
+    return create_model(model, num_classes=10, image_size=size).output_shapes
+
+
+@pytest.mark.parametrize(("recipe", "variant"), ROWS, ids=IDS)
+def test_every_row_of_the_tables_is_a_valid_config(recipe, variant):
+    config = recipe.get_config(variant)
+    configs.validate(config)
+    teacher, student = variant.split("-")
+    assert (config.student.model, config.image_size) == common.STUDENTS[student]
+    assert config.teacher.model == common.TEACHERS[teacher][0]
+    assert config.teacher.weights
+    widened = config.teacher.model.startswith("resnet")
+    assert config.method.name == ("logits" if widened else "cakd")
+    assert config.epochs == recipe.get_config().epochs
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("recipe", "variant"), ROWS, ids=IDS)
+def test_every_pair_of_the_tables_is_supported(recipe, variant):
+    config = recipe.get_config(variant)
+    teacher = outputs(*common.TEACHERS[variant.split("-")[0]])
+    student = outputs(config.student.model, config.image_size)
+    method = create_method(config.method.name, config.method)
+    check_pair(method, teacher, student)
+    if config.method.name == "cakd":
+        # A place of the same stride where the teacher's images are at least as large.
+        tap = {"vit": "tokens", "swin": "stage4"}.get(config.student.model.split("_")[0])
+        tap = tap or ("stage4" if "swin" in config.teacher.model else "stage3")
+        if config.image_size <= teacher["side"]:
+            assert f"tapped at {tap}, " in method.describe(teacher, student)
+
+
+def test_the_tables_have_all_their_rows():
+    assert [len(set(table)) for table in (common.TABLE_1, common.TABLE_2, common.TABLE_3)] == [
+        16, 16, 20,
+    ]  # fmt: skip
+    with pytest.raises(UserError, match="did you mean vit_l16-resnet50"):
+        cifar100.get_config("vit_l16-resnet51")
+
+
+def test_the_release_is_the_released_script():
+    config = imagenet_release.get_config()
+    configs.validate(config)
+    assert (config.epochs, config.batch_size, config.optimizer.learning_rate) == (120, 256, 0.1)
+    assert (config.schedule.name, config.schedule.factor) == ("step", 0.1)
+    warmup = config.schedule.warmup_epochs
+    assert [boundary - warmup for boundary in config.schedule.boundaries] == [30, 60, 90]
+    assert (config.optimizer.name, config.optimizer.weight_decay, warmup) == ("sgd", 2e-5, 5)
+    assert config.optimizer.clip_norm == 0
+    assert (config.augment.auto, config.augment.erasing) == ("trivialaugment", 0.1)
+    assert (config.augment.mixup, config.augment.cutmix, config.label_smoothing) == (0.2, 0, 0.1)
+    assert (config.data.repeats, config.crop_pct) == (4, 1.0)
+    assert config.student.model == "resnet50"
+    assert create_method("cakd_release", config.method) == create_method("cakd_release", {})
+
+
+@pytest.mark.parametrize("variant", cifar100_published.COMBINED)
+def test_crd_with_logits_has_the_published_weights(variant):
+    config = cifar100_published.get_config(variant)
+    configs.validate(config)
+    assert config.student.model == variant.split("-")[0]
+    method = create_method(config.compare[1], config.method)
+    assert method.label_weight == 1
+    assert {name: part.weight for name, part in method.parts} == {"crd": 0.8, "logits": 1.0}
