@@ -242,14 +242,15 @@ def create_student(config: Config, train: data.Split) -> Model:
     if not config.student.weights:
         return model
     # Weights for other classes or image sizes are adapted: the head, say, is re-initialised.
+    checkpoint = read_checkpoint(_weights_file(config.student.weights))
     converted = convert(
-        read_checkpoint(_weights_file(config.student.weights)),
+        checkpoint,
         config.student.model,
         num_classes=train.num_classes,
         image_size=model.image_size,
         args=args,
     )
-    for change in converted.changes:
+    for change in (*checkpoint.notes, *converted.changes):
         _say_once(f"student.weights {config.student.weights}: {change}")
     weights.check_weights(
         config.student.weights, converted.variables, model.shapes, config.student.model

@@ -61,9 +61,11 @@ def headline(experiment: Experiment, folder: Path) -> str:
     """What is about to be trained, in a few lines for the terminal."""
     config, distiller, train = experiment.config, experiment.distiller, experiment.train
     parameters = count_parameters(distiller.student.shapes["params"])
-    taught = ""
+    taught = about = ""
     if distiller.teacher:
         taught = f", taught by {distiller.teacher.name} ({config.teacher.weights})"
+        outs = distiller.teacher.output_shapes, distiller.student.output_shapes
+        about = distiller.method.describe(*outs)
     devices = jax.devices()
     return (
         f"{config.method.name}: {config.student.model} ({parameters:,} parameters){taught}\n"
@@ -71,7 +73,7 @@ def headline(experiment: Experiment, folder: Path) -> str:
         f"{train.num_classes} classes; evaluated on {config.data.eval}\n"
         f"  {config.epochs} epochs of {distiller.steps_per_epoch} steps, batch "
         f"{config.batch_size}, on {len(devices)} {devices[0].device_kind}\n"
-        f"  folder: {folder}"
+        f"  folder: {folder}" + (f"\n  {about}" if about else "")
     )
 
 
