@@ -152,6 +152,11 @@ def test_a_complete_run_is_not_trained_again(start, unbroken):
         (["--config=quickstrat"], "did you mean quickstart or quickstart_teacher?"),
         (["--config=configs/cifar100.py:smok"], "unknown variant 'smok'; did you mean smoke?"),
         (["--config", f"{TINY}:cakdd"], "unknown method 'cakdd'; did you mean cakd"),
+        (["--config", TINY, "--config.student.args.zero_init=1"], "resnet18 argument 'zero_init'"),
+        (
+            ["--config", TINY, "--config.student.args.width=x"],
+            "width is x, but must be of type float",
+        ),
     ],
 )
 def test_wrong_command_lines_end_in_one_sentence(start, tmp_path, arguments, sentence):
@@ -162,6 +167,14 @@ def test_wrong_command_lines_end_in_one_sentence(start, tmp_path, arguments, sen
     assert sentence in err
     assert err.startswith("xkd_jax: ")
     assert len(err.strip().splitlines()) == 1
+
+
+def test_a_recipe_that_returns_nothing(start, tmp_path):
+    recipe = tmp_path / "recipe.py"
+    recipe.write_text("def get_config(variant=''):\n    pass\n")
+    code, _, err = finish(start("--config", recipe))
+    assert code == 2
+    assert f"xkd_jax: get_config of {recipe} returned None; return the config at its end" in err
 
 
 def test_help_is_quick_and_shows_an_example(start):

@@ -130,6 +130,17 @@ def _parser() -> Parser:
         help="the timm state dict to write: .safetensors, .pth or .bin",
     )
     parser.add_argument(
+        "--allow_not_finite",
+        action="store_true",
+        help="convert tensors with NaN or infinite values, which are refused otherwise",
+    )
+    _add_network(parser)
+    return parser
+
+
+def _add_network(parser: Parser) -> None:
+    """The arguments that say what the network is."""
+    parser.add_argument(
         "--model",
         default="",
         metavar="NAME",
@@ -156,11 +167,6 @@ def _parser() -> Parser:
         metavar="NAME=VALUE",
         help="a field of the network, such as patch_size=8; may be repeated",
     )
-    parser.add_argument(
-        "--allow_not_finite",
-        action="store_true",
-        help="convert tensors with NaN or infinite values, which are refused otherwise",
-    )
     for name, what in (("mean", "mean"), ("std", "standard deviation")):
         parser.add_argument(
             f"--{name}",
@@ -169,4 +175,3 @@ def _parser() -> Parser:
             metavar=("R", "G", "B"),
             help=f"{what} of the training images, in [0, 1]; default: the network's",
         )
-    return parser

@@ -3,6 +3,8 @@
 The command line alone; run folders and comparisons are in runs.py.
 """
 
+import ast
+import re
 import sys
 import textwrap
 from collections.abc import Sequence
@@ -29,6 +31,7 @@ _NUM_PROCESSES = flags.DEFINE_integer(
     "num_processes", None, "Total number of processes; 1 disables distributed start-up."
 )
 _PROCESS_ID = flags.DEFINE_integer("process_id", None, "Index of this process, from 0.")
+_NETWORK_ARG = re.compile(r"--?config\.(student|teacher)\.args\.(\w+)=(.*)")
 _FLAGS = (_CONFIG, _WORKDIR, _COMPILE_FOR, _COORDINATOR, _NUM_PROCESSES, _PROCESS_ID)
 
 
@@ -92,8 +95,11 @@ def _parse(arguments: list[str]):
             arguments[i + 1] = recipes.locate(arguments[i + 1])
     logging.use_absl_handler()
     logging.set_verbosity(logging.WARNING)  # Orbax logs twenty lines per checkpoint at INFO
+    # config_flags only overrides what a recipe sets, and the arguments of networks are open.
+    network_args = [argument for argument in arguments if _NETWORK_ARG.fullmatch(argument)]
+    others = [argument for argument in arguments if argument not in network_args]
     # config_flags looks for overrides in sys.argv, whatever is parsed.
-    sys.argv = [sys.argv[0], *arguments]
+    sys.argv = [sys.argv[0], *others]
     try:
         rest = flags.FLAGS(sys.argv)[1:]
     except Exception as error:  # a recipe is a program: it can raise anything
@@ -102,9 +108,29 @@ def _parse(arguments: list[str]):
         raise UserError(f"unexpected argument {rest[0]!r}; write --config RECIPE --workdir FOLDER.")
     if not _CONFIG.present:
         raise UserError("--config is missing; try --config quickstart.")
+    config = _CONFIG.value
     path, _, variant = config_flags.get_config_filename(flags.FLAGS["config"]).partition(":")
+    if config is None:
+        raise UserError(f"get_config of {path} returned None; return the config at its end.")
+    for argument in network_args:
+        _set_network_arg(config, argument)
     folder = f"runs/{Path(path).stem}{'_' + variant if variant else ''}"
-    return _CONFIG.value, Path(_WORKDIR.value or folder)
+    return config, Path(_WORKDIR.value or folder)
+
+
+def _set_network_arg(config, argument: str) -> None:
+    """Sets a field of the student's or the teacher's module; its name is checked later."""
+    ((network, name, text),) = _NETWORK_ARG.findall(argument)
+    try:
+        value = ast.literal_eval(text)
+    except (ValueError, SyntaxError):
+        value = text  # a word
+    try:
+        with config.unlocked():
+            config[network].args[name] = value
+    except TypeError as error:
+        right = type(config[network].args[name]).__name__
+        raise UserError(f"{network}.args.{name} is {text}, but must be of type {right}.") from error
 
 
 def _explain(error: Exception, arguments: list[str]) -> str:
@@ -122,8 +148,6 @@ def _explain(error: Exception, arguments: list[str]) -> str:
         name = argument.split("=")[0].lstrip("-").removeprefix("config.")
         if argument.lstrip("-").startswith("config.") and not has_field(default_config(), name):
             return str(missing_field(default_config(), name))
-        if isinstance(error, AttributeError | KeyError) and ".args." in name:
-            return f"the recipe doesn't set {name}, so it can't be overridden; set it there."
     # absl wraps the recipe's own error: its last line, before a hint about --help, is the sentence.
     text = str(error).strip().split("\n\nPass --help")[0].splitlines()[-1]
     return text.split("Error: ")[-1].strip()
