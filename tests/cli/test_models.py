@@ -23,6 +23,7 @@ def test_gflops_are_the_papers_whatever_the_backend(name, gflops):
     assert listing.describe(name)["gflops"] == pytest.approx(gflops, rel=0.01)
 
 
+@pytest.mark.slow  # it traces the largest networks
 def test_papers_counts_that_differ_are_explained():
     for name, (paper, note) in listing._PAPER.items():
         differs = abs(listing.describe(name)["gflops"] / paper - 1) >= 0.05

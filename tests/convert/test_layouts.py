@@ -183,6 +183,7 @@ def test_cifar10_statistics():
     assert "mean" not in given.assumed
 
 
+@pytest.mark.slow  # all networks' shapes are looked at
 def test_networks_that_are_known_and_not_read():
     for name, network in (
         ("features.1.0.block.5.weight", "torchvision's ConvNeXt"),
