@@ -104,12 +104,13 @@ def create_experiment(config: Config) -> Experiment:
             f"augment.crop_padding={config.augment.crop_padding} is not smaller than the images, "
             f"{train.images.shape[1]} pixels."
         )
-    warn(config)
     student = create_student(config, train)
     teacher = create_teacher(config, train, teacher_file) if teacher_file else None
     load_split(config, config.data.test)  # report problems with it now, not after training
     splits = train, load_split(config, config.data.eval)
-    return assemble(config, method, mesh, splits, student, teacher)
+    experiment = assemble(config, method, mesh, splits, student, teacher)
+    warn(config)  # last: a refusal stands alone
+    return experiment
 
 
 def warn(config: Config) -> None:
