@@ -45,7 +45,7 @@ def divergence(student, teacher):
 
 
 def all_tokens(out, name):
-    """Of a ViT: the class token and the patches."""
+    """The class token and the patches of a ViT."""
     return np.concatenate([out[f"prefix_{name}"][:, :, :1], out[name]], axis=2)
 
 

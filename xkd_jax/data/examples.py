@@ -47,7 +47,7 @@ class ArrayExamples:
         return {}
 
     def digest(self, kept: np.ndarray | None = None) -> str:
-        """Of the labels and of the size of the images, which have no names."""
+        """A digest of the labels and the images' size; arrays have no names."""
         labels = self.labels if kept is None else self.labels[kept]
         return sha256(str(self.images.shape[1:]).encode(), labels.astype("<i4").tobytes())
 

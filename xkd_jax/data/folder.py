@@ -99,7 +99,7 @@ class FolderExamples:
         return {i: str(error) for i, error in found if error}
 
     def digest(self, kept: np.ndarray | None = None) -> str:
-        """Of the files' paths, relative to the folder of the split, and of the labels."""
+        """A digest of the labels and the files' paths, relative to the split's folder."""
         files, labels = self._files, self.labels
         if kept is not None:
             files, labels = files[kept], labels[kept]

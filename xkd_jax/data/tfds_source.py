@@ -162,7 +162,7 @@ class TfdsExamples:
         return {}
 
     def digest(self, kept: np.ndarray | None = None) -> str:
-        """Of the set's name, version, sizes and class names: its labels take long to read."""
+        """A digest of the set's name, version, sizes and class names: labels are slow to read."""
         whole = np.arange(len(self))
         indices = self._range.start + (whole if kept is None else whole[kept])
         return sha256(self._about.encode(), self._split.encode(), indices.astype("<i8").tobytes())
