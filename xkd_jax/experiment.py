@@ -292,10 +292,12 @@ def load_teacher_file(config: Config) -> tuple[Any, dict[str, Any]]:
     check_metadata(path, metadata)
     args = json.loads(json.dumps(wanted.args.to_dict()))  # tuples as the file has them
     if args and args != metadata.get("args", {}):
-        raise UserError(
-            f"teacher.args is not what {wanted.weights} was trained with, which its metadata says; "
-            "leave teacher.args empty."
-        )
+        if wanted.model:
+            raise UserError(
+                f"teacher.args is not what {wanted.weights} was trained with, which its metadata "
+                "says; leave teacher.args empty."
+            )
+        _say_once(f"teacher.args is ignored: {wanted.weights} says its own.")
     if wanted.model and wanted.model != metadata["model"]:
         raise UserError(
             f"{wanted.weights} holds a {metadata['model']}, but teacher.model is {wanted.model}; "
