@@ -119,6 +119,8 @@ class Progress:
             unit="step",
             disable=not (sys.stderr.isatty() and processes.is_first()),
             dynamic_ncols=True,
+            # Short, so that loss and accuracy fit into 80 columns.
+            bar_format="{l_bar}{bar:6}| {n_fmt}/{total_fmt} {remaining} left{postfix}",
         )
 
     def update(self, step: int) -> None:
