@@ -225,9 +225,9 @@ def _check_methods(config: Config) -> None:
                 f"method {name} needs a teacher; set teacher.weights to a .safetensors file, "
                 "timm:NAME or packaged:NAME."
             )
-        if "crd" in parts and (config.augment.mixup or config.augment.cutmix):
+        if method.hard_labels and (config.augment.mixup or config.augment.cutmix):
             raise UserError(
-                "crd contrasts images by their class, which mixed images don't have; set "
+                f"{name} contrasts images by their class, which mixed images don't have; set "
                 "augment.mixup=0 and augment.cutmix=0."
             )
 

@@ -94,11 +94,6 @@ def create_experiment(config: Config) -> Experiment:
             f"batch_size={config.batch_size} is larger than the {len(train)} images of "
             f"{config.data.train!r}; take a smaller batch."
         )
-    if train.num_classes < 2:
-        raise UserError(
-            f"{config.data.name} has one class, {train.class_names[0]!r}, and nothing to tell it "
-            "from; give the folder whose subfolders are the classes."
-        )
     if config.augment.crop_padding >= min(train.images.shape[1:3]):
         raise UserError(
             f"augment.crop_padding={config.augment.crop_padding} is not smaller than the images, "

@@ -42,6 +42,12 @@ class Sum(Method):
 
     @property
     @override
+    def hard_labels(self) -> bool:
+        """Whether any part needs them."""
+        return any(method.hard_labels for _, method in self.parts)
+
+    @property
+    @override
     def adversary_period(self) -> int:
         """The period of the only part with an adversary; 0 if there is none."""
         return max(method.adversary_period for _, method in self.parts)

@@ -130,6 +130,7 @@ class CRD(Method):
     width: int = 128
 
     needs_teacher = True
+    hard_labels = True
 
     @override
     def check(self, teacher_out, student_out):
