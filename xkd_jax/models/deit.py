@@ -1,7 +1,7 @@
 """DeiT: Vision Transformers trained on ImageNet alone, with and without the distillation token.
 
 Touvron et al., "Training data-efficient image transformers & distillation through attention"
-(arXiv:2012.12877). The names follow timm's `deit.py` (Ross Wightman, Apache-2.0).
+(arXiv:2012.12877); and "DeiT III: Revenge of the ViT" (arXiv:2204.07118). The names follow timm's `deit.py` (Ross Wightman, Apache-2.0).
 """
 
 from xkd_jax.models.variant import Variant
@@ -17,4 +17,16 @@ VARIANTS = {
     f"deit_{size}_{'distilled_' if distilled else ''}patch16_{img}": _variant(size, img, distilled)
     for size, img in (("tiny", 224), ("small", 224), ("base", 224), ("base", 384))
     for distilled in (False, True)
+}
+
+
+def _deit3(size: str, img: int) -> Variant:
+    args = {"img_size": img, "patch_size": 16, "init_values": 1e-6, "no_embed_class": True}
+    return Variant(VisionTransformer, args | SIZES[size], img)
+
+
+VARIANTS |= {
+    f"deit3_{size}_patch16_{img}": _deit3(size, img)
+    for size in ("small", "base", "large")
+    for img in (224, 384)
 }

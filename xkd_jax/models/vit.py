@@ -148,12 +148,26 @@ class Mlp(nn.Module):
         return x.reshape(shape)
 
 
+class LayerScale(nn.Module):
+    """A learned factor per channel (Touvron et al., arXiv:2103.17239)."""
+
+    init_values: float
+    dtype: Any = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """Scales `x` [..., D]."""
+        init = nn.initializers.constant(self.init_values)
+        return x * self.param("gamma", init, (x.shape[-1],)).astype(self.dtype)
+
+
 class Block(nn.Module):
-    """A pre-norm Transformer block."""
+    """A pre-norm Transformer block; with `init_values`, each branch ends in a `LayerScale`."""
 
     num_heads: int
     mlp_ratio: float = 4.0
     qkv_bias: bool = True
+    init_values: float | None = None
     dtype: Any = jnp.float32
 
     @nn.compact
@@ -166,16 +180,23 @@ class Block(nn.Module):
         """
         y = _layer_norm("norm1", dtype=self.dtype)(x)
         y, qkv = Attention(self.num_heads, self.qkv_bias, self.dtype, name="attn")(y)
-        x = x + drop_path(self, y, rate, train)
+        x = x + drop_path(self, self._scale("ls1", y), rate, train)
         y = _layer_norm("norm2", dtype=self.dtype)(x)
         y = Mlp(int(x.shape[-1] * self.mlp_ratio), self.dtype, name="mlp")(y)
-        return x + drop_path(self, y, rate, train), qkv
+        return x + drop_path(self, self._scale("ls2", y), rate, train), qkv
+
+    def _scale(self, name: str, x: jax.Array) -> jax.Array:
+        if self.init_values is None:
+            return x
+        return LayerScale(self.init_values, self.dtype, name=name)(x)
 
 
 class VisionTransformer(nn.Module):
     """timm's `VisionTransformer`; the fields have timm's names and defaults.
 
-    `distilled` adds DeiT's distillation token, which has its own head. `fc_norm=None` is timm's
+    `distilled` adds DeiT's distillation token, which has its own head. `init_values` turns on
+    `LayerScale`. `reg_tokens` adds register tokens (arXiv:2309.16588) after the class token. With
+    `no_embed_class`, only patch tokens have position embeddings. `fc_norm=None` is timm's
     rule: with `global_pool="avg"` the final norm comes after the pooling, and the tokens are not
     normalised. With `drop_rate` or `drop_path_rate` above 0, training needs
     `rngs={"dropout": key}`.
@@ -191,8 +212,11 @@ class VisionTransformer(nn.Module):
     num_heads: int = 12
     mlp_ratio: float = 4.0
     qkv_bias: bool = True
+    init_values: float | None = None
     class_token: bool = True
     distilled: bool = False
+    reg_tokens: int = 0
+    no_embed_class: bool = False
     global_pool: str = "token"
     fc_norm: bool | None = None
     drop_rate: float = 0.0
@@ -213,15 +237,15 @@ class VisionTransformer(nn.Module):
           [N, D] with a class token, `block01` ... [N, T, D], `query`, `key`, `value` of the
           last block and `block01_query` ... of each [N, heads, T, d], `grid` (h, w), `pooled`
           [N, D], `logits`. Everything per token covers only the patch tokens, except
-          `prefix_query` ... of the last block, of the class token and then the distillation token,
-          [N, heads, 1 or 2, d]. With `distilled` also `dist` [N, D], and the two heads'
+          `prefix_query` ... of the last block, of the class token, the distillation token and the
+          register tokens, as far as there are any, [N, heads, P, d]. With `distilled` also `dist` [N, D], and the two heads'
           `cls_logits` and `dist_logits`; `logits` is their mean.
 
         Raises:
           UserError: the options contradict each other, or `images` has another size.
         """
         self._check(images.shape)
-        prefix = self.class_token + self.distilled
+        prefix = self.class_token + self.distilled + self.reg_tokens
         x, grid = self._embed(images)
         out: dict[str, Any] = {"grid": grid}
         x, blocks = self._blocks(x, train, gather)
@@ -257,7 +281,7 @@ class VisionTransformer(nn.Module):
     ) -> tuple[jax.Array, list]:
         """The last block's output, and each block's output with its query, key and value."""
         rates = [self.drop_path_rate * i / max(self.depth - 1, 1) for i in range(self.depth)]
-        options = self.num_heads, self.mlp_ratio, self.qkv_bias, self.dtype
+        options = self.num_heads, self.mlp_ratio, self.qkv_bias, self.init_values, self.dtype
         remat, outs, first = self.remat and train, [], 0
         if scan.pays(self.depth, train) and not self.is_initializing():
             first = self.depth - 1  # methods read the last block's taps
@@ -274,20 +298,25 @@ class VisionTransformer(nn.Module):
         return classify(x, self.num_classes, self.drop_rate, train, name, _weight_init)
 
     def _embed(self, images: jax.Array) -> tuple[jax.Array, Grid]:
-        """Images to embedded tokens [N, (2 +) T, D], class token first, and the patch grid."""
+        """Images to embedded tokens [N, P + T, D], class token first, and the patch grid."""
         x = PatchEmbed(self.patch_size, self.embed_dim, self.dtype, name="patch_embed")(images)
         n, height, width, dim = x.shape
         x = x.reshape(n, height * width, dim)
-        prefix = []
+        small, prefix = nn.initializers.normal(1e-6), []  # timm's
         if self.class_token:
-            prefix.append(self.param("cls_token", nn.initializers.normal(1e-6), (1, 1, dim)))
+            prefix.append(self.param("cls_token", small, (1, 1, dim)))
         if self.distilled:
             prefix.append(self.param("dist_token", _weight_init, (1, 1, dim)))
-        if prefix:
-            prefix = [jnp.tile(token.astype(x.dtype), (n, 1, 1)) for token in prefix]
+        if self.reg_tokens:
+            prefix.append(self.param("reg_token", small, (1, self.reg_tokens, dim)))
+        prefix = [jnp.tile(token.astype(x.dtype), (n, 1, 1)) for token in prefix]
+        if not self.no_embed_class:
             x = jnp.concatenate([*prefix, x], axis=1)
         pos = self.param("pos_embed", _weight_init, (1, x.shape[1], dim))
-        return x + pos.astype(x.dtype), Grid((height, width))
+        x = x + pos.astype(x.dtype)
+        if self.no_embed_class:
+            x = jnp.concatenate([*prefix, x], axis=1)
+        return x, Grid((height, width))
 
     def _check(self, shape: tuple[int, ...]) -> None:
         if self.global_pool not in ("token", "avg"):
@@ -330,3 +359,18 @@ VARIANTS = {
 }
 # Not in timm: for the 32x32 images of CIFAR.
 VARIANTS |= {f"vit_{size}_patch4_32": _variant(size, 4, 32) for size in ("tiny", "small")}
+
+
+def _dinov2(size: str, registers: int) -> Variant:
+    args = {"img_size": 518, "patch_size": 14, "init_values": 1e-5, **SIZES[size]}
+    if registers:
+        args |= {"reg_tokens": registers, "no_embed_class": True}
+    return Variant(VisionTransformer, args, 518)
+
+
+# DINOv2 (arXiv:2304.07193), trained without labels, and with registers (arXiv:2309.16588).
+VARIANTS |= {
+    f"vit_{size}_patch14_{'reg4_' if registers else ''}dinov2": _dinov2(size, registers)
+    for size in ("small", "base", "large")
+    for registers in (0, 4)
+}
