@@ -45,6 +45,7 @@ _AT_LEAST = {
     "eval_every": 1,
     "checkpoint_every": 1,
     "accumulate": 1,
+    "freeze": 0,
     "keep_checkpoints": 1,
     "data.repeats": 1,
     "data.workers": 0,
@@ -89,6 +90,9 @@ def default_config() -> Config:
     config.adversary_optimizer = ConfigDict(dataclasses.asdict(adversary))
     config.accumulate = 1  # microbatches per batch (gradient accumulation): less memory
     config.remat = False  # recompute the student's blocks: less memory, a third more time
+    # The student's embedding and first blocks (of a ViT or DeiT) that keep the values of its weights
+    # file; their gradients are not computed. 0: none.
+    config.freeze = 0
     config.layer_decay = 1.0  # factor of the student's learning rate per layer, top down; 1: off
     config.ema = ConfigDict({"decay": 0.0, "warmup": False})  # EMA of the student; decay 0: off
 
@@ -165,6 +169,10 @@ def validate(config: Config) -> None:
         except UserError as error:  # the options don't know whose they are
             raise UserError(str(error).replace("optimizer.", f"{name}.", 1)) from None
     ScheduleOptions(**config.schedule)
+    if config.freeze and not config.student.weights:
+        raise UserError(
+            f"freeze={config.freeze} would keep random blocks as they are; set student.weights."
+        )
     if not config.data.name:
         raise UserError("data.name is empty; name a data set such as 'tfds:cifar100'.")
     _check_methods(config)

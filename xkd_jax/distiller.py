@@ -23,7 +23,7 @@ from xkd_jax.methods import check_pair, create_method
 from xkd_jax.methods.base import Method, Outputs, apply
 from xkd_jax.methods.label import label_term
 from xkd_jax.model import Model
-from xkd_jax.optim import accumulate, average, scale_parts, select
+from xkd_jax.optim import accumulate, average, layer_ids, scale_parts, select
 from xkd_jax.reporting import nan_guard
 from xkd_jax.state import TrainState, create_state, student_variables
 
@@ -369,6 +369,12 @@ def moves(distiller: Distiller, state: TrainState, grads: dict[str, Any]) -> dic
         moving["student"] = jax.tree.map(
             lambda g: moving["batch_stats"] & ((progress >= 0) | jnp.any(g != 0)), grads["student"]
         )
+    if frozen := getattr(distiller.student.module, "frozen", 0):
+        layers = layer_ids(grads["student"])
+        moving["student"] = jax.tree.map(
+            lambda layer, move: move & (layer > frozen),
+            layers, jax.tree.broadcast(moving["student"], layers),
+        )  # fmt: skip
     moving["adversary"] = _adversarys_turn(distiller, state)
     return moving
 

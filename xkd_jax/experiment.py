@@ -30,7 +30,7 @@ from xkd_jax.distributed import sharding
 from xkd_jax.errors import UserError
 from xkd_jax.methods import create_method
 from xkd_jax.methods.base import Method
-from xkd_jax.model import Model, check_metadata, create_model
+from xkd_jax.model import Model, check_metadata, create_model, freeze
 from xkd_jax.optim import create_learning_rate_fn, create_optimizer, layer_ids
 from xkd_jax.reporting.logger import say
 
@@ -235,6 +235,8 @@ def create_student(config: Config, train: data.Split) -> Model:
                 "remat=False, and increase accumulate to save memory."
             )
         model = dataclasses.replace(model, module=model.module.clone(remat=True))
+    if config.freeze:
+        model = freeze(model, config.freeze)
     if not config.student.weights:
         return model
     # Weights for other classes or image sizes are adapted: the head, say, is re-initialised.

@@ -252,3 +252,17 @@ def create_model(
         args=args,
         class_names=tuple(class_names),
     )
+
+
+def freeze(model: Model, blocks: int) -> Model:
+    """`model` with its embedding and its first `blocks` blocks frozen during training.
+
+    Raises:
+      UserError: it isn't a ViT or DeiT, or has fewer blocks.
+    """
+    if not hasattr(model.module, "frozen"):
+        raise UserError(f"freeze={blocks} needs a ViT or DeiT, but {model.name} is neither.")
+    depth = getattr(model.module, "depth", 0)
+    if blocks > depth:
+        raise UserError(f"freeze={blocks} is more than the {depth} blocks of {model.name}.")
+    return dataclasses.replace(model, module=model.module.clone(frozen=blocks))

@@ -199,7 +199,7 @@ class VisionTransformer(nn.Module):
     `no_embed_class`, only patch tokens have position embeddings. `fc_norm=None` is timm's
     rule: with `global_pool="avg"` the final norm comes after the pooling, and the tokens are not
     normalised. With `drop_rate` or `drop_path_rate` above 0, training needs
-    `rngs={"dropout": key}`.
+    `rngs={"dropout": key}`. No gradient flows into the first `frozen` blocks or the embedding.
     """
 
     kind: ClassVar[str] = "transformer"
@@ -221,6 +221,7 @@ class VisionTransformer(nn.Module):
     fc_norm: bool | None = None
     drop_rate: float = 0.0
     drop_path_rate: float = 0.0
+    frozen: int = 0
     remat: bool = False
     dtype: Any = jnp.float32
 
@@ -238,8 +239,8 @@ class VisionTransformer(nn.Module):
           last block and `block01_query` ... of each [N, heads, T, d], `grid` (h, w), `pooled`
           [N, D], `logits`. Everything per token covers only the patch tokens, except
           `prefix_query` ... of the last block, of the class token, the distillation token and the
-          register tokens, as far as there are any, [N, heads, P, d]. With `distilled` also `dist` [N, D], and the two heads'
-          `cls_logits` and `dist_logits`; `logits` is their mean.
+          register tokens, as far as there are any, [N, heads, P, d]. With `distilled` also `dist`
+          [N, D], and the two heads' `cls_logits` and `dist_logits`; `logits` is their mean.
 
         Raises:
           UserError: the options contradict each other, or `images` has another size.
@@ -284,15 +285,28 @@ class VisionTransformer(nn.Module):
         options = self.num_heads, self.mlp_ratio, self.qkv_bias, self.init_values, self.dtype
         remat, outs, first = self.remat and train, [], 0
         if scan.pays(self.depth, train) and not self.is_initializing():
-            first = self.depth - 1  # methods read the last block's taps
-            names = [f"blocks_{i}" for i in range(first)]
-            one = [Block(*options, parent=None)]
-            x, outs = scan.scan_blocks(self, one, names, x, train, rates[:first], remat, gather)
+            last = self.depth - 1  # methods read the last block's taps
+            frozen = min(self.frozen, last)
+            for first, stop in ((0, frozen), (frozen, last)):
+                if first == stop:
+                    continue
+                names = [f"blocks_{i}" for i in range(first, stop)]
+                some = [Block(*options, parent=None)]
+                x, new = scan.scan_blocks(
+                    self, some, names, x, train, rates[first:stop], remat, gather
+                )
+                x, outs = self._freeze(stop, x), outs + new
+            first = last
         block = recomputed(Block, remat, static=(2, 3))
         for i in range(first, self.depth):
             x, qkv = block(*options, name=f"blocks_{i}")(x, train, rates[i])
             outs.append((x, qkv))
+            x = self._freeze(i + 1, x)
         return x, outs
+
+    def _freeze(self, number: int, x: jax.Array) -> jax.Array:
+        """Cuts the gradient of the output `x` of block `number` if it is the last frozen one."""
+        return jax.lax.stop_gradient(x) if number == self.frozen else x
 
     def _head(self, name: str, x: jax.Array, train: bool) -> jax.Array:
         return classify(x, self.num_classes, self.drop_rate, train, name, _weight_init)

@@ -1,0 +1,84 @@
+"""Frozen blocks: no gradient, no weight decay, and no backward pass."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from tests.experiments import changed, run, tiny_experiment
+from xkd_jax import models
+from xkd_jax.analysis.flops import count_flops
+from xkd_jax.config import default_config, validate
+from xkd_jax.errors import UserError
+from xkd_jax.model import create_model, freeze
+from xkd_jax.optim import layer_ids
+
+ARGS = {"img_size": 16, "patch_size": 8, "embed_dim": 16, "num_heads": 2}
+
+
+def vit(depth, frozen=0):
+    args = ARGS | {"depth": depth, "frozen": frozen}
+    return models.create_model("vit_tiny_patch16_224", num_classes=3, **args)
+
+
+def gradients(module):
+    images = jax.random.normal(jax.random.key(1), (2, 16, 16, 3))
+    params = module.init(jax.random.key(0), images)["params"]
+
+    def loss(params):
+        return jnp.sum(module.apply({"params": params}, images, train=True)[0] ** 2)
+
+    return jax.grad(loss), params
+
+
+@pytest.mark.parametrize("depth", [3, 14])  # 14 blocks are scanned
+def test_only_the_frozen_layers_have_no_gradient(depth):
+    frozen = 2
+    grad_fn, params = gradients(vit(depth, frozen))
+    ours, theirs = grad_fn(params), gradients(vit(depth))[0](params)
+    for layer, our, their in zip(
+        *map(jax.tree.leaves, (layer_ids(params), ours, theirs)), strict=True
+    ):
+        if layer <= frozen:
+            assert not our.any()
+        else:
+            np.testing.assert_allclose(our, their, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("depth", [4, 14])
+def test_the_backward_pass_of_frozen_blocks_is_not_computed(depth):
+    def flops(frozen):
+        grad_fn, params = gradients(vit(depth, frozen))
+        return count_flops(grad_fn, params)
+
+    # Forward costs 1 and backward 2: with all blocks but one frozen, about a third is left.
+    assert flops(depth - 1) < (1 + 3 / depth) / 3 * flops(0)
+
+
+def test_frozen_layers_are_left_out_of_the_optimizer():
+    experiment = tiny_experiment("none")
+    student = create_model("vit_tiny_patch16_224", num_classes=10, depth=3, **ARGS)
+    distiller = dataclasses.replace(experiment.distiller, student=freeze(student, 2))
+    done = run(dataclasses.replace(experiment, distiller=distiller), 2)
+    first, last = done.states[0], done.states[-1]
+    moved = changed(first.params["student"], last.params["student"])
+    frozen = {path for path in moved if "blocks_2" not in path and "head" not in path}
+    assert frozen == {"['norm']['scale']", "['norm']['bias']"}
+    assert any("blocks_2" in path for path in moved)
+
+
+def test_wrong_numbers_of_blocks_are_refused():
+    student = create_model("vit_tiny_patch16_224", num_classes=10, depth=3, **ARGS)
+    with pytest.raises(UserError, match="freeze=4 is more than the 3 blocks"):
+        freeze(student, 4)
+    with pytest.raises(UserError, match="freeze=1 needs a ViT or DeiT, but resnet18 is neither"):
+        freeze(create_model("resnet18", num_classes=10), 1)
+
+
+def test_a_random_student_is_not_frozen():
+    config = default_config()
+    config.freeze = 3
+    with pytest.raises(UserError, match=r"freeze=3 .* set student.weights"):
+        validate(config)
