@@ -90,8 +90,8 @@ def default_config() -> Config:
     config.adversary_optimizer = ConfigDict(dataclasses.asdict(adversary))
     config.accumulate = 1  # microbatches per batch (gradient accumulation): less memory
     config.remat = False  # recompute the student's blocks: less memory, a third more time
-    # The student's embedding and first blocks (of a ViT or DeiT) that keep the values of its weights
-    # file; their gradients are not computed. 0: none.
+    # The embedding and this many first blocks of a ViT or DeiT keep the values of student.weights;
+    # their gradients are not computed. 0: none.
     config.freeze = 0
     config.layer_decay = 1.0  # factor of the student's learning rate per layer, top down; 1: off
     config.ema = ConfigDict({"decay": 0.0, "warmup": False})  # EMA of the student; decay 0: off

@@ -221,7 +221,8 @@ def create_student(config: Config, train: data.Split) -> Model:
     model = create_model(
         config.student.model,
         num_classes=train.num_classes,
-        image_size=_data_size(config, train),
+        # Smaller images, such as CIFAR's, are enlarged on the device.
+        image_size=args.get("img_size") or _data_size(config, train),
         mean=train.mean,
         std=train.std,
         class_names=train.class_names,
