@@ -6,6 +6,8 @@ Claim: none yet; it has not been run at full size with this code. AdamW, cosine,
 as in BEiT (arXiv:2106.08254) and MAE (arXiv:2111.06377); layer_decay=1 turns the decay off.
 Cost: 10 epochs of ViT-B/16 forward and backward. `:smoke` takes about a minute on two CPU cores.
 `:scratch` downloads nothing: it trains a small ViT at 96 x 96 from scratch, for a first try.
+`:dinov2` fine-tunes the last four blocks of DINOv2's ViT-S/14 on CIFAR-100, whose images it
+enlarges to 112 x 112 (8 x 8 tokens), for docs/results/foundation.md.
 Command:
   python -m xkd_jax.main --config configs/finetune_teacher.py --config.data.name=folder:FOLDER \
     --config.data.eval=val --config.data.test=val --workdir runs/teacher
@@ -16,7 +18,7 @@ from xkd_jax.configs import common
 
 
 def get_config(variant: str = "") -> Config:
-    common.check_variant(variant, ("smoke", "scratch"))
+    common.check_variant(variant, ("smoke", "scratch", "dinov2"))
     config = default_config()
     config.epochs = 10
     config.batch_size = 128
@@ -58,4 +60,17 @@ def get_config(variant: str = "") -> Config:
         config.student.weights = ""
         config.data.workers = 0
         config.layer_decay = 1.0
+    elif variant == "dinov2":
+        config.epochs = 3
+        config.batch_size = 50
+        config.image_size = 0
+        config.student.model = "vit_small_patch14_dinov2"
+        config.student.weights = "dinov2_vits14.safetensors"
+        # The mean of the tokens is classified, so that each patch token learns about the classes.
+        config.student.args = {"img_size": 112, "global_pool": "avg", "fc_norm": False}
+        config.data.update(train="train[:45000]", eval="train[45000:]", workers=0)
+        config.augment.auto = ""
+        config.freeze = 8
+        config.schedule.warmup_epochs = 0.2
+        config.checkpoint_every = 100
     return config

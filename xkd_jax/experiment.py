@@ -254,7 +254,9 @@ def create_student(config: Config, train: data.Split) -> Model:
     weights.check_weights(
         config.student.weights, converted.variables, model.shapes, config.student.model
     )
-    return dataclasses.replace(model, variables=converted.variables)
+    # Normalised as the weights expect, not by the data's statistics.
+    mean, std = (tuple(converted.metadata[name]) for name in ("mean", "std"))
+    return dataclasses.replace(model, variables=converted.variables, mean=mean, std=std)
 
 
 @functools.cache
