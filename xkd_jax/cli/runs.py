@@ -40,13 +40,7 @@ def run(config: Config, workdir: Path) -> int:
       UserError: any wrong input.
     """
     validate(config)
-    if jax.config.read("jax_enable_x64"):  # other numbers would be drawn, and float64 weights saved
-        say("JAX's 64-bit mode is switched off for this run (JAX_ENABLE_X64).")
-        jax.config.update("jax_enable_x64", False)
-    # Saves about a minute of compilation when the same networks are trained again.
-    cache = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "xkd_jax"
-    jax.config.update("jax_compilation_cache_dir", str(cache))
-    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
+    configure_jax()
     runs = {workdir: config}
     if config.compare:
         runs = {workdir / name: for_method(config, name) for name in config.compare}
@@ -56,20 +50,15 @@ def run(config: Config, workdir: Path) -> int:
         for folder in runs:
             lock.check(folder)
     # Check all runs before the first one starts.
-    left = {folder: alone for folder, alone in runs.items() if not _is_complete(alone, folder)}
+    left = {folder: alone for folder, alone in runs.items() if not is_complete(alone, folder)}
+    for folder in sorted(runs.keys() - left.keys()):
+        say(f"{folder} is complete.")
     with _removed_if_refused([folder for folder in left if not folder.exists()]):
         for folder, alone in left.items():
             _make(folder)
             create_experiment(alone)
     for folder, alone in left.items():
-        try:
-            with lock.hold(folder) if processes.is_first() else contextlib.nullcontext():
-                stopped = _train(alone, folder)
-        except OSError as error:
-            raise UserError(
-                f"training stopped because a file can't be read or written ({error}); checkpoints "
-                "are kept: fix the cause, then run the same command again to resume."
-            ) from error
+        stopped = train_one(alone, folder)
         if stopped:
             say(
                 f"stopped by {stopped.name}; everything is saved in {workdir}: run the same "
@@ -81,12 +70,37 @@ def run(config: Config, workdir: Path) -> int:
     return 0
 
 
-def _train(config: Config, folder: Path) -> signal.Signals | None:
-    """Trains and evaluates one run; returns the signal that stopped it early, if any.
+def configure_jax() -> None:
+    """Turns 64-bit mode off and the compilation cache on."""
+    if jax.config.read("jax_enable_x64"):  # other numbers would be drawn, and float64 weights saved
+        say("JAX's 64-bit mode is switched off for this run (JAX_ENABLE_X64).")
+        jax.config.update("jax_enable_x64", False)
+    # Saves about a minute of compilation when the same networks are trained again.
+    cache = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "xkd_jax"
+    jax.config.update("jax_compilation_cache_dir", str(cache))
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
+
+
+def train_one(config: Config, folder: Path) -> signal.Signals | None:
+    """Trains and evaluates the run in `folder`, which exists, and resumes it if it was interrupted.
+
+    Returns:
+      The signal that stopped it early, if any.
 
     Raises:
-      OSError: a file can't be read or written, for example because the disk is full.
+      UserError: any wrong input; or a file can't be read or written, such as on a full disk.
     """
+    try:
+        with lock.hold(folder) if processes.is_first() else contextlib.nullcontext():
+            return _train(config, folder)
+    except OSError as error:
+        raise UserError(
+            f"training stopped because a file can't be read or written ({error}); checkpoints "
+            "are kept: fix the cause, then run the same command again to resume."
+        ) from error
+
+
+def _train(config: Config, folder: Path) -> signal.Signals | None:
     if processes.is_first() and not (folder / files.CONFIG).exists():
         write_file(folder / files.CONFIG, (json.dumps(used(config), indent=2) + "\n").encode())
     experiment = create_experiment(config)
@@ -160,7 +174,7 @@ def _make(folder: Path) -> None:
         ) from error
 
 
-def _is_complete(config: Config, folder: Path) -> bool:
+def is_complete(config: Config, folder: Path) -> bool:
     """Whether the run in `folder` is finished.
 
     Raises:
@@ -176,10 +190,7 @@ def _is_complete(config: Config, folder: Path) -> bool:
                 f"{folder} holds another run: {'; '.join(differences[:3])}{more}; choose another "
                 "--workdir."
             )
-    if (folder / summary.SUMMARY).exists():
-        say(f"{folder} is complete.")
-        return True
-    return False
+    return (folder / summary.SUMMARY).exists()
 
 
 def _differences(there: Any, here: Any, name: str):

@@ -68,7 +68,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if any(argument in ("-h", "--help") for argument in arguments):
         print(usage())
         return 0
-    config, workdir = _parse(arguments)
+    config, workdir = parse(arguments)
     # Only now, for JAX takes a second: `--help` and a wrong command line need none of it.
     if _COMPILE_FOR.value is not None:
         from xkd_jax.analysis import tpu_forecast
@@ -81,7 +81,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     return runs.run(config, workdir)
 
 
-def _parse(arguments: list[str]):
+def parse(arguments: list[str]):
     """The config and the run's folder.
 
     Raises:

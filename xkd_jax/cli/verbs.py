@@ -11,6 +11,10 @@ from xkd_jax.errors import unknown
 # A verb is a module in this folder with a guarded `main(argv)`: what it does, and an example.
 VERBS = {
     "train": ("train what a recipe describes, or resume it", "xkd-jax train --config quickstart"),
+    "sweep": (
+        "train a table: cells times seeds, choices included",
+        "xkd-jax sweep --config dinov2_cifar100:few25 --workdir runs/few25",
+    ),
     "convert": (
         "convert weights from timm or PyTorch, and back",
         "xkd-jax convert --timm resnet18 --out resnet18.safetensors",

@@ -20,6 +20,10 @@ REPORT = "not_finite.json"
 ADVICE = "lower optimizer.learning_rate or set optimizer.clip_norm, for example to 2.0."
 
 
+class Diverged(UserError):
+    """Training can't continue: a loss, a gradient or a weight isn't finite."""
+
+
 def flags(tree: Any) -> jax.Array:
     """Whether each leaf is entirely finite, bool [num_leaves]."""
     return jnp.stack([jnp.isfinite(leaf).all() for leaf in jax.tree.leaves(tree)])
@@ -55,7 +59,7 @@ class Guard:
         """Checks a step's metrics, on the host.
 
         Raises:
-          UserError: the loss or a gradient isn't finite.
+          Diverged: the loss or a gradient isn't finite.
         """
         loss, good = float(metrics["loss"]), metrics[FLAGS]
         if math.isfinite(loss) and good.all():
@@ -66,7 +70,7 @@ class Guard:
         path = self.folder / REPORT
         if processes.is_first():
             write_file(path, (json.dumps(report) + "\n").encode())
-        raise UserError(
+        raise Diverged(
             f"Non-finite values at step {step}: loss {loss}; gradients "
             f"{listed(wrong) or 'all finite'}; examples {listed(examples, 8)} (full list in "
             f"{path}); earlier checkpoints are kept: {ADVICE}"
@@ -79,7 +83,7 @@ def check_state(step: int, state: Any) -> None:
     The method's state is exempt: it may use infinity for values that aren't known yet.
 
     Raises:
-      UserError: it contains a non-finite value.
+      Diverged: it contains a non-finite value.
     """
     floats = {
         name: leaf
@@ -89,7 +93,7 @@ def check_state(step: int, state: Any) -> None:
     good = jax.device_get(_flags(list(floats.values())))
     if not good.all():
         wrong = [name for name, fine in zip(floats, good, strict=True) if not fine]
-        raise UserError(
+        raise Diverged(
             f"Non-finite values after step {step}: {listed(wrong)}; the checkpoint isn't saved: "
             f"{ADVICE}"
         )

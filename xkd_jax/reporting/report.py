@@ -114,14 +114,15 @@ def format_table(summaries: dict[str, dict[str, Any]]) -> str:
     for name, row in rows:
         cells = [f"{100 * row[score]:.2f}" for score in scores]
         lines.append([name, *cells, f"{row['parameters']:,}", f"{row['flops'] / 1e6:,.1f}"])
-    return _markdown(lines)
+    return format_markdown(lines)
 
 
 def _label(method: str) -> str:
     return "cross-entropy alone" if method == "none" else method
 
 
-def _markdown(lines: list[list[str]]) -> str:
+def format_markdown(lines: list[list[str]]) -> str:
+    """A Markdown table with aligned columns; the first line is the header."""
     widths = [max(len(cell) for cell in column) for column in zip(*lines, strict=True)]
 
     def row(cells: list[str]) -> str:

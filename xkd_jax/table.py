@@ -1,0 +1,75 @@
+"""A table of results: its cells, how each is tuned, and over how many seeds it is measured.
+
+A recipe for `python -m xkd_jax.sweep` has, beside `get_config(variant)`, a `get_table(variant)`
+that returns a `Table`.
+"""
+
+import dataclasses
+import itertools
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+Fields = Mapping[str, Any]  # a config's fields by name, such as {"method.name": "logits"}
+
+
+@dataclasses.dataclass(frozen=True)
+class Cell:
+    """One result: the recipe with other values of some fields.
+
+    Attributes:
+      fields: the values, for all runs of the cell.
+      stages: what is chosen on the evaluation split, one stage after the other: the alternatives of
+        a stage are tried with the fields that the stages before it have chosen.
+    """
+
+    fields: Fields
+    stages: tuple[tuple[Fields, ...], ...] = ()
+
+
+@dataclasses.dataclass(frozen=True)
+class Table:
+    """Cells that are trained alike.
+
+    Attributes:
+      cells: by name.
+      baseline: the cell that the others are compared with, seed by seed.
+      seeds: of the runs that are measured on the test split.
+      tuning_seeds: of the runs that are measured on the evaluation split, to choose among
+        alternatives.
+    """
+
+    cells: Mapping[str, Cell]
+    baseline: str
+    seeds: tuple[int, ...] = (0, 1, 2, 3, 4)
+    tuning_seeds: tuple[int, ...] = (0,)
+
+    def count(self, cell: Cell) -> int:
+        """The number of runs of a cell, at most."""
+        return len(self.tuning_seeds) * sum(map(len, cell.stages)) + len(self.seeds)
+
+
+def grid(**axes: tuple[Any, ...]) -> tuple[Fields, ...]:
+    """All combinations of values; `__` in a name stands for a dot: `optimizer__learning_rate`."""
+    names = [name.replace("__", ".") for name in axes]
+    return tuple(
+        dict(zip(names, values, strict=True)) for values in itertools.product(*axes.values())
+    )
+
+
+def scaled(factors: tuple[float, ...], **weights: float) -> tuple[Fields, ...]:
+    """Alternatives in which all `weights` are multiplied by the same factor; names as in `grid`."""
+    return tuple(
+        {name.replace("__", "."): factor * weight for name, weight in weights.items()}
+        for factor in factors
+    )
+
+
+def label(fields: Fields) -> str:
+    """A folder's name for some fields: their last parts and values."""
+
+    def parts() -> Iterator[str]:
+        for name, value in fields.items():
+            text = f"{value:g}" if isinstance(value, float) else str(value)
+            yield f"{name.rpartition('.')[2]}={text}".replace("/", "_")
+
+    return ",".join(parts())
