@@ -7,6 +7,7 @@ import json
 import os
 import pty
 import re
+import select
 import struct
 import subprocess
 import sys
@@ -70,7 +71,10 @@ class Terminal(io.TextIOWrapper):
 
     def line(self):
         self.flush()
-        return os.read(self._master, 65536).decode().split("\r")[-1]
+        written = b""
+        while select.select([self._master], [], [], 0.2)[0]:  # it arrives in pieces
+            written += os.read(self._master, 65536)
+        return written.decode().split("\r")[-1]
 
     def close(self):
         super().close()

@@ -161,7 +161,7 @@ class Progress:
         say(f"{self._name}: step {step}/{self._total}  {speed:.0f} images/s  {left} s left  {text}")
 
     def _fitting(self) -> str:
-        """The latest values, as many as fit into the terminal's width alongside a bar of one column."""
+        """The latest values, as many as fit alongside a bar of one column."""
         columns = self._bar.format_dict["ncols"] or 80
         fixed = f"{self._bar.desc}100%|#| {self._total}/{self._total} 1:23:45 left"
         text = ""
