@@ -105,7 +105,7 @@ def test_comparison_has_a_folder_for_each_method(start, tmp_path):
     changes = ["--config.compare=('none','logits')", "--config.epochs=1", "--config.data.noisy"]
     code, out, err = finish(start("--config", f"{TINY}:none", "--workdir", folder, *changes))
     assert code == 0, err
-    assert re.findall(r"\| ([a-z][\w -]+?) +\|", out) == [
+    assert re.findall(r"^\| ([a-z][\w -]+?) +\|", out, re.MULTILINE) == [
         "teacher",
         "cross-entropy alone",
         "logits",
