@@ -15,8 +15,9 @@ import tqdm
 from xkd_jax.distributed import processes
 from xkd_jax.reporting.files import CONFIG, METRICS, read_metrics
 
-# The bar's values, the most important ones first: a narrow terminal has no room for the last ones.
-_BAR_VALUES = ("loss", "eval top-1", "accuracy", "images/s")
+# The bar's values, the most important ones first, and the columns that each leaves at least to the
+# bar itself: a narrow terminal has no room for the last ones.
+_BAR_VALUES = {"loss": 1, "eval top-1": 1, "accuracy": 3, "images/s": 3}
 _LONGEST_NAME = 12  # characters of a run's name in the bar
 
 
@@ -161,16 +162,16 @@ class Progress:
         say(f"{self._name}: step {step}/{self._total}  {speed:.0f} images/s  {left} s left  {text}")
 
     def _fitting(self) -> str:
-        """The latest values, as many as fit alongside a bar of one column."""
+        """The latest values, as many as fit into the terminal's width."""
         columns = self._bar.format_dict["ncols"] or 80
-        fixed = f"{self._bar.desc}100%|#| {self._total}/{self._total} 1:23:45 left"
+        fixed = f"{self._bar.desc}100%|| {self._total}/{self._total} 1:23:45 left"
         text = ""
-        for name in _BAR_VALUES:
+        for name, bar in _BAR_VALUES.items():
             if name not in self._shown:
                 continue
             value = self._shown[name]
             longer = f"{text}, {value}" if name == "images/s" else f"{text}, {name} {value}"
-            if len(fixed) + len(longer) > columns:
+            if len(fixed) + bar + len(longer) > columns:
                 break
             text = longer
         return text.removeprefix(", ")
