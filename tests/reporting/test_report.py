@@ -41,6 +41,7 @@ def test_table_has_the_teacher_first_and_runs_in_order_of_starting(tmp_path):
     assert "Trained on fashion train[:9], measured on fashion test." in report
     assert "Teacher: vit_tiny_patch16_224, a.safetensors. Seed 3. Finished on 20" in report
     assert f"a: best evaluation 50.00% at step 1, in {tmp_path / 'a' / 'best.safetensors'}" in text
+    assert "\n- a: best evaluation 50.00% at step 1, in a/best.safetensors\n" in report
     assert (tmp_path / "curves.png").read_bytes().startswith(b"\x89PNG")
 
 
@@ -48,6 +49,14 @@ def test_noisy_column_appears_when_everything_has_it():
     noisy = {"method": "none", "student": SCORES | {"noisy_top1": 0.25}}
     assert "25.00" in format_table({"run": noisy})
     assert "noisy" not in format_table({"run": noisy, "b": {"method": "cakd", "student": SCORES}})
+
+
+def test_the_table_fits_into_80_columns():
+    large = SCORES | {"noisy_top1": 1.0, "parameters": 303_301_632, "flops": 59_696_000_000}
+    text = format_table({"a": {"method": "none", "student": large, "teacher": large}, "b": {
+        "method": "cakd+logits", "student": large}})  # fmt: skip
+    assert "| 303,301,632 | 59,696 |" in text
+    assert max(len(line) for line in text.splitlines()) <= 80
 
 
 def test_no_finished_run(tmp_path):

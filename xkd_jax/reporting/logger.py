@@ -15,6 +15,11 @@ import tqdm
 from xkd_jax.distributed import processes
 from xkd_jax.reporting.files import CONFIG, METRICS, read_metrics
 
+# The bar's values, the most important ones first, and the columns that each leaves at least to the
+# bar itself: a narrow terminal has no room for the last ones.
+_BAR_VALUES = {"loss": 1, "eval top-1": 1, "accuracy": 3, "images/s": 3}
+_LONGEST_NAME = 12  # characters of a run's name in the bar
+
 
 class RunLog:
     """Writes metrics to `metrics.jsonl` and TensorBoard, from the first process only.
@@ -112,15 +117,16 @@ class Progress:
         # Speed is measured from the end of the first step, which includes compilation.
         self._first = start + 1
         self._begun = 0.0
+        self._shown: dict[str, str] = {}
+        short = name if len(name) <= _LONGEST_NAME else f"{name[: _LONGEST_NAME - 2]}.."
         self._bar = tqdm.tqdm(
             total=total,
             initial=start,
-            desc=name,
+            desc=short,
             unit="step",
             disable=not (sys.stderr.isatty() and processes.is_first()),
             dynamic_ncols=True,
-            # Short, so that loss and accuracy fit into 80 columns.
-            bar_format="{l_bar}{bar:6}| {n_fmt}/{total_fmt} {remaining} left{postfix}",
+            bar_format="{l_bar}{bar}| {n_fmt}/{total_fmt} {remaining} left{postfix}",
         )
 
     def update(self, step: int) -> None:
@@ -148,11 +154,27 @@ class Progress:
         }
         speed = self.images_per_second(step)
         if not self._bar.disable:
-            self._bar.set_postfix({"images/s": f"{speed:.0f}", **shown})
+            self._shown |= shown | {"images/s": f"{speed:.0f} images/s"}
+            self._bar.set_postfix_str(self._fitting())
             return
         left = f"{(self._total - step) * self._batch_size / speed:.0f}" if speed else "?"
         text = "  ".join(f"{name} {value}" for name, value in shown.items())
         say(f"{self._name}: step {step}/{self._total}  {speed:.0f} images/s  {left} s left  {text}")
+
+    def _fitting(self) -> str:
+        """The latest values, as many as fit into the terminal's width."""
+        columns = self._bar.format_dict["ncols"] or 80
+        fixed = f"{self._bar.desc}100%|| {self._total}/{self._total} 1:23:45 left"
+        text = ""
+        for name, bar in _BAR_VALUES.items():
+            if name not in self._shown:
+                continue
+            value = self._shown[name]
+            longer = f"{text}, {value}" if name == "images/s" else f"{text}, {name} {value}"
+            if len(fixed) + bar + len(longer) > columns:
+                break
+            text = longer
+        return text.removeprefix(", ")
 
     def close(self) -> None:
         """Ends the bar's line."""

@@ -10,8 +10,8 @@ from xkd_jax.reporting.summary import BEST, STUDENT, SUMMARY
 
 CURVES = "curves.png"
 TABLE = "report.md"
-# Columns, each shown if all rows have it.
-_SCORES = {"top1": "top-1 %", "top5": "top-5 %", "noisy_top1": "noisy top-1 %", "eer": "EER %"}
+# Columns, each shown if all rows have it; short, so that the table fits into 80 columns.
+_SCORES = {"top1": "top-1 %", "top5": "top-5 %", "noisy_top1": "noisy top-1", "eer": "EER %"}
 
 
 def find_runs(folder: Path) -> dict[str, Path]:
@@ -45,9 +45,14 @@ def write(folder: Path) -> str:
     summaries = {name: files.read_json(path / SUMMARY) for name, path in runs.items()}
     table, metrics = format_table(summaries), {n: files.read_metrics(p) for n, p in runs.items()}
     heading = f"# {folder.absolute().name}\n\n{describe(summaries, runs)}"
-    best = "\n".join(_best(name, metrics[name], path) for name, path in runs.items())
-    (folder / TABLE).write_text(f"{heading}\n\n{table}\n\n{best}\n\n![learning curves]({CURVES})\n")
+    # In the file, a list, and relative paths: they stay right in a copy of the folder.
+    listed = "".join(
+        f"- {_best(name, metrics[name], (path / BEST).relative_to(folder))}\n"
+        for name, path in runs.items()
+    )
+    (folder / TABLE).write_text(f"{heading}\n\n{table}\n\n{listed}\n![learning curves]({CURVES})\n")
     plot_curves(summaries, metrics, folder / CURVES)
+    best = "\n".join(_best(name, metrics[name], path / BEST) for name, path in runs.items())
     students = "".join(f"\n  {path / STUDENT}" for path in runs.values())
     return (
         f"\n{table}\n\n{best}\ncurves: {folder / CURVES}\nreport: {folder / TABLE}\n"
@@ -80,7 +85,7 @@ def _get(summary: dict[str, Any], *keys: str) -> Any:
 
 
 def _best(name: str, lines: list[dict[str, Any]], path: Path) -> str:
-    """The best evaluation of a run, whose student is in best.safetensors."""
+    """The best evaluation of a run, whose student is in the file `path`."""
     best = max(
         (line for line in lines if "eval_top1" in line),
         key=lambda line: (line["eval_top1"], -line["step"]),
@@ -89,7 +94,7 @@ def _best(name: str, lines: list[dict[str, Any]], path: Path) -> str:
     if best is None:
         return f"{name}: no evaluation"
     top1 = f"{100 * best['eval_top1']:.2f}"
-    return f"{name}: best evaluation {top1}% at step {best['step']}, in {path / BEST}"
+    return f"{name}: best evaluation {top1}% at step {best['step']}, in {path}"
 
 
 def format_table(summaries: dict[str, dict[str, Any]]) -> str:
@@ -106,14 +111,16 @@ def format_table(summaries: dict[str, dict[str, Any]]) -> str:
         (alone,) = summaries.values()
         rows.append((_get(alone, "student", "model") or "student", alone["student"]))
     else:
-        rows += [(f"student, {_label(s['method'])}", s["student"]) for s in summaries.values()]
+        rows += [(_label(s["method"]), s["student"]) for s in summaries.values()]
     scores = {k: v for k, v in _SCORES.items() if all(k in row for _, row in rows)}
     if "eer" in scores:
         del scores["top5"]  # always 100% for two classes
     lines = [["", *scores.values(), "parameters", "MFLOPs"]]
     for name, row in rows:
         cells = [f"{100 * row[score]:.2f}" for score in scores]
-        lines.append([name, *cells, f"{row['parameters']:,}", f"{row['flops'] / 1e6:,.1f}"])
+        mflops = row["flops"] / 1e6
+        cells += [f"{row['parameters']:,}", f"{mflops:,.{1 if mflops < 1000 else 0}f}"]
+        lines.append([name, *cells])
     return format_markdown(lines)
 
 
@@ -148,7 +155,7 @@ def plot_curves(
     from matplotlib.ticker import LogLocator, NullFormatter, ScalarFormatter
 
     figure = Figure(figsize=(10, 4), layout="constrained")
-    loss_axes, top1_axes = figure.subplots(1, 2)
+    loss_axes, top1_axes = figure.subplots(1, 2, sharex=True)
     for name, lines in metrics.items():
         for axes, key, scale in (
             (loss_axes, "label_loss", 1),
@@ -165,12 +172,15 @@ def plot_curves(
             100 * teachers[0], color="black", linestyle="--", linewidth=1, label=label
         )
     loss_axes.set(xlabel="step", ylabel="cross-entropy (training)", yscale="log")
-    # Plain numbers at 1, 2 and 5: the default labels powers of ten, of which there may be none.
-    loss_axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    # Plain numbers also between powers of ten, of which the default labels none.
+    low, high = loss_axes.get_ylim()
+    subs = (1, 2, 5) if high > 10 * low else (1, 1.5, 2, 3, 4, 5, 6, 7, 8, 9)
+    loss_axes.yaxis.set_major_locator(LogLocator(subs=subs))
     loss_axes.yaxis.set_major_formatter(ScalarFormatter())
     loss_axes.yaxis.set_minor_formatter(NullFormatter())
     top1_axes.set(xlabel="step", ylabel="top-1 % (evaluation split)")
     for axes in (loss_axes, top1_axes):
+        axes.set_xlim(left=0)
         axes.grid(alpha=0.3)
         axes.legend()
     figure.savefig(path, dpi=120)

@@ -1,0 +1,99 @@
+"""Checkpoints that Hugging Face's transformers writes, through the converter: equal logits.
+
+Run with `pytest -m parity`, where transformers is installed; skipped elsewhere.
+"""
+
+import jax
+import numpy as np
+import pytest
+
+from xkd_jax.convert.conversion import convert
+from xkd_jax.convert.files import read_checkpoint
+from xkd_jax.errors import UserError
+from xkd_jax.models import create_model
+
+pytestmark = pytest.mark.parity
+
+TOLERANCE = 1e-4  # relative to the largest logit
+CLASSES = 5
+_VIT = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 4, "image_size": 32}
+_VIT |= {"intermediate_size": 64, "patch_size": 8}
+_OUR_VIT = {"embed_dim": 16, "depth": 2, "patch_size": 8, "img_size": 32}
+_SWIN = {"embed_dim": 8, "depths": [2, 2, 2, 2], "num_heads": [1, 2, 4, 8], "patch_size": 2}
+_SWIN |= {"window_size": 4}
+_OUR_SWIN = {"embed_dim": 8, "depths": (2, 2, 2, 2), "num_heads": (1, 2, 4, 8), "patch_size": 2}
+_RESNET = {"embedding_size": 8, "depths": [1, 2, 1, 1]}
+_OUR_RESNET = {"layers": (1, 2, 1, 1), "width": 0.125}
+_BASIC = {"layer_type": "basic", "hidden_sizes": [8, 16, 32, 64]}
+_BOTTLENECK = {"layer_type": "bottleneck", "hidden_sizes": [32, 64, 128, 256]}
+# Their class, its config's fields, and our network and arguments. Heads and window sizes come from
+# the config.json.
+NETWORKS = {
+    "vit": ("ViTForImageClassification", _VIT, "vit_tiny_patch16_224", _OUR_VIT),
+    "deit with teacher": (
+        "DeiTForImageClassificationWithTeacher", _VIT, "deit_tiny_distilled_patch16_224", _OUR_VIT,
+    ),
+    # Where the last stage's map is smaller than the window, transformers itself fails.
+    "swin": (
+        "SwinForImageClassification", {**_SWIN, "image_size": 64}, "swin_tiny_patch4_window7_224",
+        {**_OUR_SWIN, "img_size": 64},
+    ),
+    "resnet basic": (
+        "ResNetForImageClassification", {**_RESNET, **_BASIC}, "resnet18", _OUR_RESNET,
+    ),
+    "resnet bottleneck": (
+        "ResNetForImageClassification", {**_RESNET, **_BOTTLENECK}, "resnet50", _OUR_RESNET,
+    ),
+}  # fmt: skip
+
+
+def write_random(folder, network, fields):
+    """Saves a network of transformers with random weights, and returns it."""
+    transformers = pytest.importorskip("transformers")
+    from tests.parity.reference import torch  # first: it makes torchvision importable
+
+    kind = getattr(transformers, network)
+    model = kind(kind.config_class(**fields, num_labels=CLASSES)).eval()
+    generator = torch.Generator().manual_seed(0)
+    for name, tensor in model.state_dict().items():
+        if not tensor.is_floating_point():
+            continue
+        centre, spread = 0.0, 0.3
+        if name.endswith(("running_var", "norm.weight", "normalization.weight")):
+            centre, spread = 1.0, 0.1
+        tensor.copy_(centre + spread * torch.randn(tensor.shape, generator=generator))
+    model.save_pretrained(folder)
+    return model
+
+
+@pytest.mark.parametrize("case", NETWORKS)
+def test_equals_transformers(case, tmp_path):
+    theirs, fields, name, args = NETWORKS[case]
+    model = write_random(tmp_path, theirs, fields)
+    checkpoint = read_checkpoint(tmp_path / "model.safetensors")
+    stated = checkpoint.metadata.get("args", {})  # with the user's, as the command line does
+    converted = convert(checkpoint, name, args=stated | args)
+    metadata = converted.metadata
+    ours = create_model(name, num_classes=metadata["num_classes"], **metadata["args"])
+    side = fields.get("image_size", 64)
+    images = np.random.default_rng(0).standard_normal((3, side, side, 3), np.float32)
+    logits, _ = jax.jit(ours.apply)(converted.variables, images)
+
+    from tests.parity.reference import torch
+
+    with torch.no_grad():
+        want = model(torch.from_numpy(images).permute(0, 3, 1, 2)).logits.numpy()
+    assert want.shape == (3, CLASSES)
+    assert np.ptp(want, axis=0).max() > 0.1 * np.abs(want).max()  # the images matter
+    np.testing.assert_allclose(logits, want, rtol=0, atol=TOLERANCE * np.abs(want).max())
+
+
+def test_a_distillation_token_without_its_head_is_refused(tmp_path):
+    """Its logits are the class token's alone, where networks here take the mean of two heads."""
+    write_random(tmp_path, "DeiTForImageClassification", _VIT)
+    checkpoint = read_checkpoint(tmp_path / "model.safetensors")
+    args = checkpoint.metadata["args"] | _OUR_VIT
+    with pytest.raises(UserError, match=r"unexpected tensor dist_token"):
+        convert(checkpoint, "deit_tiny_patch16_224", args=args)
+    with pytest.raises(UserError, match=r"head_dist\.weight .* is missing"):
+        convert(checkpoint, "deit_tiny_distilled_patch16_224", args=args)
