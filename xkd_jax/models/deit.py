@@ -1,7 +1,8 @@
 """DeiT: Vision Transformers trained on ImageNet alone, with and without the distillation token.
 
 Touvron et al., "Training data-efficient image transformers & distillation through attention"
-(arXiv:2012.12877); and "DeiT III: Revenge of the ViT" (arXiv:2204.07118). The names follow timm's `deit.py` (Ross Wightman, Apache-2.0).
+(arXiv:2012.12877) and "DeiT III: Revenge of the ViT" (arXiv:2204.07118). The names follow timm's
+`deit.py` (Ross Wightman, Apache-2.0).
 """
 
 from xkd_jax.models.variant import Variant

@@ -238,8 +238,8 @@ class VisionTransformer(nn.Module):
           last block and `block01_query` ... of each [N, heads, T, d], `grid` (h, w), `pooled`
           [N, D], `logits`. Everything per token covers only the patch tokens, except
           `prefix_query` ... of the last block, of the class token, the distillation token and the
-          register tokens, as far as there are any, [N, heads, P, d]. With `distilled` also `dist` [N, D], and the two heads'
-          `cls_logits` and `dist_logits`; `logits` is their mean.
+          register tokens, as far as there are any, [N, heads, P, d]. With `distilled` also `dist`
+          [N, D], and the two heads' `cls_logits` and `dist_logits`; `logits` is their mean.
 
         Raises:
           UserError: the options contradict each other, or `images` has another size.
