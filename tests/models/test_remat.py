@@ -103,7 +103,9 @@ def test_the_backward_pass_is_left_less_than_half(family):
 
 
 # Inception would take as long as all others together; EfficientNet's blocks are MobileNetV2's.
-@pytest.mark.parametrize("family", ["deit", "dinov2", "resnet", "mobilenetv2", "xception", "cifar", "wide"])
+@pytest.mark.parametrize(
+    "family", ["deit", "dinov2", "resnet", "mobilenetv2", "xception", "cifar", "wide"]
+)
 def test_nothing_changes(family, monkeypatch):
     """Outputs, running statistics, gradients and dropped paths, and the names of all of them."""
     # The others' blocks are alike, and take their time to compile.
