@@ -165,7 +165,7 @@ def _add_network(parser: Parser) -> None:
         "--antialias",
         choices=("true", "false"),
         default="true",
-        help="antialiasing of that resize: true as timm (default), false as DINOv2's own code",
+        help="antialiasing when resizing them: true (default) as timm, false as DINOv2's own code",
     )
     parser.add_argument(
         "--arg",

@@ -80,8 +80,8 @@ def convert(
       args: all fields of the network's module that differ from the variant's.
       mean: the mean per channel of images in [0, 1] that the network expects.
       std: the standard deviation per channel, in the same units.
-      antialias: whether position embeddings are resized with antialiasing, as in timm; DINOv2's
-        own code does without.
+      antialias: whether position embeddings are resized with antialiasing, as in timm; DINOv2
+        without registers does without.
       allow_not_finite: whether tensors may hold NaN or infinite values.
 
     Raises:

@@ -24,7 +24,8 @@ def resize_position_embedding(
     Args:
       table: the embedding.
       tokens: the number of tokens, prefix tokens included.
-      antialias: False interpolates between the four nearest positions per axis, as DINOv2 does.
+      antialias: False interpolates between the four nearest positions per axis, as DINOv2 without
+        registers does (Hugging Face's code; Meta's also adds 0.1 to the new side).
 
     Returns:
       The embedding, or None if `tokens` implies another number of prefix tokens.
@@ -65,6 +66,9 @@ def resize_bias_table(table: np.ndarray, rows: int) -> np.ndarray:
     square = table.reshape(old, old, -1)
     square = np.einsum("Hh,Ww,hwn->HWn", matrix, matrix, square)
     return square.reshape(rows, -1).astype(table.dtype)
+
+
+_resize_aliased = functools.partial(resize_position_embedding, antialias=False)
 
 
 class _Resizer(NamedTuple):
@@ -116,10 +120,7 @@ def resize(
         ):
             how = ""
             if function is resize_position_embedding and not antialias:
-                function, how = (
-                    functools.partial(function, antialias=False),
-                    " without antialiasing",
-                )
+                function, how = _resize_aliased, " without antialiasing"
             resized = function(array, shape[axis])
             old, new = side(array.shape[axis]), side(shape[axis])
             if resized is not None:
