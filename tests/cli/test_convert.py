@@ -362,7 +362,7 @@ def test_timm_loads_what_is_written(torch, tmp_path, model):
 
 
 @pytest.mark.parity
-@pytest.mark.parametrize(("old", "new"), [(14, 24), (24, 14), (4, 7)])
+@pytest.mark.parametrize(("old", "new"), [(14, 24), (24, 14), (4, 7), (37, 8)])
 def test_resizing_is_timms(torch, old, new):
     from tests.parity.reference import timm
     from xkd_jax.convert import resize
@@ -370,9 +370,10 @@ def test_resizing_is_timms(torch, old, new):
     layers = timm.layers
     rng = np.random.default_rng(0)
     table = 0.1 * rng.standard_normal((1, old * old + 1, 8), np.float32)
-    theirs = layers.resample_abs_pos_embed(torch.tensor(table), [new, new])
-    ours = resize.resize_position_embedding(table, new * new + 1)
-    np.testing.assert_allclose(ours, theirs, atol=1e-5)
+    for antialias in (True, False):
+        theirs = layers.resample_abs_pos_embed(torch.tensor(table), [new, new], antialias=antialias)
+        ours = resize.resize_position_embedding(table, new * new + 1, antialias)
+        np.testing.assert_allclose(ours, theirs, atol=1e-5)
     kernel = 0.1 * rng.standard_normal((8, 3, old, old), np.float32)
     theirs = layers.resample_patch_embed(torch.tensor(kernel), [new, new]).numpy()
     ours = resize.resize_patch_kernel(kernel.transpose(2, 3, 1, 0), new)

@@ -188,7 +188,7 @@ def test_networks_that_are_known_and_not_read():
     for name, network in (
         ("features.1.0.block.5.weight", "torchvision's ConvNeXt"),
         ("backbone.layers.0.ln1.weight", "mmpretrain's ViT"),
-        ("blocks.0.ls1.gamma", "DINOv2"),
+        ("blocks.0.mlp.w12.weight", "DINOv2's ViT-g"),
     ):
         theirs = Checkpoint("w", {name: np.zeros(3, np.float32)}, {})
         assert f"w looks like {network}" in message(theirs)

@@ -104,7 +104,10 @@ def test_the_class_token_counts_if_both_have_one_and_the_distillation_token_does
     other = {f"prefix_{m}": student[f"prefix_{m}"].at[:, :, 1].add(1.0) for m in ("query", "key")}
     assert terms(teacher, student | other) == whole
     bare = {name: x for name, x in teacher.items() if not name.startswith("prefix_")}
-    assert terms(bare, student)["minilm_value"] != whole["minilm_value"]
+    patches_only = terms(bare, student)
+    assert patches_only["minilm_value"] != whole["minilm_value"]
+    registers = {name: x for name, x in teacher.items() if name != "cls"}
+    assert terms(registers, student) == patches_only
 
 
 def test_attention_includes_a_swins_position_bias():

@@ -22,6 +22,14 @@ NETWORKS = {
         "vit_tiny_patch16_224",
         VIT | {"class_token": False, "global_pool": "avg"},
     ),
+    "ViT with registers": (
+        "vit_tiny_patch16_224",
+        VIT | {"reg_tokens": 3, "no_embed_class": True, "init_values": 0.1},
+    ),
+    "registers without class token": (
+        "vit_tiny_patch16_224",
+        VIT | {"class_token": False, "global_pool": "avg", "reg_tokens": 3},
+    ),
     "DeiT": ("deit_tiny_patch16_224", VIT),
     "distilled DeiT": ("deit_tiny_distilled_patch16_224", VIT),
     "Swin, one window": ("swin_tiny_patch4_window7_224", SWIN | {"img_size": 32}),

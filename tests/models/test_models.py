@@ -25,6 +25,11 @@ TIMM_COUNTS = {
     "resnext101_32x8d": 88_791_336,
     "deit_tiny_distilled_patch16_224": 5_910_800,
     "deit_base_distilled_patch16_384": 87_630_032,
+    "vit_small_patch14_dinov2": 22_441_192,
+    "vit_base_patch14_reg4_dinov2": 87_351_016,
+    "vit_large_patch14_dinov2": 305_392_616,
+    "deit3_small_patch16_224": 22_059_496,
+    "deit3_base_patch16_384": 86_877_160,
 }
 
 
@@ -107,10 +112,16 @@ def test_wrong_names(name, args, message):
     [
         ("vit_tiny_patch16_224", {}, r"takes images \[N, 224, 224, 3\].*set img_size"),
         ("vit_tiny_patch4_32", {"img_size": 30}, "img_size 30 must be a multiple of patch_size 4"),
+        (
+            "vit_small_patch14_dinov2",
+            {"img_size": 100},
+            "img_size 100 must be a multiple of patch_size 14, such as 98 or 112",
+        ),
         ("vit_tiny_patch4_32", {"num_heads": 5}, "embed_dim 192 must be a multiple of num_heads 5"),
         ("vit_tiny_patch4_32", {"global_pool": "tokens"}, "did you mean token"),
         ("vit_tiny_patch4_32", {"class_token": False}, "needs class_token=True"),
         ("deit_tiny_distilled_patch16_224", {"global_pool": "avg"}, "distilled=True needs"),
+        ("deit_tiny_distilled_patch16_224", {"reg_tokens": 4}, "no reg_tokens"),
         ("resnet18", {"groups": 32}, "need block='bottleneck'"),
         ("resnet18", {"block": "botleneck"}, "did you mean bottleneck"),
         ("resnet18", {"stem": "cifar10"}, "did you mean cifar"),

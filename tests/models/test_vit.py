@@ -24,6 +24,54 @@ def test_vit_out():
     assert bare == {key: shape for key, shape in expected.items() if key not in {"cls", *prefix}}
 
 
+@pytest.mark.parametrize(
+    ("args", "prefix", "positions"),
+    [
+        ({"reg_tokens": 4, "no_embed_class": True}, 5, 64),
+        ({"reg_tokens": 4}, 5, 64 + 5),
+        ({"reg_tokens": 4, "class_token": False, "global_pool": "avg"}, 4, 64 + 4),
+        ({"no_embed_class": True}, 1, 64),
+    ],
+)
+def test_registers_are_not_among_the_tokens(args, prefix, positions):
+    model = tiny_vit(init_values=0.1, **args)
+    found = shapes(model, images())
+    for key, shape in found.items():
+        if key.startswith("prefix_"):
+            assert shape == (2, 2, prefix, 8), key
+        elif key.endswith(("query", "key", "value")):
+            assert shape == (2, 2, 64, 8), key
+        elif key == "tokens" or key.startswith("block"):
+            assert shape == (2, 64, 16), key
+    assert found["pooled"] == (2, 16)
+    assert ("cls" in found) == model.class_token
+    params = jax.eval_shape(model.init, jax.random.key(0), images())["params"]
+    assert params["pos_embed"].shape == (1, positions, 16)
+
+
+def test_tokens_are_the_patches_in_image_order():
+    """Without attention between them, a patch changes its own token and none of the registers."""
+    model = tiny_vit(reg_tokens=2, no_embed_class=True, init_values=0.1)
+    variables, x = init(model), images(1)
+    for block in ("blocks_0", "blocks_1"):
+        variables["params"][block]["ls1"]["gamma"] = jnp.zeros(16)
+    changed = x.at[0, 4:8, 8:12].add(1.0)  # patch 1, 2 of 8 x 8
+    run = jax.jit(model.apply)
+    (_, a), (_, b) = run(variables, x), run(variables, changed)
+    moved = jnp.abs(a["tokens"] - b["tokens"]).max(-1)[0] > 1e-6
+    assert jnp.flatnonzero(moved).tolist() == [1 * 8 + 2]
+    assert jnp.array_equal(a["prefix_key"], b["prefix_key"])
+    assert jnp.array_equal(a["cls"], b["cls"])
+
+
+@pytest.mark.parametrize("size", [112, 224, 518])
+def test_any_size_that_the_patch_divides(size):
+    model = create_model("vit_small_patch14_dinov2", num_classes=3, img_size=size, depth=1)
+    found = shapes(model, images(1, size))
+    assert found["grid"] == (size // 14, size // 14)
+    assert found["tokens"] == (1, (size // 14) ** 2, 384)
+
+
 def test_vit_last_block_is_the_short_name():
     model = tiny_vit()
     _, out = jax.jit(model.apply)(init(model), images())
@@ -112,8 +160,17 @@ def test_vit_starts_as_timms():
         assert 0.9 * bound < jnp.abs(leaf).max() <= bound
 
 
-def test_scanned_blocks_compute_what_unrolled_ones_do(monkeypatch):
-    model = tiny_vit(depth=4, drop_path_rate=0.5)
+def test_registers_and_layer_scale_start_as_timms():
+    model = tiny_vit(reg_tokens=2, init_values=1e-5)
+    registers, block = initial(model, "reg_token", "blocks_0")
+    assert 0 < jnp.abs(registers).max() < 1e-5
+    for name in ("ls1", "ls2"):
+        assert (block[name]["gamma"] == jnp.float32(1e-5)).all()
+
+
+@pytest.mark.parametrize("args", [{}, {"init_values": 0.5, "reg_tokens": 2}])
+def test_scanned_blocks_compute_what_unrolled_ones_do(args, monkeypatch):
+    model = tiny_vit(depth=4, drop_path_rate=0.5, **args)
     variables, x, key = init(model), images(4), jax.random.key(0)
 
     def loss(params, train):

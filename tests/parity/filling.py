@@ -14,7 +14,7 @@ _POOL = np.random.RandomState(0).standard_normal(65537).astype(np.float32)
 # near 0.1, where the epsilons still show in the results; all else is near 1.
 _STREAM = re.compile(
     r"(patch_embed\.(proj|norm)|.*\.(attn\.proj|mlp\.fc2|downsample\.reduction))\.(weight|bias)"
-    r"|pos_embed|cls_token|dist_token"
+    r"|pos_embed|cls_token|dist_token|reg_token"
 )
 # The last norm of a residual block: more, and a hundred blocks would magnify every rounding error.
 _LAST_NORM = re.compile(r"layer\d\.\d+\.bn[23]\.weight")
@@ -51,7 +51,7 @@ def fill(name: str, shape: tuple[int, ...]) -> np.ndarray:
     if name.endswith(".running_var"):
         return 0.005 + np.abs(noise(name, shape, 0.01))
     scale = 0.1 if _STREAM.fullmatch(name) else 1.0
-    if not name.endswith(".weight"):
+    if not name.endswith((".weight", ".gamma")):
         return noise(name, shape, 0.2 * scale)
     if len(shape) == 1:
         scale = 0.4 if _LAST_NORM.fullmatch(name) else scale

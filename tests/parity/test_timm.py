@@ -49,6 +49,15 @@ SPECIMENS = {
         32,
         args={**_SHALLOW, "global_pool": "avg", "class_token": False, "qkv_bias": False},
     ),
+    "vit-registers_with_positions": Specimen(
+        "vit_tiny_patch4_32", 28, args={**_SHALLOW, "reg_tokens": 3}
+    ),
+    "dinov2-112": Specimen("vit_small_patch14_dinov2", 112, args={"depth": 2}),
+    "dinov2_reg4-42": Specimen("vit_small_patch14_reg4_dinov2", 42, args={"depth": 2}),
+    "dinov2_reg4-avg": Specimen(
+        "vit_small_patch14_reg4_dinov2", 42, args={"depth": 2, "global_pool": "avg"}
+    ),
+    "deit3-48": Specimen("deit3_small_patch16_224", 48, args={"depth": 2}),
 }
 
 

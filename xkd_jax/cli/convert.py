@@ -61,6 +61,7 @@ def run(options: argparse.Namespace) -> None:
         args=_arguments(options, checkpoint.metadata),
         mean=options.mean or (),
         std=options.std or (),
+        antialias=options.antialias == "true",
         allow_not_finite=options.allow_not_finite,
     )
     for change in (*checkpoint.notes, *result.changes):
@@ -159,6 +160,12 @@ def _add_network(parser: Parser) -> None:
         default=0,
         metavar="PIXELS",
         help="side of the images; position embeddings are resized to it",
+    )
+    parser.add_argument(
+        "--antialias",
+        choices=("true", "false"),
+        default="true",
+        help="antialiasing when resizing them: true (default) as timm, false as DINOv2's own code",
     )
     parser.add_argument(
         "--arg",

@@ -21,7 +21,7 @@ _SAME = {
 # Names of classes, which don't say which network it is: some versions of timm store them.
 _CLASSES = {variant.network.__name__.lower() for variant in MODELS.values()} | {"dataparallel"}
 # Hugging Face's model types that are read.
-_HUGGING_FACE = ("vit", "deit", "swin", "resnet")
+_HUGGING_FACE = ("vit", "deit", "dinov2", "dinov2_with_registers", "swin", "resnet")
 
 
 def state_network(name: str) -> dict[str, Any]:
@@ -82,10 +82,11 @@ def _timms(config: Mapping[str, Any]) -> dict[str, Any]:
 
 def _hugging_faces(config: Mapping[str, Any], images: Mapping[str, Any]) -> dict[str, Any]:
     kind, metadata = config["model_type"], {}
-    if kind not in _HUGGING_FACE or config.get("downsample_in_bottleneck"):
+    changed = config.get("downsample_in_bottleneck") or config.get("use_swiglu_ffn")
+    if kind not in _HUGGING_FACE or changed:
         metadata["architecture"] = config["architectures"][0]
     args = {}
-    if kind in ("vit", "deit"):
+    if kind in ("vit", "deit", "dinov2", "dinov2_with_registers"):
         args["num_heads"] = config["num_attention_heads"]
     if kind == "swin":
         args["window_size"] = config["window_size"]

@@ -15,7 +15,15 @@ from xkd_jax.augment.normalization import CIFAR10_MEAN, CIFAR10_STD, CIFAR100_ME
 from xkd_jax.convert.choice import choose_model, misfit_error
 from xkd_jax.convert.files import Checkpoint
 from xkd_jax.convert.hub import download, full_name
-from xkd_jax.convert.layouts import Layout, add_shortcuts, find_layout, lacks_shortcuts, translate
+from xkd_jax.convert.layouts import (
+    Layout,
+    add_shortcuts,
+    find_layout,
+    find_wide_heads,
+    fold_class_position,
+    lacks_shortcuts,
+    translate,
+)
 from xkd_jax.convert.messages import Misfit, describe_assumptions, describe_not_finite
 from xkd_jax.convert.networks import Place, get_places
 from xkd_jax.convert.resize import resize
@@ -54,6 +62,7 @@ def convert(
     args: Mapping[str, Any] | None = None,
     mean: Sequence[float] = (),
     std: Sequence[float] = (),
+    antialias: bool = True,
     allow_not_finite: bool = False,
 ) -> Converted:
     """Turns a checkpoint into a network's variables; arguments default to the checkpoint's own.
@@ -71,6 +80,8 @@ def convert(
       args: all fields of the network's module that differ from the variant's.
       mean: the mean per channel of images in [0, 1] that the network expects.
       std: the standard deviation per channel, in the same units.
+      antialias: whether position embeddings are resized with antialiasing, as in timm; DINOv2
+        without registers does without.
       allow_not_finite: whether tensors may hold NaN or infinite values.
 
     Raises:
@@ -87,7 +98,9 @@ def convert(
     places = get_places(model, args)
     old_classes = _count_classes(state, places)
     classes = num_classes or old_classes
-    flat, done, wrong = _put(state, places, family_of(model), classes, classes != old_classes)
+    flat, done, wrong = _put(
+        state, places, family_of(model), classes, classes != old_classes, antialias
+    )
     if wrong:
         raise misfit_error(checkpoint, model, state, places, wrong)
     if not classes:
@@ -173,8 +186,17 @@ def _normalize(
     """The state with timm's names in float32, and a sentence for each change."""
     changes = []
     if layout:
-        state = translate(state, layout)
-        changes.append(f"renamed the tensors from {layout.source} names")
+        old, state = state, translate(state, layout)
+        if state.keys() - old.keys():
+            changes.append(f"renamed the tensors from {layout.source} names")
+        if state.keys() >= {"reg_token", "cls_token", "pos_embed"}:
+            state = fold_class_position(state)
+            changes.append("added the class token's position embedding to the token, as in timm")
+        if heads := find_wide_heads(state):
+            state = {name: array for name, array in state.items() if name not in heads}
+            changes.append(
+                f"left out {' and '.join(heads)}, which read the mean of the patch tokens as well"
+            )
     if lacks_shortcuts(state):
         state = add_shortcuts(state)
         changes.append("wrote the shortcuts of option A, which have no weights, as convolutions")
@@ -218,6 +240,7 @@ def _put(
     family: Family,
     classes: int,
     new_head: bool,
+    antialias: bool,
 ) -> tuple[dict[str, np.ndarray], list[str], list[Misfit]]:
     """Puts each tensor of a checkpoint in its place.
 
@@ -239,7 +262,7 @@ def _put(
                 wrong.append(Misfit(name, "missing", after, path=place.path))
         elif array.shape == want:
             flat[place.path] = np.asarray(from_torch(place.path, array), order="C")
-        elif fitted := resize(name, from_torch(place.path, array), shape):
+        elif fitted := resize(name, from_torch(place.path, array), shape, antialias):
             flat[place.path], change = fitted
             resized[f"{name.rpartition('attn.')[2]} {change}"] += 1
         else:

@@ -78,7 +78,13 @@ def read_checkpoint(path: str | os.PathLike, name: str = "", key: str = "") -> C
         metadata = parse_metadata(path, texts[_EXPORTED_KEY])
         state, counter = _split_counter(tensors)
         return Checkpoint(name, state, metadata | counter)
-    return _checkpoint(name, path, tensors, {}, [], key)
+    return _checkpoint(name, path, tensors, _stated(texts), [], key)
+
+
+def _stated(texts: Mapping[str, str]) -> dict[str, Any]:
+    """What the metadata of a foreign .safetensors file states: its network, source and license."""
+    kept = {field: texts[field] for field in ("source", "license") if texts.get(field)}
+    return kept | (state_network(texts["architecture"]) if texts.get("architecture") else {})
 
 
 def to_state(variables: Mapping[str, Any], model: str) -> dict[str, np.ndarray]:
@@ -135,7 +141,7 @@ def _checkpoint(
 ) -> Checkpoint:
     """A foreign checkpoint, with what it and the config.json next to it state."""
     config, ignored = read_config(path.parent)
-    if stated:  # by the file itself
+    if stated.keys() & {"model", "architecture"}:  # by the file itself
         config = {k: v for k, v in config.items() if k not in ("model", "architecture", "args")}
     stripped, taken = strip_prefixes(name, tensors, key)
     state, counter = _split_counter(stripped)

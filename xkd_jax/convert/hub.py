@@ -42,6 +42,16 @@ DEFAULT_TAGS = {
         ),
         "fb_in1k",
     ),
+    **{
+        f"vit_{size}_patch14_{registers}dinov2": "lvd142m"
+        for size in ("small", "base", "large")
+        for registers in ("", "reg4_")
+    },
+    **{
+        f"deit3_{size}_patch16_{img}": "fb_in1k"
+        for size in ("small", "base", "large")
+        for img in (224, 384)
+    },
     "swin_tiny_patch4_window7_224": "ms_in1k",
     **dict.fromkeys(
         (

@@ -163,12 +163,22 @@ _TORCHVISION_EFFICIENTNET = Layout(
     std=IMAGENET_STD,
 )
 
-_HUGGING_FACE_VIT = Layout(
+_META_DINOV2 = Layout(
+    "Meta's",
+    r"mask_token|register_tokens",
+    ((r"^register_tokens$", "reg_token"),),
+    skipped=r"mask_token",
+    prefix="vit_",
+)
+
+_HUGGING_FACE_VIT = Layout(  # and DeiT, DINOv2
     "Hugging Face's",
-    r"((vit|deit)\.)?encoder\.layer\.0\.attention\.attention\.query\.weight",
+    r"((vit|deit|dinov2|dinov2_with_registers)\.)?"
+    r"encoder\.layer\.0\.attention\.attention\.query\.weight",
     (
-        (r"^(vit|deit)\.", ""),
+        (r"^(vit|deit|dinov2|dinov2_with_registers)\.", ""),
         (r"^embeddings\.cls_token$", "cls_token"),
+        (r"^embeddings\.register_tokens$", "reg_token"),
         (r"^embeddings\.distillation_token$", "dist_token"),
         (r"^embeddings\.position_embeddings$", "pos_embed"),
         (r"^embeddings\.patch_embeddings\.projection\.", "patch_embed.proj."),
@@ -180,6 +190,7 @@ _HUGGING_FACE_VIT = Layout(
         (r"\.layernorm_after\.", ".norm2."),
         (r"\.attention\.attention\.(query|key|value)\.", r".attn.\1."),
         (r"\.attention\.output\.dense\.", ".attn.proj."),
+        (r"\.layer_scale([12])\.lambda1$", r".ls\1.gamma"),
         (r"\.intermediate\.dense\.", ".mlp.fc1."),
         (r"\.output\.dense\.", ".mlp.fc2."),
     ),
@@ -241,6 +252,7 @@ _LAYOUTS = (
     _TORCHVISION_SWIN,
     _TORCHVISION_MOBILENETV2,
     _TORCHVISION_EFFICIENTNET,
+    _META_DINOV2,
     _HUGGING_FACE_VIT,
     _HUGGING_FACE_SWIN,
     _HUGGING_FACE_RESNET,
@@ -260,7 +272,10 @@ _UNREAD = (
     (r"(backbone\.)?layers\.0\.attention\.q_proj\.weight", "Hugging Face's ViT of another version"),
     (r"(model\.)?embeddings\.patch_embeddings\.weight", "Hugging Face's DINOv3"),
     (r"(visual\.)?transformer\.resblocks\.0\..*", "OpenAI's CLIP or OpenCLIP"),
-    (r"blocks\.0\.ls1\.gamma", "DINOv2, or another ViT with LayerScale"),
+    (r"storage_tokens|rope_embed\.periods", "Meta's DINOv3"),
+    (r"blocks\.0\.gamma_1", "timm's DINOv3 or EVA"),
+    (r"blocks\.0\.mlp\.w12\.weight", "DINOv2's ViT-g"),
+    (r"(dinov2\w*\.)?encoder\.layer\.0\.mlp\.weights_in\.weight", "DINOv2's ViT-g"),
 )
 
 
@@ -307,6 +322,34 @@ def translate(state: Mapping[str, np.ndarray], layout: Layout) -> dict[str, np.n
         elif found[2] == "query":
             joined[f"{found[1]}qkv.{found[3]}"] = np.concatenate([renamed[part] for part in parts])
     return joined
+
+
+def fold_class_position(state: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """Adds the class token's position embedding to the token, as timm stores networks of registers.
+
+    DINOv2 embeds the positions of the class token and the patches, and not those of registers;
+    with `no_embed_class`, timm's networks only embed those of patches. Both compute the same.
+
+    Args:
+      state: tensors by timm's name, with `pos_embed` [1, 1 + T, D].
+    """
+    token, positions = state["cls_token"], state["pos_embed"]
+    folded = np.asarray(token, np.float32) + np.asarray(positions[:, :1], np.float32)
+    return {**state, "cls_token": folded, "pos_embed": positions[:, 1:]}
+
+
+def find_wide_heads(state: Mapping[str, np.ndarray]) -> list[str]:
+    """The tensors of a head that reads the class token together with the mean of the patch tokens.
+
+    That is the head of Hugging Face's `Dinov2ForImageClassification`.
+
+    Args:
+      state: tensors by timm's name, in PyTorch's layout.
+    """
+    if not state.keys() >= {"cls_token", "head.weight"}:
+        return []
+    wide = state["head.weight"].shape[-1] == 2 * state["cls_token"].shape[-1]
+    return [name for name in ("head.bias", "head.weight") if wide and name in state]
 
 
 def lacks_shortcuts(names: Iterable[str]) -> bool:

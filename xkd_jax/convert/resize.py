@@ -4,6 +4,7 @@ The results are those of timm (Ross Wightman, Apache-2.0) when it loads a checkp
 precision.
 """
 
+import functools
 import math
 import re
 from collections.abc import Callable
@@ -12,11 +13,19 @@ from typing import NamedTuple
 import numpy as np
 
 
-def resize_position_embedding(table: np.ndarray, tokens: int) -> np.ndarray | None:
+def resize_position_embedding(
+    table: np.ndarray, tokens: int, antialias: bool = True
+) -> np.ndarray | None:
     """Resizes a position embedding [1, T, D] to another square grid, [1, tokens, D].
 
     Bicubic with anti-aliasing, as in timm's `resample_abs_pos_embed`. The embeddings of prefix
-    tokens (class, distillation) are kept.
+    tokens (class, distillation, registers) are kept.
+
+    Args:
+      table: the embedding.
+      tokens: the number of tokens, prefix tokens included.
+      antialias: False interpolates between the four nearest positions per axis, as DINOv2 without
+        registers does (Hugging Face's code; Meta's also adds 0.1 to the new side).
 
     Returns:
       The embedding, or None if `tokens` implies another number of prefix tokens.
@@ -26,7 +35,7 @@ def resize_position_embedding(table: np.ndarray, tokens: int) -> np.ndarray | No
     if table.shape[1] - old**2 != prefix:
         return None
     grid = table[0, prefix:].reshape(old, old, -1)
-    matrix = _bicubic(old, new)
+    matrix = _bicubic(old, new) if antialias else _bicubic_aliased(old, new)
     grid = np.einsum("Hh,Ww,hwd->HWd", matrix, matrix, grid).reshape(1, new * new, -1)
     return np.concatenate([table[:, :prefix], grid.astype(table.dtype)], axis=1)
 
@@ -59,6 +68,9 @@ def resize_bias_table(table: np.ndarray, rows: int) -> np.ndarray:
     return square.reshape(rows, -1).astype(table.dtype)
 
 
+_resize_aliased = functools.partial(resize_position_embedding, antialias=False)
+
+
 class _Resizer(NamedTuple):
     pattern: str  # matches timm's name
     function: Callable[[np.ndarray, int], np.ndarray | None]
@@ -85,13 +97,16 @@ def is_resizable(name: str) -> bool:
     return any(re.fullmatch(resizer.pattern, name) for resizer in _RESIZERS)
 
 
-def resize(name: str, array: np.ndarray, shape: tuple[int, ...]) -> tuple[np.ndarray, str] | None:
+def resize(
+    name: str, array: np.ndarray, shape: tuple[int, ...], antialias: bool = True
+) -> tuple[np.ndarray, str] | None:
     """Resizes a tensor that depends on the image size.
 
     Args:
       name: timm's name.
       array: the tensor in our layout.
       shape: the shape that it should have.
+      antialias: of position embeddings, as in `resize_position_embedding`.
 
     Returns:
       the resized tensor and a description of the change, or None if it can't be resized so.
@@ -103,10 +118,13 @@ def resize(name: str, array: np.ndarray, shape: tuple[int, ...]) -> tuple[np.nda
             and array.ndim == len(shape)
             and array.shape[channels:] == shape[channels:]
         ):
+            how = ""
+            if function is resize_position_embedding and not antialias:
+                function, how = _resize_aliased, " without antialiasing"
             resized = function(array, shape[axis])
             old, new = side(array.shape[axis]), side(shape[axis])
             if resized is not None:
-                return resized, f"resized from {what} {old}x{old} to {new}x{new}"
+                return resized, f"resized from {what} {old}x{old} to {new}x{new}{how}"
     return None
 
 
@@ -119,6 +137,21 @@ def _bicubic(old: int, new: int) -> np.ndarray:
         x < 1, (1.5 * x - 2.5) * x * x + 1, np.where(x < 2, ((2.5 - 0.5 * x) * x - 4) * x + 2, 0.0)
     )
     return weights / weights.sum(axis=1, keepdims=True)
+
+
+def _bicubic_aliased(old: int, new: int) -> np.ndarray:
+    """The matrix [new, old] that resizes one axis: Keys' kernel with a = -3/4, as in PyTorch.
+
+    Positions beyond the border repeat the outermost one.
+    """
+    centres = (np.arange(new) + 0.5) * (old / new) - 0.5
+    taps = np.floor(centres).astype(int)[:, None] + np.arange(-1, 3)
+    x = np.abs(taps - centres[:, None])
+    inner, outer = (1.25 * x - 2.25) * x * x + 1, -0.75 * (((x - 5) * x + 8) * x - 4)
+    matrix = np.zeros((new, old))
+    rows = np.arange(new)[:, None]
+    np.add.at(matrix, (rows, np.clip(taps, 0, old - 1)), np.where(x <= 1, inner, outer))
+    return matrix
 
 
 def _geometric_positions(count: int, reach: int) -> np.ndarray:

@@ -125,7 +125,9 @@ class MiniLM(Method):
 
     @override
     def loss(self, params, state, teacher_out, student_out, batch, key, progress, adversary=None):
-        with_class = all("prefix_query" in out for out in (teacher_out, student_out))
+        # Without a class token, the prefix consists of registers.
+        needed = {"cls", "prefix_query"}
+        with_class = all(out.keys() >= needed for out in (teacher_out, student_out))
         teacher, student = (self._relations(out, with_class) for out in (teacher_out, student_out))
         terms = {
             name: (self.weight, relation_loss(student[name], teacher[name])) for name in teacher

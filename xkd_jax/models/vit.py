@@ -344,6 +344,10 @@ class VisionTransformer(nn.Module):
                 "distilled=True needs class_token=True and global_pool='token'; its heads "
                 "read both tokens."
             )
+        if self.distilled and (self.reg_tokens or self.no_embed_class):
+            raise errors.UserError(
+                "distilled=True takes no reg_tokens or no_embed_class, as in timm; leave them out."
+            )
         if self.embed_dim % self.num_heads:
             raise errors.UserError(
                 f"embed_dim {self.embed_dim} must be a multiple of num_heads {self.num_heads}."
