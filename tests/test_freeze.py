@@ -23,12 +23,13 @@ def vit(depth, frozen=0):
     return models.create_model("vit_tiny_patch16_224", num_classes=3, **args)
 
 
-def gradients(module):
+def gradients(module, tap="logits"):
     images = jax.random.normal(jax.random.key(1), (2, 16, 16, 3))
     params = module.init(jax.random.key(0), images)["params"]
 
     def loss(params):
-        return jnp.sum(module.apply({"params": params}, images, train=True)[0] ** 2)
+        logits, out = module.apply({"params": params}, images, train=True)
+        return jnp.sum(logits**2) + jnp.sum(out[tap] ** 2)
 
     return jax.grad(loss), params
 
@@ -45,6 +46,14 @@ def test_only_the_frozen_layers_have_no_gradient(depth):
             assert not our.any()
         else:
             np.testing.assert_allclose(our, their, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("depth", [3, 14])
+def test_a_loss_on_a_frozen_block_has_no_gradient(depth):
+    grad_fn, params = gradients(vit(depth, 2), "block02_query")
+    grads = grad_fn(params)
+    assert not any(leaf.any() for leaf in jax.tree.leaves(grads["blocks_0"]))
+    assert not any(leaf.any() for leaf in jax.tree.leaves(grads["blocks_1"]))
 
 
 @pytest.mark.parametrize("depth", [4, 14])

@@ -295,18 +295,19 @@ class VisionTransformer(nn.Module):
                 x, new = scan.scan_blocks(
                     self, some, names, x, train, rates[first:stop], remat, gather
                 )
-                x, outs = self._freeze(stop, x), outs + new
+                x, new = self._freeze(stop, (x, new))
+                outs += new
             first = last
         block = recomputed(Block, remat, static=(2, 3))
         for i in range(first, self.depth):
             x, qkv = block(*options, name=f"blocks_{i}")(x, train, rates[i])
+            x, qkv = self._freeze(i + 1, (x, qkv))
             outs.append((x, qkv))
-            x = self._freeze(i + 1, x)
         return x, outs
 
-    def _freeze(self, number: int, x: jax.Array) -> jax.Array:
-        """Cuts the gradient of the output `x` of block `number` if it is the last frozen one."""
-        return jax.lax.stop_gradient(x) if number == self.frozen else x
+    def _freeze(self, number: int, outputs: Any) -> Any:
+        """Cuts the gradient of all outputs of block `number` if it is frozen."""
+        return jax.lax.stop_gradient(outputs) if number <= self.frozen else outputs
 
     def _head(self, name: str, x: jax.Array, train: bool) -> jax.Array:
         return classify(x, self.num_classes, self.drop_rate, train, name, _weight_init)
