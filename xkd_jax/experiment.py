@@ -23,8 +23,8 @@ from xkd_jax.augment.pipeline import Pipeline
 from xkd_jax.config import Config, augmentation
 from xkd_jax.convert.conversion import convert, fetch
 from xkd_jax.convert.files import read_checkpoint
-from xkd_jax.data.encoded import open_split
-from xkd_jax.data.loader import DeviceLoader, HostLoader, Order, create_loader
+from xkd_jax.data.encoded import EncodedImages, open_split
+from xkd_jax.data.loader import DeviceLoader, HostLoader, Order, batch_shapes, create_loader
 from xkd_jax.distiller import Distiller
 from xkd_jax.distributed import sharding
 from xkd_jax.errors import UserError
@@ -75,7 +75,25 @@ class Experiment:
         workers = min(config.data.workers, cores)
         if workers < config.data.workers:
             say(f"data.workers={config.data.workers} is reduced to the {cores} cores here.")
-        return create_loader(self.train, self.mesh, self.order, tuple(config.crop_scale), workers)
+        return create_loader(
+            self.train, self.mesh, self.order, tuple(config.crop_scale), workers, self.crop_size
+        )
+
+    @property
+    def crop_size(self) -> int:
+        """Side of the training images before augmentation, in pixels.
+
+        Encoded images are cropped at the teacher's size, if that is larger than the student's, so
+        that the teacher sees all the detail that its input can hold.
+        """
+        teacher, side = self.distiller.teacher, self.train.images.shape[1]
+        if teacher is None or not isinstance(self.train.images, EncodedImages):
+            return side
+        return max(side, teacher.image_size)
+
+    def batch_shapes(self) -> dict[str, jax.ShapeDtypeStruct]:
+        """The loader's batches, as shapes with their shardings."""
+        return batch_shapes(self.train, self.mesh, self.config.batch_size, self.crop_size)
 
 
 def create_experiment(config: Config) -> Experiment:
@@ -178,6 +196,7 @@ def assemble(
             augmentation(config),
             MultiView(**config.views),
             config.label_smoothing,
+            student.image_size if isinstance(train.images, EncodedImages) else 0,
         ),
         steps_per_epoch=steps_per_epoch,
         labels=train.labels,

@@ -14,7 +14,6 @@ import jax
 
 from xkd_jax.analysis import memory
 from xkd_jax.checkpoint import Checkpoints, place
-from xkd_jax.data.loader import batch_shapes
 from xkd_jax.distiller import train_step
 from xkd_jax.distributed import sharding
 from xkd_jax.distributed.processes import StopSignal
@@ -74,8 +73,7 @@ def compile_step(
         donate_argnums=(0,) if donate else (),
         out_shardings=(shardings.state, sharding.replicated(mesh)),
     )
-    batch = batch_shapes(experiment.train, mesh, experiment.config.batch_size)
-    lowered = step_fn.lower(state, teacher_variables, resident, batch)
+    lowered = step_fn.lower(state, teacher_variables, resident, experiment.batch_shapes())
     try:
         return lowered.compile()
     except jax.errors.JaxRuntimeError as error:

@@ -24,19 +24,27 @@ Batch = dict[str, jax.Array]
 
 
 def create_loader(
-    split: Split, mesh: Mesh, order: "Order", crop_scale: tuple[float, float], workers: int
+    split: Split,
+    mesh: Mesh,
+    order: "Order",
+    crop_scale: tuple[float, float],
+    workers: int,
+    size: int = 0,
 ) -> "DeviceLoader | HostLoader":
     """The loader for a split: `HostLoader` if its images are encoded, else `DeviceLoader`."""
     if isinstance(split.images, EncodedImages):
-        return HostLoader(split, mesh, order, crop_scale, workers)
+        return HostLoader(split, mesh, order, crop_scale, workers, size)
     return DeviceLoader(split, mesh, order)
 
 
-def batch_shapes(split: Split, mesh: Mesh, batch_size: int) -> dict[str, jax.ShapeDtypeStruct]:
-    """The loader's `batches`, as shapes with their shardings."""
+def batch_shapes(
+    split: Split, mesh: Mesh, batch_size: int, size: int = 0
+) -> dict[str, jax.ShapeDtypeStruct]:
+    """The loader's `batches`, as shapes with their shardings; `size` as for `HostLoader`."""
     shapes = {"index": jax.ShapeDtypeStruct((batch_size,), np.int32)}
     if isinstance(split.images, EncodedImages):
-        shapes["image"] = jax.ShapeDtypeStruct((batch_size, *split.images.shape[1:]), np.uint8)
+        side = size or split.images.shape[1]
+        shapes["image"] = jax.ShapeDtypeStruct((batch_size, side, side, 3), np.uint8)
         shapes["label"] = shapes["index"]
     return sharding.shaped(shapes, sharding.over_batch(mesh))
 
@@ -107,6 +115,7 @@ class HostLoader:
         order: Order,
         crop_scale: tuple[float, float] = (0.08, 1.0),
         workers: int = 0,
+        size: int = 0,
     ):
         """Nothing is read yet.
 
@@ -116,6 +125,7 @@ class HostLoader:
           order: of the examples.
           crop_scale: the share of an image's area that a crop takes, at least and at most.
           workers: processes that decode; 0 decodes in threads of this one.
+          size: side of the crops, pixels; 0: the size of the split's images.
         """
         assert isinstance(split.images, EncodedImages)
         self.arrays: dict[str, jax.Array] = {}
@@ -123,7 +133,7 @@ class HostLoader:
         # This process's part of every batch.
         self._local = order.batch_size // jax.process_count()
         first = jax.process_index() * self._local
-        size = split.images.shape[1]
+        size = size or split.images.shape[1]
         self._load = _Load(split.images.examples, size, crop_scale, order, self._local, first)
 
     def batches(self, start: int) -> Iterator[Batch]:
