@@ -42,10 +42,11 @@ def experiment_step(
     Args:
       experiment: everything that is constant; static.
       state: the training state; donated.
-      teacher_variables: the frozen teacher's variables.
+      teacher_variables: as for `distiller.train_step`.
       resident: the training split as `image`, uint8 [n, H, W, 3], and `label` [n]; or empty.
       batch: `index` [N], the step's examples; if the split isn't resident, also their `image`,
-        uint8 [N, H, W, 3], and `label` [N].
+        uint8 [N, H, W, 3], and `label` [N]; and, as for `distiller.train_step`, `view` and the
+        cached rows.
     """
     batch = batch | sharding.take(experiment.mesh, resident, batch["index"])
     new_state, metrics = train_step(experiment.distiller, state, teacher_variables, batch)
@@ -103,7 +104,7 @@ class Stepper:
           UserError: the step doesn't fit into memory.
         """
         self.loader = experiment.create_loader()
-        self._teacher = experiment.distiller.teacher_variables
+        self._teacher = experiment.teacher_arrays()
         self._resident = self.loader.arrays
         arrays = state, self._teacher, self._resident
         self.compiled = compile_step(experiment, *arrays, donate)
@@ -172,6 +173,8 @@ def _loop(
     if start == experiment.total_steps:
         return state
     eval_step = create_eval_step(distiller.student, experiment.evaluation.crop_pct)
+    if experiment.cache is not None:
+        experiment.cache.fill()
     say("compiling the training step ...")
     begun = time.monotonic()
     step_fn = Stepper(experiment, state)

@@ -211,10 +211,9 @@ def predict_train_step(experiment: Experiment, chip: Chip) -> Prediction:
       UserError: it doesn't fit into memory.
     """
     distiller, mesh = experiment.distiller, experiment.mesh
-    teacher = distiller.teacher.shapes if distiller.teacher else {}
     args = (
         distiller.state_shapes,
-        sharding.shaped(teacher, distiller.shardings.teacher),
+        experiment.teacher_shapes(),
         resident_shapes(experiment.train, mesh),
     )
     compiled = train.compile_step(experiment, *args)

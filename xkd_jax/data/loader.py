@@ -16,7 +16,7 @@ from jax.sharding import Mesh
 
 from xkd_jax.data.decode import decode_crop
 from xkd_jax.data.encoded import EncodedImages
-from xkd_jax.data.order import batch_indices
+from xkd_jax.data.order import batch_indices, batch_views, view_generator
 from xkd_jax.data.source import Examples, Split
 from xkd_jax.distributed import sharding
 
@@ -38,10 +38,20 @@ def create_loader(
 
 
 def batch_shapes(
-    split: Split, mesh: Mesh, batch_size: int, size: int = 0
+    split: Split, mesh: Mesh, batch_size: int, size: int = 0, fixed: bool = False
 ) -> dict[str, jax.ShapeDtypeStruct]:
-    """The loader's `batches`, as shapes with their shardings; `size` as for `HostLoader`."""
+    """The loader's `batches`, as shapes with their shardings.
+
+    Args:
+      split: as for `create_loader`.
+      mesh: as for `create_loader`.
+      batch_size: the number of examples.
+      size: as for `HostLoader`.
+      fixed: whether the order has fixed views.
+    """
     shapes = {"index": jax.ShapeDtypeStruct((batch_size,), np.int32)}
+    if fixed:
+        shapes["view"] = shapes["index"]
     if isinstance(split.images, EncodedImages):
         side = size or split.images.shape[1]
         shapes["image"] = jax.ShapeDtypeStruct((batch_size, side, side, 3), np.uint8)
@@ -64,16 +74,25 @@ def resident_shapes(split: Split, mesh: Mesh) -> dict[str, jax.ShapeDtypeStruct]
 
 @dataclasses.dataclass(frozen=True)
 class Order:
-    """Which examples a step sees: the arguments of `batch_indices` except the step."""
+    """Which examples a step sees: the arguments of `batch_indices` except the step.
+
+    `views` is the number of fixed views of every example, see `augment.fixed`; 0: a new view every
+    time.
+    """
 
     num_examples: int
     batch_size: int
     seed: int
     repeats: int = 1
+    views: int = 0
 
     def indices(self, step: int) -> np.ndarray:
         """int32 [batch_size]."""
         return batch_indices(self.num_examples, self.batch_size, self.seed, step, self.repeats)
+
+    def view(self, step: int) -> np.ndarray:
+        """The fixed view of each example, int32 [batch_size]."""
+        return batch_views(self.num_examples, self.batch_size, step, self.repeats, self.views)
 
 
 class DeviceLoader:
@@ -96,9 +115,12 @@ class DeviceLoader:
         self.arrays = sharding.put(arrays, self._sharding)
 
     def batches(self, start: int) -> Iterator[Batch]:
-        """The batches of the steps from `start` on: `index` [N]."""
+        """The batches of the steps from `start` on: `index` [N] and, if fixed, `view` [N]."""
         for step in itertools.count(start):
-            yield {"index": sharding.put(self._order.indices(step), self._sharding)}
+            batch = {"index": self._order.indices(step)}
+            if self._order.views:
+                batch["view"] = self._order.view(step)
+            yield sharding.put(batch, self._sharding)
 
 
 class HostLoader:
@@ -137,7 +159,10 @@ class HostLoader:
         self._load = _Load(split.images.examples, size, crop_scale, order, self._local, first)
 
     def batches(self, start: int) -> Iterator[Batch]:
-        """The batches of the steps from `start` on: `image` [N, H, W, 3], `label`, `index` [N]."""
+        """The batches of the steps from `start` on: `image` [N, H, W, 3], `label`, `index` [N].
+
+        With fixed views, also `view` [N].
+        """
         import grain
         from absl import flags
 
@@ -182,8 +207,12 @@ class _Load:
         number = step * self.order.batch_size + place
         key = np.array([self.order.seed, 2**63 + number], np.uint64)
         rng = np.random.Generator(np.random.Philox(key=key))
+        example: dict[str, np.ndarray] = {}
+        if self.order.views:
+            example["view"] = self.order.view(step)[place]
+            rng = view_generator(int(example["view"]), index)
         image, label, name = self.examples[index]
-        return {
+        return example | {
             "image": decode_crop(image, rng, self.size, self.crop_scale, name=name),
             "label": np.asarray(label, np.int32),
             "index": np.asarray(index, np.int32),
