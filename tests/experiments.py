@@ -14,12 +14,17 @@ Run = collections.namedtuple("Run", "experiment step_fn states metrics")
 
 
 def tiny_experiment(method, seed=0):
+    return create_experiment(tiny_config(method, seed))
+
+
+def tiny_config(method, seed=0):
     config = default_config()
     config.seed = seed
     config.batch_size = 16
     config.label_smoothing = 0.1
     config.method.name = method
-    config.method[method].label_weight = 0.5
+    if method in config.method:
+        config.method[method].label_weight = 0.5
     config.data.update(name="fashion_mnist_mini", train="train[:64]", eval="validation[:64]")
     config.student.args = {"layers": (1, 1, 1, 1), "width": 0.125, "stem": "cifar"}
     config.teacher.update(model="vit_tiny_patch16_224", weights="random")
@@ -29,7 +34,7 @@ def tiny_experiment(method, seed=0):
     }  # fmt: skip
     config.augment.update(crop_padding=0, flip=False)
     config.optimizer.learning_rate = 0.05
-    return create_experiment(config)
+    return config
 
 
 def change(experiment, **changes):

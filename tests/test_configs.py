@@ -20,7 +20,6 @@ from tests.data.test_prepare import write_tar
 from xkd_jax.cli import recipes
 from xkd_jax.config import for_method, validate
 from xkd_jax.data import prepare
-from xkd_jax.data.loader import batch_shapes
 from xkd_jax.experiment import create_experiment
 from xkd_jax.train import experiment_step
 
@@ -137,10 +136,10 @@ def test_steps_fit_together(recipe, tfds, photos):
     validate(config)
     for method in config.compare or [config.method.name]:
         experiment = create_experiment(for_method(config, method))
-        mesh, state = experiment.mesh, experiment.distiller.state_shapes
+        state = experiment.distiller.state_shapes
         teacher = experiment.distiller.teacher.variables if experiment.distiller.teacher else {}
         resident = experiment.create_loader().arrays
-        batch = batch_shapes(experiment.train, mesh, config.batch_size)
+        batch = experiment.batch_shapes()
         step = functools.partial(experiment_step, experiment)
         after, metrics = jax.eval_shape(step, state, teacher, resident, batch)
         assert [(leaf.shape, leaf.dtype) for leaf in jax.tree.leaves(after)] == [

@@ -50,6 +50,7 @@ _AT_LEAST = {
     "data.repeats": 1,
     "data.workers": 0,
     "augment.crop_padding": 0,
+    "teacher.cache_views": 0,
 }
 
 
@@ -71,7 +72,12 @@ def default_config() -> Config:
     config.student = ConfigDict({"model": "resnet18", "args": {}, "weights": ""})
     # weights: a .safetensors file of this library, whose metadata names the network, so model may
     # be ""; "timm:NAME"; "packaged:NAME"; or "random", as a control.
-    config.teacher = ConfigDict({"model": "", "args": {}, "weights": ""})
+    # cache_views: each image is shown in this many fixed views in turn, one per epoch; 0: in a new
+    # view every time. cache: a folder in which the teacher's outputs for these views are stored, so
+    # that they are computed once, for all further runs too; "": computed in every step.
+    config.teacher = ConfigDict(
+        {"model": "", "args": {}, "weights": "", "cache": "", "cache_views": 0}
+    )
 
     config.data = _data_defaults()
     config.image_size = 0  # side of the networks' input, pixels; 0: that of the data
@@ -173,6 +179,7 @@ def validate(config: Config) -> None:
         raise UserError(
             f"freeze={config.freeze} would keep random blocks as they are; set student.weights."
         )
+    _check_cache(config)
     if not config.data.name:
         raise UserError("data.name is empty; name a data set such as 'tfds:cifar100'.")
     _check_methods(config)
@@ -210,6 +217,19 @@ def _check_images(config: Config) -> None:
         raise UserError(
             "data.noisy evaluates on blurred images, which training must not have seen; set "
             "augment.blur=0 or data.noisy=False."
+        )
+
+
+def _check_cache(config: Config) -> None:
+    if config.teacher.cache and not config.teacher.cache_views:
+        raise UserError(
+            "teacher.cache stores the teacher's outputs for fixed views of the images; set "
+            "teacher.cache_views, such as 4."
+        )
+    if config.teacher.cache_views and (config.augment.mixup or config.augment.cutmix):
+        raise UserError(
+            "mixup and cutmix mix several images, but teacher.cache_views fixes the views of each "
+            "one; set augment.mixup=0 and augment.cutmix=0, or teacher.cache_views=0."
         )
 
 

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import optax
 from jax.sharding import Mesh
 
-from xkd_jax.augment import ops
+from xkd_jax.augment import fixed, ops
 from xkd_jax.augment.pipeline import Pipeline
 from xkd_jax.distributed import sharding
 from xkd_jax.errors import UserError
@@ -26,6 +26,7 @@ from xkd_jax.model import Model
 from xkd_jax.optim import accumulate, average, layer_ids, scale_parts, select
 from xkd_jax.reporting import nan_guard
 from xkd_jax.state import TrainState, create_state, student_variables
+from xkd_jax.teacher import CACHED, create_teacher_fn
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -199,7 +200,9 @@ def train_step(
       state: the training state.
       teacher_variables: the frozen teacher's variables.
       batch: `image` [N, H, W, 3], uint8 or float in [0, 1]; `label` [N]; `index` [N], the examples'
-        indices in the training set.
+        indices in the training set. With fixed views, `view` [N], see `augment.fixed`. If the
+        teacher is cached, its outputs by name under `teacher.CACHED`; `teacher_variables` are then
+        the outputs that are the same for all images.
 
     Returns:
       The new state and the step's metrics: scalars, and `nan_guard.FLAGS` of the gradients.
@@ -207,7 +210,7 @@ def train_step(
     step_key = jax.random.fold_in(state.key, state.step)
     student = sharding.gather(distiller.mesh, state.params["student"])
     whole = dataclasses.replace(state, params=state.params | {"student": student})
-    teacher_fn = create_teacher_fn(distiller, teacher_variables)
+    teacher_fn = create_teacher_fn(distiller, teacher_variables, CACHED in batch)
 
     def one_part(carry: tuple, batch: dict[str, jax.Array], number: jax.Array) -> tuple:
         key = jax.random.fold_in(step_key, number) if distiller.accumulate > 1 else step_key
@@ -243,7 +246,7 @@ def train_step(
 def gradients(
     distiller: Distiller,
     state: TrainState,
-    teacher_fn: Callable[[jax.Array], Outputs],
+    teacher_fn: Callable[[jax.Array, Any], Outputs],
     batch: dict[str, jax.Array],
     key: jax.Array,
 ) -> tuple[tuple[Any, Any], tuple[dict[str, Any], dict[str, jax.Array]]]:
@@ -254,11 +257,13 @@ def gradients(
     """
     method, student = distiller.method, distiller.student
     view_key, dropout_key, method_key = jax.random.split(key, 3)
+    keys = fixed.view_keys(batch["view"], batch["index"]) if "view" in batch else None
     teacher_view, student_view, targets = create_views(
-        distiller, view_key, batch["image"], batch["label"]
+        distiller, view_key, batch["image"], batch["label"], keys
     )
-    teacher_out, metrics = teacher_fn(teacher_view), {}
-    if teacher_out:
+    cached = batch.get(CACHED)
+    teacher_out, metrics = teacher_fn(teacher_view, cached), {}
+    if "logits" in (teacher_out if cached is None else cached):
         metrics["teacher_accuracy"] = _accuracy(teacher_out["logits"], batch["label"])
     progress = epochs(distiller, state)
     label_weight = method.label_weight
@@ -291,35 +296,24 @@ def gradients(
     return (batch_stats, term.state), (grads, metrics | scalars | of_adversary)
 
 
-def create_teacher_fn(distiller: Distiller, variables: Any) -> Callable[[jax.Array], Outputs]:
-    """The frozen teacher's forward pass, from its view to its outputs ({} without a teacher)."""
-    teacher, layout = distiller.teacher, distiller.shardings.teacher
-    if teacher is None:
-        return lambda view: {}
-    options = {}
-    if getattr(teacher.module, "kind", "") == "transformer" and not sharding.is_replicated(layout):
-        options["gather"] = sharding.BlockGather(variables["params"], layout["params"])
-    gathered = sharding.gather(distiller.mesh, variables)
-    use_batch = distiller.method.teacher_batch_stats
-
-    def teacher_fn(view: jax.Array) -> Outputs:
-        _, out = teacher.forward(gathered, view, batch_statistics=use_batch, **options)
-        return out | {"side": view.shape[1]}
-
-    return teacher_fn
-
-
 def create_views(
-    distiller: Distiller, key: jax.Array, images: jax.Array, labels: jax.Array
+    distiller: Distiller, key: jax.Array, images: jax.Array, labels: jax.Array, keys: Any = None
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """The networks' inputs for images [N, H, W, 3] with labels [N].
+
+    If views are fixed, `keys` are from `fixed.view_keys`.
 
     Returns:
       The teacher's and the student's input, each normalised as its network expects, and the targets
       [N, K].
     """
     targets = jax.nn.one_hot(labels, distiller.student.num_classes)
-    *views, targets = distiller.augment(key, images, targets, distiller.method.multi_view)
+    multiple = distiller.method.multi_view
+    if keys is None:
+        *views, targets = distiller.augment(key, images, targets, multiple)
+    else:
+        inputs = distiller.augment, key, keys, images, targets
+        *views, targets = fixed.fixed_views(*inputs, multiple)
     teacher, student = distiller.teacher or distiller.student, distiller.student
     return teacher.preprocess(views[0]), student.preprocess(views[1]), targets
 

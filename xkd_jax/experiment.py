@@ -6,7 +6,6 @@ All wrong input is reported here, before anything is compiled.
 import dataclasses
 import functools
 import json
-import os
 import unicodedata
 from collections.abc import Callable
 from pathlib import Path
@@ -23,11 +22,11 @@ from xkd_jax.augment.pipeline import Pipeline
 from xkd_jax.config import Config, augmentation
 from xkd_jax.convert.conversion import convert, fetch
 from xkd_jax.convert.files import read_checkpoint
-from xkd_jax.data.encoded import open_split
-from xkd_jax.data.loader import DeviceLoader, HostLoader, Order, create_loader
+from xkd_jax.data.encoded import EncodedImages, open_split
 from xkd_jax.distiller import Distiller
 from xkd_jax.distributed import sharding
 from xkd_jax.errors import UserError
+from xkd_jax.inputs import Inputs
 from xkd_jax.methods import create_method
 from xkd_jax.methods.base import Method
 from xkd_jax.model import Model, check_metadata, create_model, freeze
@@ -39,43 +38,18 @@ RANDOM = "random"  # teacher.weights of an untrained teacher, as a control
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
-class Experiment:
-    """Everything that is constant during a run.
+class Experiment(Inputs):
+    """Everything that is constant during a run; `Inputs` has the first three attributes.
 
     Attributes:
-      distiller: the networks, the method, the optimizers and the training step.
-      train: the split to train on.
       evaluation: the split of the learning curves.
       learning_rate_fn: the student's learning rate as a function of the step.
       total_steps: number of steps of the run, including the method's first phase.
-      config: the config that it was created from.
     """
 
-    distiller: Distiller
-    train: data.Split
     evaluation: data.Split
     learning_rate_fn: Callable[[Any], Any]
     total_steps: int
-    config: Config
-
-    @property
-    def mesh(self) -> Mesh:
-        """The devices."""
-        return self.distiller.mesh
-
-    @property
-    def order(self) -> Order:
-        """The order of the training examples."""
-        config = self.config
-        return Order(len(self.train), config.batch_size, config.seed, config.data.repeats)
-
-    def create_loader(self) -> DeviceLoader | HostLoader:
-        """The training batches."""
-        config, cores = self.config, os.cpu_count() or 1
-        workers = min(config.data.workers, cores)
-        if workers < config.data.workers:
-            say(f"data.workers={config.data.workers} is reduced to the {cores} cores here.")
-        return create_loader(self.train, self.mesh, self.order, tuple(config.crop_scale), workers)
 
 
 def create_experiment(config: Config) -> Experiment:
@@ -104,6 +78,8 @@ def create_experiment(config: Config) -> Experiment:
     load_split(config, config.data.test)  # report problems with it now, not after training
     splits = train, load_split(config, config.data.eval)
     experiment = assemble(config, method, mesh, splits, student, teacher)
+    if experiment.cache is not None:
+        experiment.cache.check()
     warn(config)  # last: a refusal stands alone
     return experiment
 
@@ -178,6 +154,7 @@ def assemble(
             augmentation(config),
             MultiView(**config.views),
             config.label_smoothing,
+            student.image_size if isinstance(train.images, EncodedImages) else 0,
         ),
         steps_per_epoch=steps_per_epoch,
         labels=train.labels,
@@ -189,7 +166,7 @@ def assemble(
         student_rule=config.mesh.student,
     )
     total_steps = first_steps + steps_per_epoch * config.epochs
-    return Experiment(distiller, train, evaluation, rate, total_steps, config)
+    return Experiment(distiller, train, config, evaluation, rate, total_steps)
 
 
 def compute_dtype(name: str) -> Any:

@@ -14,7 +14,6 @@ import jax
 
 from xkd_jax.analysis import memory
 from xkd_jax.checkpoint import Checkpoints, place
-from xkd_jax.data.loader import batch_shapes
 from xkd_jax.distiller import train_step
 from xkd_jax.distributed import sharding
 from xkd_jax.distributed.processes import StopSignal
@@ -43,10 +42,11 @@ def experiment_step(
     Args:
       experiment: everything that is constant; static.
       state: the training state; donated.
-      teacher_variables: the frozen teacher's variables.
+      teacher_variables: as for `distiller.train_step`.
       resident: the training split as `image`, uint8 [n, H, W, 3], and `label` [n]; or empty.
       batch: `index` [N], the step's examples; if the split isn't resident, also their `image`,
-        uint8 [N, H, W, 3], and `label` [N].
+        uint8 [N, H, W, 3], and `label` [N]; and, as for `distiller.train_step`, `view` and the
+        cached rows.
     """
     batch = batch | sharding.take(experiment.mesh, resident, batch["index"])
     new_state, metrics = train_step(experiment.distiller, state, teacher_variables, batch)
@@ -74,8 +74,7 @@ def compile_step(
         donate_argnums=(0,) if donate else (),
         out_shardings=(shardings.state, sharding.replicated(mesh)),
     )
-    batch = batch_shapes(experiment.train, mesh, experiment.config.batch_size)
-    lowered = step_fn.lower(state, teacher_variables, resident, batch)
+    lowered = step_fn.lower(state, teacher_variables, resident, experiment.batch_shapes())
     try:
         return lowered.compile()
     except jax.errors.JaxRuntimeError as error:
@@ -105,7 +104,7 @@ class Stepper:
           UserError: the step doesn't fit into memory.
         """
         self.loader = experiment.create_loader()
-        self._teacher = experiment.distiller.teacher_variables
+        self._teacher = experiment.teacher_arrays()
         self._resident = self.loader.arrays
         arrays = state, self._teacher, self._resident
         self.compiled = compile_step(experiment, *arrays, donate)
@@ -174,6 +173,8 @@ def _loop(
     if start == experiment.total_steps:
         return state
     eval_step = create_eval_step(distiller.student, experiment.evaluation.crop_pct)
+    if experiment.cache is not None:
+        experiment.cache.fill()
     say("compiling the training step ...")
     begun = time.monotonic()
     step_fn = Stepper(experiment, state)

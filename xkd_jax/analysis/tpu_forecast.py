@@ -23,7 +23,7 @@ from xkd_jax.analysis.flops import count_flops
 from xkd_jax.analysis.memory import GIB
 from xkd_jax.config import Config, for_method, validate
 from xkd_jax.data.encoded import EncodedImages, choose_feed, sizes_of_images
-from xkd_jax.data.loader import batch_shapes, resident_shapes
+from xkd_jax.data.loader import resident_shapes
 from xkd_jax.distributed import sharding
 from xkd_jax.errors import UserError
 from xkd_jax.evaluate import IMAGES_PER_DEVICE, create_eval_step
@@ -211,16 +211,15 @@ def predict_train_step(experiment: Experiment, chip: Chip) -> Prediction:
       UserError: it doesn't fit into memory.
     """
     distiller, mesh = experiment.distiller, experiment.mesh
-    teacher = distiller.teacher.shapes if distiller.teacher else {}
     args = (
         distiller.state_shapes,
-        sharding.shaped(teacher, distiller.shardings.teacher),
+        experiment.teacher_shapes(),
         resident_shapes(experiment.train, mesh),
     )
     compiled = train.compile_step(experiment, *args)
-    batch = batch_shapes(experiment.train, mesh, experiment.config.batch_size)
     step = partial(train.experiment_step, experiment)
-    return _predict(compiled, count_flops(step, *args, batch), mesh, chip)
+    products = count_flops(step, *args, experiment.batch_shapes())
+    return _predict(compiled, products, mesh, chip)
 
 
 def predict_eval_step(experiment: Experiment, chip: Chip) -> Prediction:

@@ -16,7 +16,7 @@ from jax.sharding import Mesh
 
 from xkd_jax.data.decode import decode_crop
 from xkd_jax.data.encoded import EncodedImages
-from xkd_jax.data.order import batch_indices
+from xkd_jax.data.order import batch_indices, batch_views, view_generator
 from xkd_jax.data.source import Examples, Split
 from xkd_jax.distributed import sharding
 
@@ -24,19 +24,37 @@ Batch = dict[str, jax.Array]
 
 
 def create_loader(
-    split: Split, mesh: Mesh, order: "Order", crop_scale: tuple[float, float], workers: int
+    split: Split,
+    mesh: Mesh,
+    order: "Order",
+    crop_scale: tuple[float, float],
+    workers: int,
+    size: int = 0,
 ) -> "DeviceLoader | HostLoader":
     """The loader for a split: `HostLoader` if its images are encoded, else `DeviceLoader`."""
     if isinstance(split.images, EncodedImages):
-        return HostLoader(split, mesh, order, crop_scale, workers)
+        return HostLoader(split, mesh, order, crop_scale, workers, size)
     return DeviceLoader(split, mesh, order)
 
 
-def batch_shapes(split: Split, mesh: Mesh, batch_size: int) -> dict[str, jax.ShapeDtypeStruct]:
-    """The loader's `batches`, as shapes with their shardings."""
+def batch_shapes(
+    split: Split, mesh: Mesh, batch_size: int, size: int = 0, fixed: bool = False
+) -> dict[str, jax.ShapeDtypeStruct]:
+    """The loader's `batches`, as shapes with their shardings.
+
+    Args:
+      split: as for `create_loader`.
+      mesh: as for `create_loader`.
+      batch_size: the number of examples.
+      size: as for `HostLoader`.
+      fixed: whether the order has fixed views.
+    """
     shapes = {"index": jax.ShapeDtypeStruct((batch_size,), np.int32)}
+    if fixed:
+        shapes["view"] = shapes["index"]
     if isinstance(split.images, EncodedImages):
-        shapes["image"] = jax.ShapeDtypeStruct((batch_size, *split.images.shape[1:]), np.uint8)
+        side = size or split.images.shape[1]
+        shapes["image"] = jax.ShapeDtypeStruct((batch_size, side, side, 3), np.uint8)
         shapes["label"] = shapes["index"]
     return sharding.shaped(shapes, sharding.over_batch(mesh))
 
@@ -56,16 +74,25 @@ def resident_shapes(split: Split, mesh: Mesh) -> dict[str, jax.ShapeDtypeStruct]
 
 @dataclasses.dataclass(frozen=True)
 class Order:
-    """Which examples a step sees: the arguments of `batch_indices` except the step."""
+    """Which examples a step sees: the arguments of `batch_indices` except the step.
+
+    `views` is the number of fixed views of every example, see `augment.fixed`; 0: a new view every
+    time.
+    """
 
     num_examples: int
     batch_size: int
     seed: int
     repeats: int = 1
+    views: int = 0
 
     def indices(self, step: int) -> np.ndarray:
         """int32 [batch_size]."""
         return batch_indices(self.num_examples, self.batch_size, self.seed, step, self.repeats)
+
+    def view(self, step: int) -> np.ndarray:
+        """The fixed view of each example, int32 [batch_size]."""
+        return batch_views(self.num_examples, self.batch_size, step, self.repeats, self.views)
 
 
 class DeviceLoader:
@@ -88,9 +115,12 @@ class DeviceLoader:
         self.arrays = sharding.put(arrays, self._sharding)
 
     def batches(self, start: int) -> Iterator[Batch]:
-        """The batches of the steps from `start` on: `index` [N]."""
+        """The batches of the steps from `start` on: `index` [N] and, if fixed, `view` [N]."""
         for step in itertools.count(start):
-            yield {"index": sharding.put(self._order.indices(step), self._sharding)}
+            batch = {"index": self._order.indices(step)}
+            if self._order.views:
+                batch["view"] = self._order.view(step)
+            yield sharding.put(batch, self._sharding)
 
 
 class HostLoader:
@@ -107,6 +137,7 @@ class HostLoader:
         order: Order,
         crop_scale: tuple[float, float] = (0.08, 1.0),
         workers: int = 0,
+        size: int = 0,
     ):
         """Nothing is read yet.
 
@@ -116,6 +147,7 @@ class HostLoader:
           order: of the examples.
           crop_scale: the share of an image's area that a crop takes, at least and at most.
           workers: processes that decode; 0 decodes in threads of this one.
+          size: side of the crops, pixels; 0: the size of the split's images.
         """
         assert isinstance(split.images, EncodedImages)
         self.arrays: dict[str, jax.Array] = {}
@@ -123,11 +155,14 @@ class HostLoader:
         # This process's part of every batch.
         self._local = order.batch_size // jax.process_count()
         first = jax.process_index() * self._local
-        size = split.images.shape[1]
+        size = size or split.images.shape[1]
         self._load = _Load(split.images.examples, size, crop_scale, order, self._local, first)
 
     def batches(self, start: int) -> Iterator[Batch]:
-        """The batches of the steps from `start` on: `image` [N, H, W, 3], `label`, `index` [N]."""
+        """The batches of the steps from `start` on: `image` [N, H, W, 3], `label`, `index` [N].
+
+        With fixed views, also `view` [N].
+        """
         import grain
         from absl import flags
 
@@ -172,8 +207,12 @@ class _Load:
         number = step * self.order.batch_size + place
         key = np.array([self.order.seed, 2**63 + number], np.uint64)
         rng = np.random.Generator(np.random.Philox(key=key))
+        example: dict[str, np.ndarray] = {}
+        if self.order.views:
+            example["view"] = self.order.view(step)[place]
+            rng = view_generator(int(example["view"]), index)
         image, label, name = self.examples[index]
-        return {
+        return example | {
             "image": decode_crop(image, rng, self.size, self.crop_scale, name=name),
             "label": np.asarray(label, np.int32),
             "index": np.asarray(index, np.int32),

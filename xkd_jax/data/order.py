@@ -34,6 +34,29 @@ def batch_indices(
     return _permutation(num_examples, seed, epoch)[places]
 
 
+def batch_views(
+    num_examples: int, batch_size: int, step: int, repeats: int, views: int
+) -> np.ndarray:
+    """The fixed views of a step's examples: every appearance of an example is its next view.
+
+    In epoch e, counted from 0, that is view e modulo `views`; with `repeats`, the appearances
+    within an epoch have different ones. The other arguments are those of `batch_indices`.
+
+    Returns:
+      int32 [batch_size].
+    """
+    epoch, position = divmod(step, num_examples // batch_size)
+    places = np.arange(position * batch_size, (position + 1) * batch_size)
+    return ((epoch * repeats + places % repeats) % views).astype(np.int32)
+
+
+def view_generator(view: int, index: int) -> np.random.Generator:
+    """The random numbers of a fixed view of an example, whatever the run's seed."""
+    # The high bit keeps clear of the streams of runs, which begin with their seed.
+    key = np.array([2**63 + view, index], dtype=np.uint64)
+    return np.random.Generator(np.random.Philox(key=key))
+
+
 @functools.lru_cache(maxsize=4)
 def _permutation(num_examples: int, seed: int, epoch: int) -> np.ndarray:
     # Keyed by epoch, so that any epoch's stream is directly accessible; NumPy keeps Philox stable.

@@ -1,0 +1,74 @@
+"""The frozen teacher in a training step: its forward pass, or its cached outputs."""
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+import jax
+import jax.numpy as jnp
+
+from xkd_jax.distributed import sharding
+from xkd_jax.methods.base import Outputs
+from xkd_jax.model import Model
+
+if TYPE_CHECKING:
+    from xkd_jax.distiller import Distiller
+
+CACHED = "teacher"  # key of the cached outputs in a batch
+
+
+def create_teacher_fn(
+    distiller: "Distiller", variables: Any, cached: bool = False
+) -> Callable[..., Outputs]:
+    """The frozen teacher, from its view and the cached rows to its outputs ({} without a teacher).
+
+    Args:
+      distiller: everything that is constant.
+      variables: as for `train_step`.
+      cached: whether the outputs are restored from cached rows, instead of a forward pass.
+    """
+    teacher, layout = distiller.teacher, distiller.shardings.teacher
+    if teacher is None:
+        return lambda view, rows=None: {}
+    if cached:
+        return lambda view, rows: restore(teacher, variables, rows, len(view))
+    options = {}
+    if getattr(teacher.module, "kind", "") == "transformer" and not sharding.is_replicated(layout):
+        options["gather"] = sharding.BlockGather(variables["params"], layout["params"])
+    gathered = sharding.gather(distiller.mesh, variables)
+    use_batch = distiller.method.teacher_batch_stats
+
+    def teacher_fn(view: jax.Array, rows: Any = None) -> Outputs:
+        del rows
+        _, out = teacher.forward(gathered, view, batch_statistics=use_batch, **options)
+        return out | {"side": view.shape[1]}
+
+    return teacher_fn
+
+
+def restore(
+    teacher: Model,
+    constants: dict[str, jax.Array],
+    rows: dict[str, jax.Array],
+    count: int,
+) -> Outputs:
+    """The outputs of the teacher for a batch, in the network's own dtypes.
+
+    What isn't cached is zero: the method reads its name or shape at most.
+
+    Args:
+      teacher: the teacher; its variables aren't used.
+      constants: outputs that are the same for all images, by name.
+      rows: cached outputs [N, ...] by name.
+      count: N.
+    """
+    out: Outputs = {}
+    for name, shape in teacher.output_shapes.items():
+        if not isinstance(shape, jax.ShapeDtypeStruct):
+            out[name] = shape  # such as the grid
+        elif name in constants:
+            out[name] = constants[name].astype(shape.dtype)
+        elif name in rows:
+            out[name] = rows[name].astype(shape.dtype)
+        else:
+            out[name] = jnp.zeros((count, *shape.shape[1:]), shape.dtype)
+    return out
