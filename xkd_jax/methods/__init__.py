@@ -14,6 +14,7 @@ from xkd_jax.methods.cakd_release import CAKDRelease
 from xkd_jax.methods.combine import Sum
 from xkd_jax.methods.crd import CRD
 from xkd_jax.methods.deit import DeiT
+from xkd_jax.methods.dkd import DKD
 from xkd_jax.methods.fitnet import FitNet
 from xkd_jax.methods.ft import FT
 from xkd_jax.methods.irg import IRG
@@ -40,6 +41,7 @@ METHODS: dict[str, Method] = {
     "ft": FT(),
     "deit": DeiT(),
     "minilm": MiniLM(),
+    "dkd": DKD(),
     "cakd": CAKD(),
     "cakd_release": CAKDRelease(),
 }
