@@ -14,6 +14,7 @@ from xkd_jax.methods.cakd_release import CAKDRelease
 from xkd_jax.methods.combine import Sum
 from xkd_jax.methods.crd import CRD
 from xkd_jax.methods.deit import DeiT
+from xkd_jax.methods.dist import DIST
 from xkd_jax.methods.dkd import DKD
 from xkd_jax.methods.fitnet import FitNet
 from xkd_jax.methods.ft import FT
@@ -42,6 +43,7 @@ METHODS: dict[str, Method] = {
     "deit": DeiT(),
     "minilm": MiniLM(),
     "dkd": DKD(),
+    "dist": DIST(),
     "cakd": CAKD(),
     "cakd_release": CAKDRelease(),
 }
