@@ -22,6 +22,7 @@ from xkd_jax.methods.irg import IRG
 from xkd_jax.methods.logits import Logits
 from xkd_jax.methods.london import LONDON
 from xkd_jax.methods.minilm import MiniLM
+from xkd_jax.methods.ofa import OFA
 from xkd_jax.methods.ofd import OFD
 from xkd_jax.methods.review import ReviewKD
 from xkd_jax.methods.rkd import RKD
@@ -44,6 +45,7 @@ METHODS: dict[str, Method] = {
     "minilm": MiniLM(),
     "dkd": DKD(),
     "dist": DIST(),
+    "ofa": OFA(),
     "cakd": CAKD(),
     "cakd_release": CAKDRelease(),
 }
