@@ -15,7 +15,7 @@ from xkd_jax.methods.base import PairError
 DISTILLING = {name: method for name, method in METHODS.items() if method.needs_teacher}
 BASELINES = {"logits", "fitnet", "at", "irg", "rkd", "crd", "ofd", "review", "london", "afd", "ab"}
 BASELINES |= {"ft", "deit", "minilm"}
-LATER = {"dkd", "dist", "ofa"}  # than the paper
+LATER = {"dkd", "dist", "ofa", "rsd"}  # than the paper
 SOURCE = r"arXiv:\d{4}\.\d{4,5}|(ACCV|CVPR) 20\d\d|openreview\.net|github\.com"
 
 

@@ -26,6 +26,7 @@ from xkd_jax.methods.ofa import OFA
 from xkd_jax.methods.ofd import OFD
 from xkd_jax.methods.review import ReviewKD
 from xkd_jax.methods.rkd import RKD
+from xkd_jax.methods.rsd import RSD
 
 METHODS: dict[str, Method] = {
     "none": Method(),
@@ -46,6 +47,7 @@ METHODS: dict[str, Method] = {
     "dkd": DKD(),
     "dist": DIST(),
     "ofa": OFA(),
+    "rsd": RSD(),
     "cakd": CAKD(),
     "cakd_release": CAKDRelease(),
 }
