@@ -85,7 +85,7 @@ def test_both_parts_are_sums_over_the_matrix():
 
 
 def test_a_case_by_hand():
-    """Correlations of 1 and 1/2 on the diagonal, of 0 and 1/4 beside it."""
+    """Correlations of 1 and 1/2 on the diagonal, and of 1/4 and 0 elsewhere."""
     on, off = redundancy_losses(jnp.array([[1.0, 0.25], [0.0, 0.5]]))
     assert (on, off) == (0.25, 0.0625)
 

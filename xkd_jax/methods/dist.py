@@ -16,7 +16,7 @@ from xkd_jax.methods.base import Method, weighted_sum
 
 
 def pearson(a: jax.Array, b: jax.Array, axis: int) -> jax.Array:
-    """Pearson's correlation of two float32 arrays along `axis`, which the result lacks.
+    """Pearson's correlation of two float32 arrays along `axis`, which is reduced.
 
     The 1e-8 in the denominator is the authors'; the correlation with a constant is 0.
     """

@@ -95,11 +95,12 @@ class OFA(Method):
     """One branch at each of the student's levels, and the same loss for its own logits.
 
     The label term, the loss of the student's logits and the sum over branches have weight 1, as in
-    the authors' code; for MobileNetV2 on CIFAR-100 they set 0.1 for the branches (issue 32 there).
-    Branches are theirs for CNN students with four levels. Here students with other numbers of
-    levels have as many branches: the deepest has no separable convolution, the one before it one,
-    and so on. The tokens of Transformer students become feature maps with the same branches, where
-    the authors merge patches and append Transformer blocks. Any teacher's logits are taken.
+    the authors' code; for MobileNetV2 on CIFAR-100 they set `weight` to 0.1 (issue 32 there).
+
+    Branches are the authors' for CNN students with four levels. A student with fewer levels has
+    fewer branches: the deepest has no separable convolution, the next one has one, and so on. The
+    tokens of Transformer students become feature maps with the same branches; the authors merge
+    patches and append Transformer blocks instead. The teacher may be any network with logits.
 
     Attributes:
       weight: weight of the sum over branches.
@@ -117,7 +118,7 @@ class OFA(Method):
 
     needs_teacher = True
     hard_labels = True
-    # Of the command in the authors' README, for DeiT-Tiny -> ResNet-18.
+    # From the command in the authors' README, for DeiT-Tiny -> ResNet-18.
     imagenet: ClassVar = {"gamma": 1.5}
 
     @override

@@ -1,4 +1,4 @@
-"""RSD: the student's pooled features, projected, correlate with the teacher's one by one.
+"""RSD: each of the student's projected pooled features correlates with one of the teacher's only.
 
 Zhang, Liu, Ran, Ma: Cross-Architecture Distillation Made Simple with Redundancy Suppression, ICCV
 2025, arXiv:2507.21844; code: github.com/spacewanderx/RSD, whose README states no licence: only its
