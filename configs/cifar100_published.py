@@ -5,8 +5,8 @@ RepDistiller's: 240 epochs, batch 64, SGD with learning rate 0.05, times 0.1 at 
 that supports a CNN teacher and student, one after the other; an interrupted comparison resumes.
 
 Claim: published top-1 for resnet56 -> resnet20 (resnet32x4 -> resnet8x4): none 69.06 (72.50),
-logits 70.66 (73.33), crd 71.16 (75.51), review 71.89 (75.63). Not reproduced with this code yet:
-see docs/methods.md for what was run.
+logits 70.66 (73.33), crd 71.16 (75.51), review 71.89 (75.63), dkd 71.97 (76.32), dist 71.75
+(76.31). Not reproduced with this code yet: see docs/methods.md for what was run.
 Cost: 240 epochs of 781 steps per method, 30 more for AB and FT. On two CPU cores `:short_teacher`
 takes 15 minutes, `:short` two minutes per method, and `:smoke` one minute.
 Commands, teacher first:
@@ -26,7 +26,7 @@ STUDENTS = ("resnet20", "resnet8x4", "short", "smoke")
 COMBINED = ("resnet20-crd_logits", "resnet8x4-crd_logits")
 METHODS = (
     "none", "logits", "fitnet", "at", "irg", "rkd", "crd", "ofd", "review", "london", "afd", "ab",
-    "ft",
+    "ft", "dkd", "dist", "ofa", "rsd",
 )  # fmt: skip
 
 
@@ -45,6 +45,7 @@ def get_config(variant: str = "") -> Config:
         config.compare = METHODS
         config.teacher.weights = "teacher.safetensors"
         config.method.review.weight = 5.0 if variant == "resnet8x4" else 0.6
+        config.method.dkd.non_target_weight = 8.0 if variant == "resnet8x4" else 2.0
     if combined:
         config.compare = ("none", "crd+logits")
         config.method.logits.update(label_weight=1.0, weight=1.0)
@@ -55,7 +56,7 @@ def get_config(variant: str = "") -> Config:
     if variant in ("short", "smoke"):
         # Few epochs: the warm-up and the first phases are shortened in proportion.
         config.data.train = "train[:10000]"
-        config.method.review.warmup_epochs = 1
+        config.method.review.warmup_epochs = config.method.dkd.warmup_epochs = 1
         config.method.ab.first_epochs = config.method.ft.first_epochs = 1
         config.method.crd.negatives = 2048  # the same ratio to the number of images
         config.eval_every = 5

@@ -17,7 +17,7 @@ from xkd_jax.configs import common
 
 METHODS = (
     "none", "logits", "fitnet", "at", "irg", "rkd", "crd", "ofd", "review", "london", "afd", "ab",
-    "ft", "cakd",
+    "ft", "dkd", "dist", "ofa", "rsd", "cakd",
 )  # fmt: skip
 
 
@@ -64,7 +64,7 @@ def _compare_all(config: Config, transformer: bool) -> None:
     config.method.logits.update(label_weight=0.1, weight=0.9)
     # Durations in epochs are scaled with the schedule, from 240 to 56.
     config.method.ab.first_epochs = config.method.ft.first_epochs = 7
-    config.method.review.warmup_epochs = 5
+    config.method.review.warmup_epochs = config.method.dkd.warmup_epochs = 5
     config.method.crd.negatives = 512
     if transformer:
         config.student.model = "deit_tiny_distilled_patch16_224"

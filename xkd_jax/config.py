@@ -255,7 +255,7 @@ def _check_methods(config: Config) -> None:
             )
         if method.hard_labels and (config.augment.mixup or config.augment.cutmix):
             raise UserError(
-                f"{name} contrasts images by their class, which mixed images don't have; set "
+                f"{name} needs one class per image, which mixed images don't have; set "
                 "augment.mixup=0 and augment.cutmix=0."
             )
 

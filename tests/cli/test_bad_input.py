@@ -118,7 +118,7 @@ def refuse(tmp_path, match, method="cakd", **changes):
         (r"'cakd\+none' adds 'none', which has no loss; take 'cakd'",
          {"method__name": "cakd+none"}),
         ("names a method twice", {"method__name": "none", "compare": ("none", "none")}),
-        ("crd contrasts images by their class, which mixed images don't have",
+        ("crd needs one class per image, which mixed images don't have",
          {"method__name": "crd", "augment__mixup": 0.2}),
         ("27 must be a multiple of patch_size 4", {"teacher__args": {"img_size": 27,
                                                                      "patch_size": 4}}),

@@ -99,5 +99,5 @@ def test_a_run_resumed_with_the_methods_state_ends_bit_identical(method, tmp_pat
         assert jax.tree.leaves(resumed.method_state)
 
 
-def test_fourteen_methods_and_the_papers_own():
-    assert len(set(DISTILLING) - {"cakd", "cakd_release"}) == 14
+def test_eighteen_methods_and_the_papers_own():
+    assert len(set(DISTILLING) - {"cakd", "cakd_release"}) == 18

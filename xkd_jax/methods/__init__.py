@@ -14,15 +14,19 @@ from xkd_jax.methods.cakd_release import CAKDRelease
 from xkd_jax.methods.combine import Sum
 from xkd_jax.methods.crd import CRD
 from xkd_jax.methods.deit import DeiT
+from xkd_jax.methods.dist import DIST
+from xkd_jax.methods.dkd import DKD
 from xkd_jax.methods.fitnet import FitNet
 from xkd_jax.methods.ft import FT
 from xkd_jax.methods.irg import IRG
 from xkd_jax.methods.logits import Logits
 from xkd_jax.methods.london import LONDON
 from xkd_jax.methods.minilm import MiniLM
+from xkd_jax.methods.ofa import OFA
 from xkd_jax.methods.ofd import OFD
 from xkd_jax.methods.review import ReviewKD
 from xkd_jax.methods.rkd import RKD
+from xkd_jax.methods.rsd import RSD
 
 METHODS: dict[str, Method] = {
     "none": Method(),
@@ -40,6 +44,10 @@ METHODS: dict[str, Method] = {
     "ft": FT(),
     "deit": DeiT(),
     "minilm": MiniLM(),
+    "dkd": DKD(),
+    "dist": DIST(),
+    "ofa": OFA(),
+    "rsd": RSD(),
     "cakd": CAKD(),
     "cakd_release": CAKDRelease(),
 }

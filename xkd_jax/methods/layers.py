@@ -10,10 +10,7 @@ from xkd_jax.models.layers import Conv, normalize_batch
 
 
 class ConvNorm(nn.Module):
-    """A convolution without bias, then batch normalisation: from one network's width to another's.
-
-    There are no running statistics, since it is never evaluated.
-    """
+    """A convolution without bias, then `batch_norm`: from one network's width to another's."""
 
     features: int
     kernel_size: int = 1
@@ -21,11 +18,18 @@ class ConvNorm(nn.Module):
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
         """[N, h, w, C] -> [N, h, w, features]."""
-        x = Conv(self.features, self.kernel_size, name="conv")(x)
-        scale = self.param("scale", nn.initializers.ones, (self.features,))
-        bias = self.param("bias", nn.initializers.zeros, (self.features,))
-        normalized: Any = normalize_batch(x, scale, bias, 1e-5)  # custom_vjp hides the type
-        return normalized[0]
+        return batch_norm(self, Conv(self.features, self.kernel_size, name="conv")(x))
+
+
+def batch_norm(module: nn.Module, x: jax.Array) -> jax.Array:
+    """Normalises `x` [..., C] over the batch, with the parameters `scale` and `bias` of `module`.
+
+    There are no running statistics, since methods' layers are never evaluated.
+    """
+    scale = module.param("scale", nn.initializers.ones, x.shape[-1:])
+    bias = module.param("bias", nn.initializers.zeros, x.shape[-1:])
+    normalized: Any = normalize_batch(x, scale, bias, 1e-5)  # custom_vjp hides the type
+    return normalized[0]
 
 
 def unit(x: jax.Array, axis: int | tuple[int, ...] = -1) -> jax.Array:
