@@ -22,6 +22,7 @@ from xkd_jax.errors import UserError
 from xkd_jax.methods import check_pair, create_method
 from xkd_jax.methods.base import Method, Outputs, apply
 from xkd_jax.methods.label import label_term
+from xkd_jax.methods.reads import needs_logits
 from xkd_jax.model import Model
 from xkd_jax.optim import accumulate, average, scale_parts, select
 from xkd_jax.reporting import nan_guard
@@ -50,7 +51,8 @@ class Distiller:
       student_rule: "replicated" or "fsdp", see `sharding.of_state`.
 
     Raises:
-      UserError: the method doesn't support this pair of networks.
+      UserError: the method doesn't support this pair of networks, or reads logits of a teacher
+        without a classifier.
     """
 
     teacher: Model | None
@@ -78,7 +80,13 @@ class Distiller:
             return
         if self.teacher is None:
             raise UserError("this method needs a teacher; pass a model with weights.")
-        check_pair(self.method, self.teacher.output_shapes, self.student.output_shapes)
+        outs = self.teacher.output_shapes, self.student.output_shapes
+        check_pair(self.method, *outs)
+        if not self.teacher.num_classes and needs_logits(self.method, *outs):
+            raise UserError(
+                "this method reads the teacher's logits, but the teacher has no classifier; take a "
+                "method that reads features, such as cakd."
+            )
 
     def init(self, key: jax.Array, images: Any = None) -> TrainState:
         """The state before the first step, on the mesh.
@@ -258,7 +266,7 @@ def gradients(
         distiller, view_key, batch["image"], batch["label"]
     )
     teacher_out, metrics = teacher_fn(teacher_view), {}
-    if teacher_out:
+    if "logits" in teacher_out:
         metrics["teacher_accuracy"] = _accuracy(teacher_out["logits"], batch["label"])
     progress = epochs(distiller, state)
     label_weight = method.label_weight

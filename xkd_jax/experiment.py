@@ -7,7 +7,6 @@ import dataclasses
 import functools
 import json
 import os
-import unicodedata
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -17,7 +16,7 @@ import jax.numpy as jnp
 import optax
 from jax.sharding import Mesh
 
-from xkd_jax import backend, data, models, weights
+from xkd_jax import backend, classes, data, models, weights
 from xkd_jax.augment.multiview import MultiView
 from xkd_jax.augment.pipeline import Pipeline
 from xkd_jax.config import Config, augmentation
@@ -101,6 +100,9 @@ def create_experiment(config: Config) -> Experiment:
         )
     student = create_student(config, train)
     teacher = create_teacher(config, train, teacher_file) if teacher_file else None
+    if teacher and config.teacher.weights != RANDOM:
+        names = classes.Names(config.method.name, config.teacher.weights, config.data.name)
+        teacher = classes.fit_teacher(teacher, student, method, train, names, _say_once)
     load_split(config, config.data.test)  # report problems with it now, not after training
     splits = train, load_split(config, config.data.eval)
     experiment = assemble(config, method, mesh, splits, student, teacher)
@@ -305,7 +307,7 @@ def create_teacher(config: Config, train: data.Split, file: tuple[Any, dict[str,
     """The teacher that its file describes, with the file's own image size, mean and std.
 
     Raises:
-      UserError: it was trained for another number of classes, or its tensors don't fit.
+      UserError: its tensors don't fit.
     """
     variables, metadata = file
     model = describe_teacher(config, train, metadata)
@@ -313,58 +315,15 @@ def create_teacher(config: Config, train: data.Split, file: tuple[Any, dict[str,
         variables = jax.device_get(jax.jit(model.init)(jax.random.key(config.seed)))
     else:
         weights.check_weights(config.teacher.weights, variables, model.shapes, metadata["model"])
-        model = match_classes(config, model, train.class_names)
     fingerprint = weights.fingerprint(variables)
     return dataclasses.replace(model, variables=variables, fingerprint=fingerprint)
 
 
-def match_classes(config: Config, teacher: Model, names: tuple[str, ...]) -> Model:
-    """The teacher with its logits in the order of the data's class names.
-
-    Raises:
-      UserError: the teacher has other classes.
-    """
-    file, theirs = config.teacher.weights, [_normal(name) for name in teacher.class_names]
-    ours = [_normal(name) for name in names]
-    unnamed = [str(label) for label in range(len(names))]
-    if not theirs or theirs == unnamed or ours == unnamed:
-        _say_once(f"{file} or {config.data.name} doesn't name its classes: their order is trusted.")
-        return teacher
-    if theirs == ours:
-        return teacher
-    if sorted(theirs) == sorted(ours):
-        _say_once(
-            f"{file} has the classes of {config.data.name} in another order: its logits are "
-            "reordered by name."
-        )
-        return dataclasses.replace(teacher, class_order=tuple(map(theirs.index, ours)))
-    label = next(i for i, pair in enumerate(zip(theirs, ours, strict=True)) if pair[0] != pair[1])
-    raise UserError(
-        f"{file} was trained on other classes than those of {config.data.name}: class {label} is "
-        f"{theirs[label]!r} there and {ours[label]!r} here; fine-tune the teacher on this data set "
-        "first."
-    )
-
-
-def _normal(name: str) -> str:
-    return unicodedata.normalize("NFC", name)
-
-
 def describe_teacher(config: Config, train: data.Split, metadata: dict[str, Any]) -> Model:
-    """The teacher that its file's metadata describes, without weights.
-
-    Raises:
-      UserError: it was trained for another number of classes.
-    """
-    classes = metadata.get("num_classes", train.num_classes)
-    if classes != train.num_classes:
-        raise UserError(
-            f"{config.teacher.weights} has {classes} classes but {config.data.name} has "
-            f"{train.num_classes}; fine-tune the teacher on this data set first."
-        )
+    """The teacher that its file's metadata describes, without weights."""
     module = models.create_model(
         metadata["model"],
-        num_classes=classes,
+        num_classes=metadata.get("num_classes", train.num_classes),
         dtype=compute_dtype(config.dtype),
         **metadata.get("args", {}),
     )

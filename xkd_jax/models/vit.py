@@ -177,8 +177,9 @@ class VisionTransformer(nn.Module):
 
     `distilled` adds DeiT's distillation token, which has its own head. `fc_norm=None` is timm's
     rule: with `global_pool="avg"` the final norm comes after the pooling, and the tokens are not
-    normalised. With `drop_rate` or `drop_path_rate` above 0, training needs
-    `rngs={"dropout": key}`.
+    normalised. `global_pool="token_avg"`, which timm lacks, concatenates the class token and the
+    mean of the patch tokens, as DINOv2's linear classifiers do (arXiv:2304.07193). With
+    `drop_rate` or `drop_path_rate` above 0, training needs `rngs={"dropout": key}`.
     """
 
     kind: ClassVar[str] = "transformer"
@@ -203,7 +204,7 @@ class VisionTransformer(nn.Module):
     @nn.compact
     def __call__(
         self, images: jax.Array, train: bool = False, gather: scan.Gather | None = None
-    ) -> tuple[jax.Array, dict[str, Any]]:
+    ) -> tuple[jax.Array | None, dict[str, Any]]:
         """Classifies `images` [N, img_size, img_size, 3], already normalised.
 
         With sharded parameters, `gather` lets a deep network gather them block by block.
@@ -212,10 +213,10 @@ class VisionTransformer(nn.Module):
           logits [N, num_classes] float32, and the intermediates: `tokens` [N, T, D], `cls`
           [N, D] with a class token, `block01` ... [N, T, D], `query`, `key`, `value` of the
           last block and `block01_query` ... of each [N, heads, T, d], `grid` (h, w), `pooled`
-          [N, D], `logits`. Everything per token covers only the patch tokens, except
-          `prefix_query` ... of the last block, of the class token and then the distillation token,
-          [N, heads, 1 or 2, d]. With `distilled` also `dist` [N, D], and the two heads'
-          `cls_logits` and `dist_logits`; `logits` is their mean.
+          [N, D], or [N, 2D] for "token_avg", and `logits`. Everything per token covers only the
+          patch tokens, except `prefix_query` ... of the last block, of the class token and then the
+          distillation token, [N, heads, 1 or 2, d]. With `distilled` also `dist` [N, D], and the
+          two heads' `cls_logits` and `dist_logits`; `logits` is their mean.
 
         Raises:
           UserError: the options contradict each other, or `images` has another size.
@@ -240,17 +241,25 @@ class VisionTransformer(nn.Module):
             out["cls"] = x[:, 0]
         if self.distilled:
             out["dist"] = x[:, 1]
-            out["cls_logits"] = self._head("head", x[:, 0], train)
-            out["dist_logits"] = self._head("head_dist", x[:, 1], train)
             out["pooled"] = (x[:, 0] + x[:, 1]) / 2
-            out["logits"] = (out["cls_logits"] + out["dist_logits"]) / 2
-            return out["logits"], out
-        pooled = x[:, 0] if self.global_pool == "token" else jnp.mean(x[:, prefix:], axis=1)
+            if self.num_classes:
+                out["cls_logits"] = self._head("head", x[:, 0], train)
+                out["dist_logits"] = self._head("head_dist", x[:, 1], train)
+                out["logits"] = (out["cls_logits"] + out["dist_logits"]) / 2
+            return out.get("logits"), out
+        pooled = self._pool(x[:, 0], x[:, prefix:])
         if use_fc_norm:
             pooled = _layer_norm("fc_norm", dtype=self.dtype)(pooled)
         out["pooled"] = pooled
-        out["logits"] = self._head("head", pooled, train)
-        return out["logits"], out
+        if self.num_classes:
+            out["logits"] = self._head("head", pooled, train)
+        return out.get("logits"), out
+
+    def _pool(self, cls: jax.Array, tokens: jax.Array) -> jax.Array:
+        if self.global_pool == "token":
+            return cls
+        mean = jnp.mean(tokens, axis=1)
+        return mean if self.global_pool == "avg" else jnp.concatenate([cls, mean], axis=-1)
 
     def _blocks(
         self, x: jax.Array, train: bool, gather: scan.Gather | None
@@ -290,11 +299,12 @@ class VisionTransformer(nn.Module):
         return x + pos.astype(x.dtype), Grid((height, width))
 
     def _check(self, shape: tuple[int, ...]) -> None:
-        if self.global_pool not in ("token", "avg"):
-            raise errors.unknown("global_pool", self.global_pool, ("token", "avg"))
-        if self.global_pool == "token" and not self.class_token:
+        if self.global_pool not in ("token", "avg", "token_avg"):
+            raise errors.unknown("global_pool", self.global_pool, ("token", "avg", "token_avg"))
+        if self.global_pool != "avg" and not self.class_token:
             raise errors.UserError(
-                "global_pool='token' needs class_token=True; without one use global_pool='avg'."
+                f"global_pool={self.global_pool!r} needs class_token=True; without one use "
+                "global_pool='avg'."
             )
         if self.distilled and not (self.class_token and self.global_pool == "token"):
             raise errors.UserError(

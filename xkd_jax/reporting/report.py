@@ -107,12 +107,14 @@ def format_table(summaries: dict[str, dict[str, Any]]) -> str:
         rows.append((_get(alone, "student", "model") or "student", alone["student"]))
     else:
         rows += [(f"student, {_label(s['method'])}", s["student"]) for s in summaries.values()]
-    scores = {k: v for k, v in _SCORES.items() if all(k in row for _, row in rows)}
+    # A teacher without a classifier, or of other classes, has no scores.
+    scored = [row for _, row in rows if _SCORES.keys() & row.keys()]
+    scores = {k: v for k, v in _SCORES.items() if scored and all(k in row for row in scored)}
     if "eer" in scores:
-        del scores["top5"]  # always 100% for two classes
+        scores.pop("top5", None)  # always 100% for two classes
     lines = [["", *scores.values(), "parameters", "MFLOPs"]]
     for name, row in rows:
-        cells = [f"{100 * row[score]:.2f}" for score in scores]
+        cells = [f"{100 * row[score]:.2f}" if score in row else "" for score in scores]
         lines.append([name, *cells, f"{row['parameters']:,}", f"{row['flops'] / 1e6:,.1f}"])
     return _markdown(lines)
 
@@ -157,7 +159,7 @@ def plot_curves(
             # A single evaluation has no line to show.
             marker = "o" if len(points) == 1 else None
             axes.plot(*zip(*points, strict=True), label=_label(name), linewidth=1.5, marker=marker)
-    teachers = [s["teacher"]["top1"] for s in summaries.values() if "teacher" in s]
+    teachers = [s["teacher"]["top1"] for s in summaries.values() if "top1" in s.get("teacher", {})]
     if teachers:
         label = "teacher (test split)"
         top1_axes.axhline(

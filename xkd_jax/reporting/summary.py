@@ -137,12 +137,27 @@ class Best:
 def describe(
     model: Model, variables: Any, test: data.Split, experiment: Experiment
 ) -> dict[str, Any]:
-    """Clean and, with `data.noisy`, noisy accuracy on `test`; numbers of parameters and FLOPs."""
-    scores = evaluate(create_eval_step(model, test.crop_pct), variables, test, experiment.mesh)
-    if experiment.config.data.noisy:
+    """Clean and, with `data.noisy`, noisy accuracy on `test`; numbers of parameters and FLOPs.
+
+    A model without a classifier has no accuracy.
+    """
+    scores = {}
+    if model.num_classes:
+        scores = evaluate(create_eval_step(model, test.crop_pct), variables, test, experiment.mesh)
+    if model.num_classes and experiment.config.data.noisy:
         noisy_step = create_eval_step(model, test.crop_pct, noisy=True)
         noisy = evaluate(noisy_step, variables, test, experiment.mesh)
         scores["noisy_top1"] = noisy["top1"]
+    return scores | cost(model, variables)
+
+
+def cost(model: Model, variables: Any) -> dict[str, int]:
+    """The number of parameters, and FLOPs of a forward pass over one image."""
     image = jax.ShapeDtypeStruct((1, model.image_size, model.image_size, 3), jnp.float32)
-    flops = count_flops(lambda v, x: apply(model.module, v, x, train=False)[0], variables, image)
-    return scores | {"parameters": count_parameters(variables["params"]), "flops": flops}
+
+    def forward(variables: Any, images: jax.Array) -> jax.Array:
+        logits, out = apply(model.module, variables, images, train=False)
+        return out["pooled"] if logits is None else logits
+
+    flops = count_flops(forward, variables, image)
+    return {"parameters": count_parameters(variables["params"]), "flops": flops}
