@@ -1,17 +1,27 @@
 """Tables and curves from finished run folders."""
 
+import itertools
 import time
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 from xkd_jax.errors import UserError
 from xkd_jax.reporting import files
-from xkd_jax.reporting.summary import BEST, STUDENT, SUMMARY
+from xkd_jax.reporting.summary import BEST, STUDENT, SUMMARY, TEACHER
 
 CURVES = "curves.png"
 TABLE = "report.md"
 # Columns, each shown if all rows have it.
-_SCORES = {"top1": "top-1 %", "top5": "top-5 %", "noisy_top1": "noisy top-1 %", "eer": "EER %"}
+_SCORES = {
+    "top1": "top-1 %",
+    "top5": "top-5 %",
+    "noisy_top1": "noisy top-1 %",
+    "eer": "EER %",
+    "probe_top1": "linear probe %",
+    "knn_top1": "k-NN %",
+}
+_LOSSES = {"label_loss": "cross-entropy", "loss": "loss"}
 
 
 def find_runs(folder: Path) -> dict[str, Path]:
@@ -45,6 +55,10 @@ def write(folder: Path) -> str:
     summaries = {name: files.read_json(path / SUMMARY) for name, path in runs.items()}
     table, metrics = format_table(summaries), {n: files.read_metrics(p) for n, p in runs.items()}
     heading = f"# {folder.absolute().name}\n\n{describe(summaries, runs)}"
+    if not any(metrics.values()):  # a probe, which isn't trained step by step
+        (folder / TABLE).write_text(f"{heading}\n\n{table}\n")
+        teachers = "".join(f"\n  {path / TEACHER}" for path in runs.values())
+        return f"\n{table}\n\nreport: {folder / TABLE}\nteacher: {teachers}"
     best = "\n".join(_best(name, metrics[name], path) for name, path in runs.items())
     (folder / TABLE).write_text(f"{heading}\n\n{table}\n\n{best}\n\n![learning curves]({CURVES})\n")
     plot_curves(summaries, metrics, folder / CURVES)
@@ -53,6 +67,12 @@ def write(folder: Path) -> str:
         f"\n{table}\n\n{best}\ncurves: {folder / CURVES}\nreport: {folder / TABLE}\n"
         f"students: {students}"
     )
+
+
+def _first(lines: Iterable[dict[str, Any]], *names: str) -> str:
+    """The first of `names` that any line has; the last one if none is there."""
+    found = {name for line in lines for name in names if name in line}
+    return next((name for name in names if name in found), names[-1])
 
 
 def describe(summaries: dict[str, dict[str, Any]], runs: dict[str, Path]) -> str:
@@ -66,8 +86,9 @@ def describe(summaries: dict[str, dict[str, Any]], runs: dict[str, Path]) -> str
     date = time.strftime("%Y-%m-%d", time.localtime(finished))
     teacher = values("teacher", "model")
     taught = f" Teacher: {teacher}, {values('teacher', 'weights')}." if teacher else ""
+    network = "Network" if values("method") == "probe" else "Student"
     return (
-        f"Trained on {values('train')}, measured on {values('test')}. Student: "
+        f"Trained on {values('train')}, measured on {values('test')}. {network}: "
         f"{values('student', 'model')}.{taught} Seed {values('seed')}. Finished on {date}."
     )
 
@@ -81,14 +102,15 @@ def _get(summary: dict[str, Any], *keys: str) -> Any:
 
 def _best(name: str, lines: list[dict[str, Any]], path: Path) -> str:
     """The best evaluation of a run, whose student is in best.safetensors."""
+    score = _first(lines, "eval_top1", "eval_probe_top1")
     best = max(
-        (line for line in lines if "eval_top1" in line),
-        key=lambda line: (line["eval_top1"], -line["step"]),
+        (line for line in lines if score in line),
+        key=lambda line: (line[score], -line["step"]),
         default=None,
     )
     if best is None:
         return f"{name}: no evaluation"
-    top1 = f"{100 * best['eval_top1']:.2f}"
+    top1 = f"{100 * best[score]:.2f}"
     return f"{name}: best evaluation {top1}% at step {best['step']}, in {path / BEST}"
 
 
@@ -150,10 +172,12 @@ def plot_curves(
 
     figure = Figure(figsize=(10, 4), layout="constrained")
     loss_axes, top1_axes = figure.subplots(1, 2)
+    every = list(itertools.chain(*metrics.values()))
+    loss, top1 = _first(every, "label_loss", "loss"), _first(every, "eval_top1", "eval_probe_top1")
     for name, lines in metrics.items():
         for axes, key, scale in (
-            (loss_axes, "label_loss", 1),
-            (top1_axes, "eval_top1", 100),
+            (loss_axes, loss, 1),
+            (top1_axes, top1, 100),
         ):
             points = [(line["step"], scale * line[key]) for line in lines if key in line]
             # A single evaluation has no line to show.
@@ -165,7 +189,7 @@ def plot_curves(
         top1_axes.axhline(
             100 * teachers[0], color="black", linestyle="--", linewidth=1, label=label
         )
-    loss_axes.set(xlabel="step", ylabel="cross-entropy (training)", yscale="log")
+    loss_axes.set(xlabel="step", ylabel=f"{_LOSSES[loss]} (training)", yscale="log")
     # Plain numbers at 1, 2 and 5: the default labels powers of ten, of which there may be none.
     loss_axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
     loss_axes.yaxis.set_major_formatter(ScalarFormatter())
@@ -173,5 +197,6 @@ def plot_curves(
     top1_axes.set(xlabel="step", ylabel="top-1 % (evaluation split)")
     for axes in (loss_axes, top1_axes):
         axes.grid(alpha=0.3)
-        axes.legend()
+        if axes.lines:
+            axes.legend()
     figure.savefig(path, dpi=120)

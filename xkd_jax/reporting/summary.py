@@ -20,6 +20,7 @@ from xkd_jax.weights import load_weights, save_weights, write_file
 
 SUMMARY = "summary.json"
 STUDENT = "student.safetensors"
+TEACHER = "teacher.safetensors"  # of a probe
 BEST = "best.safetensors"
 
 
