@@ -4,6 +4,8 @@ import dataclasses
 import unicodedata
 from collections.abc import Callable
 
+import jax
+import jax.numpy as jnp
 from flax import traverse_util
 
 from xkd_jax.data import Split
@@ -61,11 +63,42 @@ def fit_teacher(
         return dataclasses.replace(teacher, class_order=order)
     headless = without_classifier(teacher)
     if needs_logits(method, headless.output_shapes, student.output_shapes):
-        cure = f"{CURE} on this data set first" if train.num_classes else "take cakd, for example"
+        cure = (
+            f"{CURE} on this data set first" if train.num_classes else "take a method such as cakd"
+        )
         raise UserError(f"method {names.method} reads the teacher's logits, but {reason}; {cure}.")
     if teacher.num_classes and train.num_classes:
         say(f"{reason}: its classifier is not used.")
     return headless
+
+
+def without_labels(method: Method, name: str, data_name: str, say: Callable[[str], None]) -> Method:
+    """The method without its label term, for data without labels.
+
+    Args:
+      method: with its options.
+      name: its name.
+      data_name: the data set's name.
+      say: called with a line for the user.
+
+    Raises:
+      UserError: the method needs labels.
+    """
+    reason = ""
+    if not method.needs_teacher:
+        reason = "learns from labels only"
+    elif method.hard_labels:
+        reason = "contrasts images by their class"
+    elif method.first_phase and not any(jax.tree.leaves(method.moves(jnp.zeros(()))["method"])):
+        reason = "learns from the teacher in its first phase only, and from labels after it"
+    if reason:
+        raise UserError(
+            f"{data_name} has no labels, but method {name} {reason}; take a method that reads "
+            "features, such as cakd."
+        )
+    if method.label_weight:
+        say(f"{data_name} has no labels: the label term is left out (label_weight=0).")
+    return dataclasses.replace(method, label_weight=0.0)
 
 
 def without_classifier(model: Model) -> Model:

@@ -75,6 +75,9 @@ def default_config() -> Config:
     config.teacher = ConfigDict({"model": "", "args": {}, "weights": ""})
 
     config.data = _data_defaults()
+    # A labelled data set that the student's pooled features are measured on at every evaluation, by
+    # k-NN and a linear probe; "": none. For training without labels; dir: as in data.
+    config.monitor = ConfigDict({"name": "", "dir": "", "train": "train", "test": "test"})
     config.image_size = 0  # side of the networks' input, pixels; 0: that of the data
     config.crop_scale = (0.08, 1.0)  # "host" feed: range of a random crop's share of the area
     # Evaluation crop as a fraction of the side: 0.875 is "resize 256, crop 224". 0: 0.875 for the
@@ -125,6 +128,7 @@ def _data_defaults() -> ConfigDict:
             "eval": "test",  # split of the learning curves
             "test": "test",  # split of the final evaluation
             "noisy": False,  # also evaluate on corrupted test images
+            "labels": True,  # False: ignore them, as "images:FOLDER" does, which has none
             "on_error": "stop",  # at damaged images; or "skip", which leaves them out
             # "resident": stored on the device as uint8; "host": decoded and cropped batch by batch;
             # "auto": "resident" if the images all have the same size and fit.

@@ -22,7 +22,7 @@ from xkd_jax.errors import UserError
 from xkd_jax.methods import check_pair, create_method
 from xkd_jax.methods.base import Method, Outputs, apply
 from xkd_jax.methods.label import label_term
-from xkd_jax.methods.reads import needs_logits
+from xkd_jax.methods.reads import check_logits
 from xkd_jax.model import Model
 from xkd_jax.optim import accumulate, average, scale_parts, select
 from xkd_jax.reporting import nan_guard
@@ -82,11 +82,7 @@ class Distiller:
             raise UserError("this method needs a teacher; pass a model with weights.")
         outs = self.teacher.output_shapes, self.student.output_shapes
         check_pair(self.method, *outs)
-        if not self.teacher.num_classes and needs_logits(self.method, *outs):
-            raise UserError(
-                "this method reads the teacher's logits, but the teacher has no classifier; take a "
-                "method that reads features, such as cakd."
-            )
+        check_logits(self.method, *outs)
 
     def init(self, key: jax.Array, images: Any = None) -> TrainState:
         """The state before the first step, on the mesh.
@@ -280,15 +276,17 @@ def gradients(
             mutable=["batch_stats"], rngs={"dropout": dropout_key},
         )  # fmt: skip
         student_out = student_out | {"side": student_view.shape[1]}
-        label = label_term(method, student_out, targets)
         term = method.loss(
             params["method"], state.method_state, teacher_out, student_out,
             batch | {"target": targets}, method_key, progress, state.params["adversary"],
         )  # fmt: skip
-        loss = label_weight * label + term.value
-        accuracy = _accuracy(logits, batch["label"])
-        scalars = term.metrics | {"loss": loss, "label_loss": label, "accuracy": accuracy}
-        return loss, (term, updates.get("batch_stats", {}), scalars)
+        loss, scalars = term.value, term.metrics
+        if logits is not None:  # the data have labels
+            label = label_term(method, student_out, targets)
+            loss = label_weight * label + term.value
+            accuracy = _accuracy(logits, batch["label"])
+            scalars = scalars | {"label_loss": label, "accuracy": accuracy}
+        return loss, (term, updates.get("batch_stats", {}), scalars | {"loss": loss})
 
     trained = {part: state.params[part] for part in ("student", "method")}
     grads, (term, batch_stats, scalars) = jax.grad(loss_fn, has_aux=True)(trained)
@@ -324,9 +322,9 @@ def create_views(
 
     Returns:
       The teacher's and the student's input, each normalised as its network expects, and the targets
-      [N, K].
+      [N, K]; without labels K is 1, and the targets mean nothing.
     """
-    targets = jax.nn.one_hot(labels, distiller.student.num_classes)
+    targets = jax.nn.one_hot(labels, max(distiller.student.num_classes, 1))
     *views, targets = distiller.augment(key, images, targets, distiller.method.multi_view)
     teacher, student = distiller.teacher or distiller.student, distiller.student
     return teacher.preprocess(views[0]), student.preprocess(views[1]), targets

@@ -3,6 +3,7 @@
 All wrong input is reported here, before anything is compiled.
 """
 
+import copy
 import dataclasses
 import functools
 import json
@@ -98,19 +99,24 @@ def create_experiment(config: Config) -> Experiment:
             f"augment.crop_padding={config.augment.crop_padding} is not smaller than the images, "
             f"{train.images.shape[1]} pixels."
         )
+    if not train.num_classes:
+        method = classes.without_labels(method, config.method.name, config.data.name, _say_once)
     student = create_student(config, train)
     teacher = create_teacher(config, train, teacher_file) if teacher_file else None
     if teacher and config.teacher.weights != RANDOM:
         names = classes.Names(config.method.name, config.teacher.weights, config.data.name)
         teacher = classes.fit_teacher(teacher, student, method, train, names, _say_once)
-    load_split(config, config.data.test)  # report problems with it now, not after training
-    splits = train, load_split(config, config.data.eval)
-    experiment = assemble(config, method, mesh, splits, student, teacher)
-    warn(config)  # last: a refusal stands alone
+    evaluation = train  # which is not evaluated on without labels
+    if train.num_classes:
+        load_split(config, config.data.test)  # report problems with it now, not after training
+        evaluation = load_split(config, config.data.eval)
+    load_monitor(config)
+    experiment = assemble(config, method, mesh, (train, evaluation), student, teacher)
+    warn(config, labelled=train.num_classes > 0)  # last: a refusal stands alone
     return experiment
 
 
-def warn(config: Config) -> None:
+def warn(config: Config, labelled: bool = True) -> None:
     """Says what is allowed but hardly meant."""
     beyond = [epoch for epoch in config.schedule.boundaries if epoch >= config.epochs]
     if config.schedule.name == "step" and beyond:
@@ -119,7 +125,7 @@ def warn(config: Config) -> None:
         spec.strip().partition("[") for spec in (config.data.train, config.data.eval)
     )
     whole = not train[1] or not evaluation[1] or train == evaluation
-    if train[0] == evaluation[0] and whole:
+    if labelled and train[0] == evaluation[0] and whole:
         _say_once(
             f"data.eval={config.data.eval} overlaps data.train={config.data.train}: the curves "
             "show accuracy on training images."
@@ -206,11 +212,27 @@ def load_split(config: Config, split: str) -> data.Split:
     options = config.data
     return _cached_open(
         options.name, split, options.dir, config.image_size, options.feed, options.on_error,
-        config.crop_pct,
+        config.crop_pct, options.labels,
     )  # fmt: skip
 
 
-_cached_open = functools.lru_cache(maxsize=4)(open_split)
+def load_monitor(config: Config) -> tuple[data.Split, data.Split] | None:
+    """The splits of `config.monitor` that probes are fitted to and measured on, if it names any.
+
+    Raises:
+      UserError: it has no labels, or as for `data.load`.
+    """
+    if not config.monitor.name:
+        return None
+    config = copy.deepcopy(config)
+    config.data.update(name=config.monitor.name, dir=config.monitor.dir, labels=True)
+    train, test = (load_split(config, config.monitor[split]) for split in ("train", "test"))
+    if not train.num_classes:
+        raise UserError(f"monitor.name={config.monitor.name} has no labels; take a labelled set.")
+    return train, test
+
+
+_cached_open = functools.lru_cache(maxsize=6)(open_split)
 
 
 def create_student(config: Config, train: data.Split) -> Model:

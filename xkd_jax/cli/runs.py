@@ -102,7 +102,8 @@ def _train(config: Config, folder: Path) -> signal.Signals | None:
     state, stopped = train.run(experiment, folder)
     if stopped and int(state.step) < experiment.total_steps:
         return stopped
-    say(f"evaluating on {config.data.test!r}, the test split ...")
+    if experiment.train.num_classes:
+        say(f"evaluating on {config.data.test!r}, the test split ...")
     variables = sharding.to_host(train.student_variables(state), experiment.mesh)
     summary.finish(experiment, variables, folder)
     return stopped

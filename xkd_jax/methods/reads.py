@@ -6,13 +6,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from xkd_jax.errors import UserError
 from xkd_jax.methods.base import Method, Outputs
 
 
 def needs_logits(method: Method, teacher_out: Outputs, student_out: Outputs) -> bool:
     """Whether the method's loss needs the teacher's logits, rather than features only.
 
-    Nothing is computed: initialisation and loss are traced on outputs without logits.
+    Nothing is computed: initialisation and loss are traced on outputs without logits. If
+    the student has none either, reading the student's counts too.
 
     Args:
       method: with its options; supports these networks.
@@ -27,10 +29,12 @@ def needs_logits(method: Method, teacher_out: Outputs, student_out: Outputs) -> 
             raise KeyError(key)
 
     def trace(teacher: Outputs, student: Outputs, key: jax.Array) -> jax.Array:
-        teacher, student = Features(teacher | static[0]), student | static[1]
+        teacher, student = Features(teacher | static[0]), Features(student | static[1])
         params, state = method.init(key, teacher, student, np.arange(2))
         adversary = method.init_adversary(key, teacher, student) if method.adversary_period else {}
-        batch = {"label": jnp.zeros(1, jnp.int32), "index": jnp.zeros(1, jnp.int32)}
+        classes = student["logits"].shape[-1] if "logits" in student else 1
+        batch: dict[str, Any] = dict.fromkeys(("label", "index"), jnp.zeros(1, jnp.int32))
+        batch["target"] = jnp.zeros((1, classes))
         progress = jnp.zeros(())
         return method.loss(params, state, teacher, student, batch, key, progress, adversary).value
 
@@ -43,6 +47,19 @@ def needs_logits(method: Method, teacher_out: Outputs, student_out: Outputs) -> 
     except _LogitsRead:
         return True
     return False
+
+
+def check_logits(method: Method, teacher_out: Outputs, student_out: Outputs) -> None:
+    """Checks that the teacher has logits if the method reads them; arguments as `needs_logits`.
+
+    Raises:
+      UserError: it has none.
+    """
+    if "logits" not in teacher_out and needs_logits(method, teacher_out, student_out):
+        raise UserError(
+            "this method reads the teacher's logits, but the teacher has no classifier; take a "
+            "method that reads features, such as cakd."
+        )
 
 
 class _LogitsRead(Exception):
