@@ -247,19 +247,15 @@ class VisionTransformer(nn.Module):
                 out["dist_logits"] = self._head("head_dist", x[:, 1], train)
                 out["logits"] = (out["cls_logits"] + out["dist_logits"]) / 2
             return out.get("logits"), out
-        pooled = self._pool(x[:, 0], x[:, prefix:])
+        cls, mean = x[:, 0], jnp.mean(x[:, prefix:], axis=1)
+        pools = {"token": [cls], "avg": [mean], "token_avg": [cls, mean]}
+        pooled = jnp.concatenate(pools[self.global_pool], axis=-1)
         if use_fc_norm:
             pooled = _layer_norm("fc_norm", dtype=self.dtype)(pooled)
         out["pooled"] = pooled
         if self.num_classes:
             out["logits"] = self._head("head", pooled, train)
         return out.get("logits"), out
-
-    def _pool(self, cls: jax.Array, tokens: jax.Array) -> jax.Array:
-        if self.global_pool == "token":
-            return cls
-        mean = jnp.mean(tokens, axis=1)
-        return mean if self.global_pool == "avg" else jnp.concatenate([cls, mean], axis=-1)
 
     def _blocks(
         self, x: jax.Array, train: bool, gather: scan.Gather | None
@@ -302,9 +298,9 @@ class VisionTransformer(nn.Module):
         if self.global_pool not in ("token", "avg", "token_avg"):
             raise errors.unknown("global_pool", self.global_pool, ("token", "avg", "token_avg"))
         if self.global_pool != "avg" and not self.class_token:
+            pool = repr(self.global_pool)
             raise errors.UserError(
-                f"global_pool={self.global_pool!r} needs class_token=True; without one use "
-                "global_pool='avg'."
+                f"global_pool={pool} needs class_token=True; without one use global_pool='avg'."
             )
         if self.distilled and not (self.class_token and self.global_pool == "token"):
             raise errors.UserError(
