@@ -51,8 +51,7 @@ class Distiller:
       student_rule: "replicated" or "fsdp", see `sharding.of_state`.
 
     Raises:
-      UserError: the method doesn't support this pair of networks, or reads logits of a teacher
-        without a classifier.
+      UserError: the method doesn't support this pair, or reads logits that the teacher lacks.
     """
 
     teacher: Model | None
@@ -80,9 +79,8 @@ class Distiller:
             return
         if self.teacher is None:
             raise UserError("this method needs a teacher; pass a model with weights.")
-        outs = self.teacher.output_shapes, self.student.output_shapes
-        check_pair(self.method, *outs)
-        check_logits(self.method, *outs)
+        for check in (check_pair, check_logits):
+            check(self.method, self.teacher.output_shapes, self.student.output_shapes)
 
     def init(self, key: jax.Array, images: Any = None) -> TrainState:
         """The state before the first step, on the mesh.
@@ -280,12 +278,11 @@ def gradients(
             params["method"], state.method_state, teacher_out, student_out,
             batch | {"target": targets}, method_key, progress, state.params["adversary"],
         )  # fmt: skip
-        loss, scalars = term.value, term.metrics
+        loss, scalars = term.value, dict(term.metrics)
         if logits is not None:  # the data have labels
             label = label_term(method, student_out, targets)
             loss = label_weight * label + term.value
-            accuracy = _accuracy(logits, batch["label"])
-            scalars = scalars | {"label_loss": label, "accuracy": accuracy}
+            scalars |= {"label_loss": label, "accuracy": _accuracy(logits, batch["label"])}
         return loss, (term, updates.get("batch_stats", {}), scalars | {"loss": loss})
 
     trained = {part: state.params[part] for part in ("student", "method")}
