@@ -96,7 +96,8 @@ RECIPES = {
 # Run in CI, each in a process of its own: a comparison, a folder of photos, a Transformer student.
 # The others differ in options that other tests run; that they fit together is seen without running.
 RUN = ("cifar100_32.py:smoke", "folder.py:smoke", "teacher_cifar100_32.py:smoke")
-ELSEWHERE = {"quickstart.py", "quickstart_teacher.py"}  # tests/cli/test_train.py runs the first one
+# tests/cli/test_train.py runs the first one, tests/test_probe.py the last one.
+ELSEWHERE = {"quickstart.py", "quickstart_teacher.py", "probe_teacher.py"}
 
 
 def test_every_recipe_is_run():

@@ -1,9 +1,12 @@
 """The documentation: the files, folders and functions that it names exist."""
 
+import importlib
 import re
 from pathlib import Path
 
 import pytest
+
+from xkd_jax.config import validate
 
 ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted(ROOT.glob("docs/**/*.md"))]
@@ -55,3 +58,15 @@ def test_functions_named_after_a_link_are_in_that_file():
                 assert re.search(definition, source, re.M), f"{page.name}: {name} in {target}"
                 found += 1
     assert found
+
+
+def test_the_commands_of_no_labels_are_valid_configs():
+    page = (ROOT / "docs" / "no_labels.md").read_text().replace("\\\n", " ")
+    commands = re.findall(r"python -m xkd_jax\.main --config configs/(\w+)\.py (.*)", page)
+    assert [recipe for recipe, _ in commands] == ["folder", "folder", "probe_teacher"]
+    for recipe, options in commands:
+        config = importlib.import_module(f"xkd_jax.configs.{recipe}").get_config()
+        for name, value in re.findall(r"--config\.([\w.]+)=(\S+)", options):
+            value = int(value) if value.isdecimal() else value
+            config.update_from_flattened_dict({name: value})
+        validate(config)

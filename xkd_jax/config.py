@@ -14,6 +14,7 @@ from typing import Any
 from ml_collections import ConfigDict
 
 from xkd_jax import optim
+from xkd_jax.analysis.probe import STRENGTHS
 from xkd_jax.augment.multiview import MultiView
 from xkd_jax.augment.policies import Augment
 from xkd_jax.data.encoded import FEEDS
@@ -34,6 +35,7 @@ _CHOICES: dict[str, Sequence[str]] = {
     "dtype": DTYPES,
     "data.feed": FEEDS,
     "data.on_error": ON_ERROR,
+    "probe.pool": ("", "pooled", "cls", "mean", "both"),
     "mesh.teacher": ("auto", "replicated", "fsdp"),
     "mesh.student": ("replicated", "fsdp"),
 }
@@ -80,6 +82,9 @@ def default_config() -> Config:
     )
 
     config.data = _data_defaults()
+    # A labelled data set that the student's pooled features are measured on at every evaluation, by
+    # k-NN and a linear probe; "": none. For training without labels; dir: as in data.
+    config.monitor = ConfigDict({"name": "", "dir": "", "train": "train", "test": "test"})
     config.image_size = 0  # side of the networks' input, pixels; 0: that of the data
     config.crop_scale = (0.08, 1.0)  # "host" feed: range of a random crop's share of the area
     # Evaluation crop as a fraction of the side: 0.875 is "resize 256, crop 224". 0: 0.875 for the
@@ -102,6 +107,10 @@ def default_config() -> Config:
     config.layer_decay = 1.0  # factor of the student's learning rate per layer, top down; 1: off
     config.ema = ConfigDict({"decay": 0.0, "warmup": False})  # EMA of the student; decay 0: off
 
+    # pool: "": off. Otherwise the job is a linear probe of the teacher, see xkd_jax/probe.py:
+    # "pooled", the network's own features, or a ViT's "cls", "mean" (of its patch tokens) or
+    # "both". l2: strengths to choose from.
+    config.probe = ConfigDict({"pool": "", "l2": STRENGTHS})
     config.mesh = ConfigDict(
         {
             # "replicated"; "fsdp": large weights are sharded and gathered in every step; "auto":
@@ -129,6 +138,7 @@ def _data_defaults() -> ConfigDict:
             "eval": "test",  # split of the learning curves
             "test": "test",  # split of the final evaluation
             "noisy": False,  # also evaluate on corrupted test images
+            "labels": True,  # False: ignore them, as "images:FOLDER" does, which has none
             "on_error": "stop",  # at damaged images; or "skip", which leaves them out
             # "resident": stored on the device as uint8; "host": decoded and cropped batch by batch;
             # "auto": "resident" if the images all have the same size and fit.
@@ -182,6 +192,9 @@ def validate(config: Config) -> None:
     _check_cache(config)
     if not config.data.name:
         raise UserError("data.name is empty; name a data set such as 'tfds:cifar100'.")
+    strengths: tuple[Any, ...] = tuple(config.probe.l2)
+    if not strengths or not all(isinstance(s, int | float) and s > 0 for s in strengths):
+        raise UserError(f"probe.l2 is {strengths}, but must be one or more numbers above 0.")
     _check_methods(config)
 
 
@@ -241,6 +254,8 @@ def _check_methods(config: Config) -> None:
             f"method.name={config.method.name} has no effect with compare={config.compare}; "
             "add it there, or set compare=() for a single run."
         )
+    if config.probe.pool and (config.compare or config.method.name != "none"):
+        raise UserError("a probe trains no student; leave method.name and compare as they are.")
     for name in config.compare or (config.method.name,):
         if not isinstance(name, str):
             raise UserError(f"compare must be a tuple of method names, but holds {name!r}.")

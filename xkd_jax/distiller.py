@@ -22,6 +22,7 @@ from xkd_jax.errors import UserError
 from xkd_jax.methods import check_pair, create_method
 from xkd_jax.methods.base import Method, Outputs, apply
 from xkd_jax.methods.label import label_term
+from xkd_jax.methods.reads import check_logits
 from xkd_jax.model import Model
 from xkd_jax.optim import accumulate, average, layer_ids, scale_parts, select
 from xkd_jax.reporting import nan_guard
@@ -51,7 +52,7 @@ class Distiller:
       student_rule: "replicated" or "fsdp", see `sharding.of_state`.
 
     Raises:
-      UserError: the method doesn't support this pair of networks.
+      UserError: the method doesn't support this pair, or reads logits that the teacher lacks.
     """
 
     teacher: Model | None
@@ -79,7 +80,8 @@ class Distiller:
             return
         if self.teacher is None:
             raise UserError("this method needs a teacher; pass a model with weights.")
-        check_pair(self.method, self.teacher.output_shapes, self.student.output_shapes)
+        for check in (check_pair, check_logits):
+            check(self.method, self.teacher.output_shapes, self.student.output_shapes)
 
     def init(self, key: jax.Array, images: Any = None) -> TrainState:
         """The state before the first step, on the mesh.
@@ -261,9 +263,8 @@ def gradients(
     teacher_view, student_view, targets = create_views(
         distiller, view_key, batch["image"], batch["label"], keys
     )
-    cached = batch.get(CACHED)
-    teacher_out, metrics = teacher_fn(teacher_view, cached), {}
-    if "logits" in (teacher_out if cached is None else cached):
+    teacher_out, metrics = teacher_fn(teacher_view, batch.get(CACHED)), {}
+    if "logits" in batch.get(CACHED, teacher_out):
         metrics["teacher_accuracy"] = _accuracy(teacher_out["logits"], batch["label"])
     progress = epochs(distiller, state)
     label_weight = method.label_weight
@@ -277,15 +278,16 @@ def gradients(
             mutable=["batch_stats"], rngs={"dropout": dropout_key},
         )  # fmt: skip
         student_out = student_out | {"side": student_view.shape[1]}
-        label = label_term(method, student_out, targets)
         term = method.loss(
             params["method"], state.method_state, teacher_out, student_out,
             batch | {"target": targets}, method_key, progress, state.params["adversary"],
         )  # fmt: skip
-        loss = label_weight * label + term.value
-        accuracy = _accuracy(logits, batch["label"])
-        scalars = term.metrics | {"loss": loss, "label_loss": label, "accuracy": accuracy}
-        return loss, (term, updates.get("batch_stats", {}), scalars)
+        loss, scalars = term.value, dict(term.metrics)
+        if logits is not None:  # the data have labels
+            label = label_term(method, student_out, targets)
+            loss = label_weight * label + term.value
+            scalars |= {"label_loss": label, "accuracy": _accuracy(logits, batch["label"])}
+        return loss, (term, updates.get("batch_stats", {}), scalars | {"loss": loss})
 
     trained = {part: state.params[part] for part in ("student", "method")}
     grads, (term, batch_stats, scalars) = jax.grad(loss_fn, has_aux=True)(trained)
@@ -305,9 +307,9 @@ def create_views(
 
     Returns:
       The teacher's and the student's input, each normalised as its network expects, and the targets
-      [N, K].
+      [N, K]; without labels K is 1, and the targets mean nothing.
     """
-    targets = jax.nn.one_hot(labels, distiller.student.num_classes)
+    targets = jax.nn.one_hot(labels, max(distiller.student.num_classes, 1))
     multiple = distiller.method.multi_view
     if keys is None:
         *views, targets = distiller.augment(key, images, targets, multiple)

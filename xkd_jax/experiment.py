@@ -3,10 +3,10 @@
 All wrong input is reported here, before anything is compiled.
 """
 
+import copy
 import dataclasses
 import functools
 import json
-import unicodedata
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import optax
 from jax.sharding import Mesh
 
-from xkd_jax import backend, data, models, weights
+from xkd_jax import backend, classes, data, models, weights
 from xkd_jax.augment.multiview import MultiView
 from xkd_jax.augment.pipeline import Pipeline
 from xkd_jax.config import Config, augmentation
@@ -73,18 +73,26 @@ def create_experiment(config: Config) -> Experiment:
             f"augment.crop_padding={config.augment.crop_padding} is not smaller than the images, "
             f"{train.images.shape[1]} pixels."
         )
+    if not train.num_classes:
+        method = classes.without_labels(method, config.method.name, config.data.name, _say_once)
     student = create_student(config, train)
     teacher = create_teacher(config, train, teacher_file) if teacher_file else None
-    load_split(config, config.data.test)  # report problems with it now, not after training
-    splits = train, load_split(config, config.data.eval)
-    experiment = assemble(config, method, mesh, splits, student, teacher)
+    if teacher and config.teacher.weights != RANDOM:
+        names = classes.Names(config.method.name, config.teacher.weights, config.data.name)
+        teacher = classes.fit_teacher(teacher, student, method, train, names, _say_once)
+    evaluation = train  # which is not evaluated on without labels
+    if train.num_classes:
+        load_split(config, config.data.test)  # report problems with it now, not after training
+        evaluation = load_split(config, config.data.eval)
+    load_monitor(config)
+    experiment = assemble(config, method, mesh, (train, evaluation), student, teacher)
     if experiment.cache is not None:
         experiment.cache.check()
-    warn(config)  # last: a refusal stands alone
+    warn(config, labelled=train.num_classes > 0)  # last: a refusal stands alone
     return experiment
 
 
-def warn(config: Config) -> None:
+def warn(config: Config, labelled: bool = True) -> None:
     """Says what is allowed but hardly meant."""
     beyond = [epoch for epoch in config.schedule.boundaries if epoch >= config.epochs]
     if config.schedule.name == "step" and beyond:
@@ -93,7 +101,7 @@ def warn(config: Config) -> None:
         spec.strip().partition("[") for spec in (config.data.train, config.data.eval)
     )
     whole = not train[1] or not evaluation[1] or train == evaluation
-    if train[0] == evaluation[0] and whole:
+    if labelled and train[0] == evaluation[0] and whole:
         _say_once(
             f"data.eval={config.data.eval} overlaps data.train={config.data.train}: the curves "
             "show accuracy on training images."
@@ -181,11 +189,27 @@ def load_split(config: Config, split: str) -> data.Split:
     options = config.data
     return _cached_open(
         options.name, split, options.dir, config.image_size, options.feed, options.on_error,
-        config.crop_pct,
+        config.crop_pct, options.labels,
     )  # fmt: skip
 
 
-_cached_open = functools.lru_cache(maxsize=4)(open_split)
+def load_monitor(config: Config) -> tuple[data.Split, data.Split] | None:
+    """The splits of `config.monitor` that probes are fitted to and measured on, if it names any.
+
+    Raises:
+      UserError: it has no labels, or as for `data.load`.
+    """
+    if not config.monitor.name:
+        return None
+    config = copy.deepcopy(config)
+    config.data.update(name=config.monitor.name, dir=config.monitor.dir, labels=True)
+    train, test = (load_split(config, config.monitor[split]) for split in ("train", "test"))
+    if not train.num_classes:
+        raise UserError(f"monitor.name={config.monitor.name} has no labels; take a labelled set.")
+    return train, test
+
+
+_cached_open = functools.lru_cache(maxsize=6)(open_split)
 
 
 def create_student(config: Config, train: data.Split) -> Model:
@@ -287,7 +311,7 @@ def create_teacher(config: Config, train: data.Split, file: tuple[Any, dict[str,
     """The teacher that its file describes, with the file's own image size, mean and std.
 
     Raises:
-      UserError: it was trained for another number of classes, or its tensors don't fit.
+      UserError: its tensors don't fit.
     """
     variables, metadata = file
     model = describe_teacher(config, train, metadata)
@@ -295,58 +319,15 @@ def create_teacher(config: Config, train: data.Split, file: tuple[Any, dict[str,
         variables = jax.device_get(jax.jit(model.init)(jax.random.key(config.seed)))
     else:
         weights.check_weights(config.teacher.weights, variables, model.shapes, metadata["model"])
-        model = match_classes(config, model, train.class_names)
     fingerprint = weights.fingerprint(variables)
     return dataclasses.replace(model, variables=variables, fingerprint=fingerprint)
 
 
-def match_classes(config: Config, teacher: Model, names: tuple[str, ...]) -> Model:
-    """The teacher with its logits in the order of the data's class names.
-
-    Raises:
-      UserError: the teacher has other classes.
-    """
-    file, theirs = config.teacher.weights, [_normal(name) for name in teacher.class_names]
-    ours = [_normal(name) for name in names]
-    unnamed = [str(label) for label in range(len(names))]
-    if not theirs or theirs == unnamed or ours == unnamed:
-        _say_once(f"{file} or {config.data.name} doesn't name its classes: their order is trusted.")
-        return teacher
-    if theirs == ours:
-        return teacher
-    if sorted(theirs) == sorted(ours):
-        _say_once(
-            f"{file} has the classes of {config.data.name} in another order: its logits are "
-            "reordered by name."
-        )
-        return dataclasses.replace(teacher, class_order=tuple(map(theirs.index, ours)))
-    label = next(i for i, pair in enumerate(zip(theirs, ours, strict=True)) if pair[0] != pair[1])
-    raise UserError(
-        f"{file} was trained on other classes than those of {config.data.name}: class {label} is "
-        f"{theirs[label]!r} there and {ours[label]!r} here; fine-tune the teacher on this data set "
-        "first."
-    )
-
-
-def _normal(name: str) -> str:
-    return unicodedata.normalize("NFC", name)
-
-
 def describe_teacher(config: Config, train: data.Split, metadata: dict[str, Any]) -> Model:
-    """The teacher that its file's metadata describes, without weights.
-
-    Raises:
-      UserError: it was trained for another number of classes.
-    """
-    classes = metadata.get("num_classes", train.num_classes)
-    if classes != train.num_classes:
-        raise UserError(
-            f"{config.teacher.weights} has {classes} classes but {config.data.name} has "
-            f"{train.num_classes}; fine-tune the teacher on this data set first."
-        )
+    """The teacher that its file's metadata describes, without weights."""
     module = models.create_model(
         metadata["model"],
-        num_classes=classes,
+        num_classes=metadata.get("num_classes", train.num_classes),
         dtype=compute_dtype(config.dtype),
         **metadata.get("args", {}),
     )

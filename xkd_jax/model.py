@@ -48,7 +48,8 @@ class Model:
         """The logits [N, K] of images [N, H, W, 3], uint8 or float in [0, 1], of any size.
 
         Raises:
-          UserError: the model has no weights, or the images have the wrong shape or dtype.
+          UserError: the model has no weights or no classifier, or the images have the wrong shape
+            or dtype.
         """
         if self.variables is None:
             raise UserError("the model has no weights; load a file or train it first.")
@@ -58,7 +59,10 @@ class Model:
     @functools.cached_property
     def _logits(self) -> Any:
         def logits(variables: Any, images: jax.Array) -> jax.Array:
-            return self.forward(variables, self.preprocess(ops.to_float(images)))[0]
+            logits, _ = self.forward(variables, self.preprocess(ops.to_float(images)))
+            if logits is None:
+                raise UserError("the model has no classifier; use `forward` for its features.")
+            return logits
 
         return jax.jit(logits)
 
@@ -68,8 +72,10 @@ class Model:
 
     def forward(
         self, variables: Any, images: jax.Array, *, batch_statistics: bool = False, **options: Any
-    ) -> tuple[jax.Array, Outputs]:
+    ) -> tuple[Any, Outputs]:
         """Inference on preprocessed images: the logits and `out`, in `class_order`.
+
+        Without a classifier the logits are None.
 
         Args:
           variables: the module's.
@@ -84,7 +90,7 @@ class Model:
                 )
         else:
             logits, out = apply(self.module, variables, images, train=False, **options)
-        if not self.class_order:
+        if not self.class_order or logits is None:
             return logits, out
         order = jnp.asarray(self.class_order)
         heads = {key: out[key][..., order] for key in out if key.endswith("logits")}
@@ -125,8 +131,9 @@ class Model:
 
     @property
     def num_classes(self) -> int:
-        """The number of logits."""
-        return self.output_shapes["logits"].shape[-1]
+        """The number of logits; 0 without a classifier."""
+        outs = self.output_shapes
+        return outs["logits"].shape[-1] if "logits" in outs else 0
 
     def metadata(self) -> dict[str, Any]:
         """The metadata of a weights file, see `weights.save_weights`."""
@@ -197,7 +204,7 @@ def check_metadata(path: str | os.PathLike, metadata: dict[str, Any]) -> None:
     forms = {
         "model": ("the name of a network", lambda value: isinstance(value, str)),
         "args": ("an object", lambda value: isinstance(value, dict)),
-        "num_classes": ("a positive integer", lambda value: type(value) is int and value > 0),
+        "num_classes": ("an integer from 0", lambda value: type(value) is int and value >= 0),
         "image_size": ("a positive integer", lambda value: type(value) is int and value > 0),
         "mean": ("three numbers", lambda value: numbers(value) and len(value) == 3),
         "std": ("three numbers", lambda value: numbers(value) and len(value) == 3),
@@ -229,7 +236,7 @@ def create_model(
 
     Args:
       name: a key of `xkd_jax.models.MODELS`; `python -m xkd_jax.models` lists them.
-      num_classes: number of logits.
+      num_classes: number of logits; 0: no classifier.
       image_size: side of its input, pixels; the network's default if not given.
       mean: mean per channel, of images in [0, 1]; the network's default if not given.
       std: standard deviation per channel, of images in [0, 1]; the network's default if not given.

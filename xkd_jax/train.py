@@ -17,8 +17,8 @@ from xkd_jax.checkpoint import Checkpoints, place
 from xkd_jax.distiller import train_step
 from xkd_jax.distributed import sharding
 from xkd_jax.distributed.processes import StopSignal
-from xkd_jax.evaluate import create_eval_step, evaluate
 from xkd_jax.experiment import Experiment
+from xkd_jax.monitor import create_evaluator
 from xkd_jax.reporting import nan_guard
 from xkd_jax.reporting.logger import Reporter, say
 from xkd_jax.reporting.summary import Best
@@ -172,7 +172,7 @@ def _loop(
     config, distiller = experiment.config, experiment.distiller
     if start == experiment.total_steps:
         return state
-    eval_step = create_eval_step(distiller.student, experiment.evaluation.crop_pct)
+    evaluator = create_evaluator(experiment)
     if experiment.cache is not None:
         experiment.cache.fill()
     say("compiling the training step ...")
@@ -190,7 +190,7 @@ def _loop(
             reporter.flush()
             begun = time.monotonic()
             variables = student_variables(state)
-            scores = evaluate(eval_step, variables, experiment.evaluation, experiment.mesh)
+            scores = evaluator(variables)
             best.update(step, variables, scores)
             reporter.evaluated(step, scores, time.monotonic() - begun)
         stopping = stop.asked(step)

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import re
 import runpy
 import shutil
 from pathlib import Path
@@ -24,17 +25,18 @@ CONFIGS = [recipes.FOLDER / f"{name}.py" for name in recipes.names()]
 
 
 def teacher_file(path, **changes):
-    """A tiny ViT's weights, all zeros."""
+    """A tiny ViT's weights, all zeros; without `classes`, of ten."""
+    classes = changes.pop("classes", 10)
     metadata = {
         "model": "vit_tiny_patch16_224",
         "args": tiny.get_config().teacher.args.to_dict(),
-        "num_classes": 10,
+        "num_classes": classes,
         "image_size": 28,
         "mean": [0.5] * 3,
         "std": [0.25] * 3,
     } | changes.pop("metadata", {})
     args = tiny.get_config().teacher.args.to_dict()
-    model = create_model("vit_tiny_patch16_224", num_classes=10, **args)
+    model = create_model("vit_tiny_patch16_224", num_classes=classes, **args)
     images = jax.ShapeDtypeStruct((1, 28, 28, 3), np.float32)
     shapes = jax.eval_shape(model.init, jax.random.key(0), images)
     save_weights(path, jax.tree.map(lambda s: np.zeros(s.shape, s.dtype), shapes), metadata)
@@ -189,9 +191,9 @@ def test_teacher_files(tmp_path):
     torn = tmp_path / "torn.safetensors"
     torn.write_bytes(whole[: len(whole) // 2])
     refuse(tmp_path / "b", "is not a valid safetensors file", teacher__weights=str(torn))
-    other = teacher_file(tmp_path / "o.safetensors", metadata={"num_classes": 7})
-    refuse(tmp_path / "c", "has 7 classes but fashion_mnist_mini has 10",
-           teacher__weights=other)  # fmt: skip
+    other = teacher_file(tmp_path / "o.safetensors", classes=7)
+    refuse(tmp_path / "c", "has 7 classes but fashion_mnist_mini has 10; fit a classifier",
+           "cakd+logits", teacher__weights=other)  # fmt: skip
     misfit = tmp_path / "misfit.safetensors"
     teacher_file(misfit)
     from xkd_jax.weights import load_weights
@@ -211,7 +213,7 @@ def test_teacher_files(tmp_path):
         ("model", "vit_tiny", "unknown network in .*'vit_tiny'; did you mean vit_tiny_patch"),
         ("args", "none", "has args='none', but it must be an object"),
         ("image_size", "28", "has image_size='28', but it must be a positive integer"),
-        ("num_classes", 0, "has num_classes=0"),
+        ("num_classes", -1, "has num_classes=-1"),
         ("mean", [0.5, 0.5], "but it must be three numbers"),
         ("class_names", [1, 2], "but it must be a list of names"),
     ],
@@ -230,8 +232,22 @@ FASHION = (
 def test_a_teacher_of_other_classes_is_refused(tmp_path):
     names = ["T-shirt/top", "Trousers", *FASHION[2:]]
     path = teacher_file(tmp_path / "teacher.safetensors", metadata={"class_names": names})
-    message = "class 1 is 'Trousers' there and 'Trouser' here; fine-tune the teacher"
-    refuse(tmp_path, message, teacher__weights=path)
+    message = r"class 1 is 'Trousers' there and 'Trouser' here\); fit a .*, or fine-tune it on this"
+    refuse(tmp_path, message, "logits", teacher__weights=path)
+
+
+@pytest.mark.parametrize("method", ["logits", "cakd_release", "rkd+logits"])
+def test_a_teacher_without_a_classifier_is_refused_where_logits_are_read(tmp_path, method):
+    path = teacher_file(tmp_path / "teacher.safetensors", classes=0)
+    message = f"method {re.escape(method)} reads the teacher's logits, but .*safetensors has no "
+    message += "classifier; fit a classifier to it with configs/probe_teacher.py"
+    refuse(tmp_path, message, method, teacher__weights=path)
+
+
+def test_a_comparison_names_the_method_that_reads_logits(tmp_path):
+    path = teacher_file(tmp_path / "teacher.safetensors", classes=0)
+    changes = {"compare": ("cakd", "logits"), "teacher__weights": path}
+    refuse(tmp_path, "method logits reads the teacher's logits", "none", **changes)
 
 
 def test_a_teacher_with_the_classes_in_another_order_is_reordered_by_name(tmp_path, capsys):

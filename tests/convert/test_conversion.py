@@ -11,7 +11,8 @@ from xkd_jax.convert.layouts import find_layout, rename
 from xkd_jax.convert.networks import get_places, recognize
 from xkd_jax.convert.resize import resize_bias_table, resize_patch_kernel, resize_position_embedding
 from xkd_jax.errors import UserError
-from xkd_jax.models import MODELS
+from xkd_jax.models import MODELS, create_model
+from xkd_jax.weights import check_weights
 
 # A few tensors as PyTorch has them, of one network by class.
 NAMES = {
@@ -154,10 +155,22 @@ def test_another_number_of_classes_gets_a_new_head():
     assert convert(theirs, num_classes=5).changes == []
 
 
+def test_a_classifier_can_be_left_out():
+    result = convert(tiny(), num_classes=0)
+    assert "left out fc.bias and fc.weight, the classifier" in result.changes
+    assert "fc" not in result.variables["params"]
+    assert result.metadata["num_classes"] == 0
+
+
 def test_a_headless_checkpoint():
     theirs = tiny()
     del theirs.state["fc.weight"], theirs.state["fc.bias"]
-    assert "has no classifier" in message(theirs)
+    headless = convert(theirs)
+    assert headless.metadata["num_classes"] == 0
+    assert "fc" not in headless.variables["params"]
+    model = create_model("resnet18", num_classes=0, **headless.metadata["args"])
+    images = jax.ShapeDtypeStruct((1, 32, 32, 3), np.float32)
+    check_weights("w", headless.variables, jax.eval_shape(model.init, jax.random.key(0), images))
     assert convert(theirs, num_classes=5).variables["params"]["fc"]["bias"].shape == (5,)
     del theirs.state["conv1.weight"]
     assert "conv1.weight [8, 3, 7, 7] is missing" in message(theirs)

@@ -126,10 +126,11 @@ def no_class(root):
         (empty_class, r"train/eel has no images \(\.jpg, .*delete the folder\.$"),
         (extra_class, r"val has a class 'eel' that .*train lacks; .*same class folders \(2 in"),
         (missing_class, r"val has no class 'dog'; every split needs"),
-        (no_class, r"photos has no class folders; put images in .*photos/CLASS/\*\.jpg\.$"),
+        (no_class, r"photos has no class folders; put images in .*photos/CLASS/\*\.jpg, or use "
+                   r"images:.*photos if they have no labels\.$"),
         (shutil.rmtree, r"there is no folder .*photos; it should hold train/CLASS/\*\.jpg\.$"),
     ],
-)
+)  # fmt: skip
 def test_wrong_folder(photos, change, message):
     change(photos)
     with pytest.raises(UserError, match=message):

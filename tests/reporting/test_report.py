@@ -59,6 +59,26 @@ def test_the_table_fits_into_80_columns():
     assert max(len(line) for line in text.splitlines()) <= 80
 
 
+def test_a_teacher_without_a_classifier_has_no_scores():
+    teacher = {"model": "vit_tiny_patch16_224", "parameters": 9, "flops": 1_000_000}
+    text = format_table({"run": {"method": "cakd", "student": SCORES, "teacher": teacher}})
+    rows = [[cell.strip() for cell in row.split("|")[1:-1]] for row in text.splitlines()]
+    assert rows[0] == ["", "top-1 %", "top-5 %", "parameters", "MFLOPs"]
+    assert rows[2] == ["teacher", "", "", "9", "1.0"]
+    assert rows[3] == ["cakd", "50.00", "75.00", "1,234", "2.5"]
+
+
+def test_without_labels_the_probe_is_the_score(tmp_path):
+    student = {"probe_top1": 0.5, "knn_top1": 0.25, "parameters": 9, "flops": 1_000_000}
+    make_run(tmp_path / "a", "cakd", started=1, student=student)
+    lines = [{"step": 1, "loss": 2.0}, {"step": 1, "eval_probe_top1": 0.5, "eval_knn_top1": 0.4}]
+    contents = "".join(json.dumps(line) + "\n" for line in lines)
+    (tmp_path / "a" / "metrics.jsonl").write_text(contents)
+    text = write(tmp_path / "a")
+    assert "| linear probe % | k-NN % |" in text
+    assert "best evaluation 50.00% at step 1" in text
+
+
 def test_no_finished_run(tmp_path):
     with pytest.raises(UserError, match="holds no finished run"):
         find_runs(tmp_path)

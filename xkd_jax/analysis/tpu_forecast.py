@@ -161,6 +161,9 @@ def experiment_of_shapes(config: Config, mesh: Mesh) -> Experiment:
     teacher = None
     if method.needs_teacher:
         teacher = describe_teacher(config, splits[0], _teacher_metadata(config))
+        if teacher.num_classes != splits[0].num_classes:  # as `classes.fit_teacher` does
+            module = teacher.module.clone(num_classes=0)
+            teacher = dataclasses.replace(teacher, module=module)
     return assemble(config, method, mesh, splits, create_student(config, splits[0]), teacher)
 
 

@@ -67,9 +67,9 @@ def run(options: argparse.Namespace) -> None:
     for change in (*checkpoint.notes, *result.changes):
         print(f"{checkpoint.name}: {change}")
     metadata = result.metadata
-    what = (
-        f"{metadata['model']}, {metadata['num_classes']} classes, {metadata['image_size']} pixels"
-    )
+    count = metadata["num_classes"]
+    classes = f"{count} classes" if count else "no classifier"
+    what = f"{metadata['model']}, {classes}, {metadata['image_size']} pixels"
     if options.out:
         save_weights(options.out, result.variables, metadata)
         print(f"wrote {options.out}: {what}")
@@ -150,7 +150,6 @@ def _add_network(parser: Parser) -> None:
     parser.add_argument(
         "--num_classes",
         type=_positive,
-        default=0,
         metavar="N",
         help="number of classes; if it differs from the file's, the head is reset to zero",
     )

@@ -12,7 +12,7 @@ from typing import Any
 
 import jax
 
-from xkd_jax import train
+from xkd_jax import probe, train
 from xkd_jax.cli import lock
 from xkd_jax.config import Config, for_method, used, validate
 from xkd_jax.distributed import processes, sharding
@@ -56,7 +56,8 @@ def run(config: Config, workdir: Path) -> int:
     with _removed_if_refused([folder for folder in left if not folder.exists()]):
         for folder, alone in left.items():
             _make(folder)
-            create_experiment(alone)
+            create = probe.create_probe if alone.probe.pool else create_experiment
+            create(alone)
     for folder, alone in left.items():
         stopped = train_one(alone, folder)
         if stopped:
@@ -103,19 +104,26 @@ def train_one(config: Config, folder: Path) -> signal.Signals | None:
 def _train(config: Config, folder: Path) -> signal.Signals | None:
     if processes.is_first() and not (folder / files.CONFIG).exists():
         write_file(folder / files.CONFIG, (json.dumps(used(config), indent=2) + "\n").encode())
+    if config.probe.pool:
+        job = probe.create_probe(config)
+        _check_data(job, folder)
+        say(probe.describe(job, folder))
+        probe.run(job, folder)
+        return None
     experiment = create_experiment(config)
     _check_data(experiment, folder)
     say(summary.headline(experiment, folder))
     state, stopped = train.run(experiment, folder)
     if stopped and int(state.step) < experiment.total_steps:
         return stopped
-    say(f"evaluating on {config.data.test!r}, the test split ...")
+    if experiment.train.num_classes:
+        say(f"evaluating on {config.data.test!r}, the test split ...")
     variables = sharding.to_host(train.student_variables(state), experiment.mesh)
     summary.finish(experiment, variables, folder)
     return stopped
 
 
-def _check_data(experiment: Experiment, folder: Path) -> None:
+def _check_data(experiment: Experiment | probe.Probe, folder: Path) -> None:
     """Refuses to resume a run with other data than it began with; a moved folder is the same data.
 
     Raises:

@@ -57,7 +57,7 @@ def convert(
     checkpoint: Checkpoint,
     model: str = "",
     *,
-    num_classes: int = 0,
+    num_classes: int | None = None,
     image_size: int = 0,
     args: Mapping[str, Any] | None = None,
     mean: Sequence[float] = (),
@@ -69,13 +69,13 @@ def convert(
 
     Where the network's image or patch size differs, position embeddings, bias tables and patch
     projections are resized as in timm. With another number of classes, the head is set to zero
-    (as in arXiv:2010.11929, section 3.2).
+    (as in arXiv:2010.11929, section 3.2); a checkpoint without a head stays without one.
 
     Args:
       checkpoint: from `read_checkpoint` or `download`.
       model: a key of `MODELS`, which overrides the name that the checkpoint states; recognised
         from the tensors if there is neither.
-      num_classes: the number of classes.
+      num_classes: the number of classes; 0 leaves out the head.
       image_size: the side of the images, pixels.
       args: all fields of the network's module that differ from the variant's.
       mean: the mean per channel of images in [0, 1] that the network expects.
@@ -97,17 +97,18 @@ def convert(
     args, image_size = _arguments(model, state, known, args, image_size)
     places = get_places(model, args)
     old_classes = _count_classes(state, places)
-    classes = num_classes or old_classes
+    classes = old_classes if num_classes is None else num_classes
+    if not classes:
+        heads = places.keys() - get_places(model, args, 0).keys()
+        places = {name: place for name, place in places.items() if name not in heads}
+        if found := sorted(heads & state.keys()):
+            changes.append(f"left out {' and '.join(found)}, the classifier")
+        state = {name: array for name, array in state.items() if name not in heads}
     flat, done, wrong = _put(
         state, places, family_of(model), classes, classes != old_classes, antialias
     )
     if wrong:
         raise misfit_error(checkpoint, model, state, places, wrong)
-    if not classes:
-        raise UserError(
-            f"{checkpoint.name} has no classifier; python -m xkd_jax.convert --num_classes N "
-            "adds an untrained one."
-        )
     used = {k: state[k] for k, p in places.items() if not (p.in_head and classes != old_classes)}
     changes += done + _check_finite(checkpoint.name, used, allow_not_finite)
     if classes != old_classes:
@@ -257,9 +258,8 @@ def _put(
             flat[place.path] = np.zeros(shape, np.float32)
             reset.append(name)
         elif array is None:
-            if classes or not place.in_head:
-                after = f" {list(want)} is missing"
-                wrong.append(Misfit(name, "missing", after, path=place.path))
+            after = f" {list(want)} is missing"
+            wrong.append(Misfit(name, "missing", after, path=place.path))
         elif array.shape == want:
             flat[place.path] = np.asarray(from_torch(place.path, array), order="C")
         elif fitted := resize(name, from_torch(place.path, array), shape, antialias):

@@ -49,13 +49,17 @@ class Place:
         )
 
 
-def get_places(model: str, args: Mapping[str, Any]) -> dict[str, Place]:
+def get_places(
+    model: str, args: Mapping[str, Any], num_classes: int = _CLASSES
+) -> dict[str, Place]:
     """The place of every tensor of a network with these arguments, by timm's name.
+
+    With `num_classes=0` the classifier has none.
 
     Raises:
       UserError: the name or an argument is unknown, or the arguments contradict each other.
     """
-    module = create_model(model, num_classes=_CLASSES, **args)
+    module = create_model(model, num_classes=num_classes, **args)
     side = getattr(module, "img_size", MODELS[model].image_size)
     image = jax.ShapeDtypeStruct((1, side, side, 3), jnp.float32)
     shapes = jax.eval_shape(module.init, jax.random.key(0), image)

@@ -29,9 +29,9 @@ def load(name: str, split: str, data_dir: str = "", size: int = 0, on_error: str
 
     Args:
       name: "folder:PATH" (PATH/train/CLASS/*.jpg), "leaf:PATH" (the same, but the class is the
-        name of the innermost folder), "tfds:NAME" (an image-classification set of TensorFlow
-        Datasets, prepared as array_record, e.g. "tfds:cifar100"), "idx:FOLDER" (MNIST's file
-        format) or "fashion_mnist_mini" (packaged).
+        name of the innermost folder), "images:PATH" (PATH/**/*.jpg, without labels), "tfds:NAME"
+        (an image-classification set of TensorFlow Datasets, prepared as array_record, e.g.
+        "tfds:cifar100"), "idx:FOLDER" (MNIST's file format) or "fashion_mnist_mini" (packaged).
       split: in TFDS's slicing syntax, e.g. "train", "train[45000:]", "test[:10%]".
       data_dir: TFDS's data folder; "" is TFDS's default. Other sources ignore it.
       size: resize the shorter side to this many pixels and crop the centre square; 0 keeps the
@@ -64,7 +64,7 @@ def open_source(name: str, data_dir: str = "") -> Source:
     Raises:
       UserError: the name is unknown, or the data are missing or damaged.
     """
-    from xkd_jax.data import folder, idx, packaged, tfds_source
+    from xkd_jax.data import folder, idx, images, packaged, tfds_source
 
     kind, _, rest = name.partition(":")
     if name == packaged.NAME:
@@ -75,9 +75,12 @@ def open_source(name: str, data_dir: str = "") -> Source:
         return tfds_source.TfdsFolder(rest, data_dir)
     if kind in ("folder", "leaf") and rest:
         return folder.ImageFolder(Path(rest).expanduser(), leaf=kind == "leaf")
-    if kind in ("folder", "leaf", "idx", "tfds"):
+    if kind == "images" and rest:
+        return images.UnlabelledFolder(Path(rest).expanduser())
+    if kind in ("folder", "leaf", "images", "idx", "tfds"):
         raise UserError(
             f"the data set {name!r} lacks the part after the colon, as in 'tfds:cifar100'."
         )
     known = ("folder:PATH", "tfds:cifar10", "tfds:cifar100", "tfds:imagenet2012")
-    raise unknown("data set", name, (*known, packaged.NAME, "idx:FOLDER", "leaf:PATH"))
+    known += (packaged.NAME, "idx:FOLDER", "leaf:PATH", "images:PATH")
+    raise unknown("data set", name, known)

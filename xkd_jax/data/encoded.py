@@ -77,7 +77,14 @@ class EncodedLabels:
 
 
 def open_split(
-    name: str, split: str, data_dir: str, size: int, feed: str, on_error: str, crop_pct: float
+    name: str,
+    split: str,
+    data_dir: str,
+    size: int,
+    feed: str,
+    on_error: str,
+    crop_pct: float,
+    labelled: bool = True,
 ) -> Split:
     """Opens a split, decoded in memory or as `EncodedImages`.
 
@@ -91,21 +98,24 @@ def open_split(
       on_error: what to do about damaged images, as for `data.load`.
       crop_pct: the share of the shorter side that evaluation crops, in (0, 1]; 0 is `CROP_PCT` for
         `EncodedImages` and no crop for images in memory.
+      labelled: whether to keep the labels; without them there are no classes, and labels are 0.
 
     Raises:
       UserError: as for `data.load`, or `size` is 0 but required.
     """
     source = open_source(name, data_dir)
-    check_classes(name, source.class_names)
+    names = source.class_names if labelled else ()
+    check_classes(name, names)
     examples = source.examples(*parse_split(split, source.sizes))
     sides = sizes_of_images(examples)
     choice = choose_feed(feed, len(examples), sides)
-    about = source.class_names, source.mean, source.std
+    about = names, source.mean, source.std
     if choice == "resident":
         try:
             resize = size if len(sides) > 1 else 0
             images, labels, kept = read_kept(examples, resize, on_error)
             digest = functools.partial(examples.digest, kept)
+            labels = labels if names else np.zeros_like(labels)
             return Split(images, labels, *about, crop_pct, digest)
         except SizesDiffer:
             if feed == "resident" or not size:
@@ -117,7 +127,7 @@ def open_split(
         )
     examples = scan(examples, on_error)
     encoded: Any = EncodedImages(examples, size, crop_pct or CROP_PCT)  # used like an array
-    encoded_labels: Any = EncodedLabels(examples)
+    encoded_labels: Any = EncodedLabels(examples) if names else np.zeros(len(examples), np.int32)
     return Split(encoded, encoded_labels, *about, examples_digest=examples.digest)
 
 

@@ -144,7 +144,7 @@ def _spread(files: Mapping[str, list[str]]) -> tuple[np.ndarray, np.ndarray]:
     """All paths, and int32 labels, in the order described in `ImageFolder`."""
     paths, labels, places = [], [], []
     for label, name in enumerate(sorted(files)):
-        ordered = sorted(files[name], key=lambda path: (_hash(path), path))
+        ordered = sorted(files[name], key=lambda path: (path_hash(path), path))
         paths += [os.fsencode(path) for path in ordered]
         labels += [label] * len(ordered)
         places += [(i + 0.5) / len(ordered) for i in range(len(ordered))]
@@ -152,7 +152,8 @@ def _spread(files: Mapping[str, list[str]]) -> tuple[np.ndarray, np.ndarray]:
     return np.array(paths)[order], np.array(labels, np.int32)[order]
 
 
-def _hash(path: str) -> bytes:
+def path_hash(path: str) -> bytes:
+    """The order of files within a class: scattered, and the same on every machine."""
     # Normalised, so that a copy made by macOS has the same order.
     return hashlib.blake2b(os.fsencode(normal_form(path)), digest_size=8).digest()
 

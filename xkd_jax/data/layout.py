@@ -99,7 +99,7 @@ def single_class(folder: Path, name: str, root: Path, leaf: bool) -> UserError:
 
 def no_classes(folder: Path) -> UserError:
     """The error for a split without class folders."""
-    hint = f"put images in {folder}/CLASS/*.jpg"
+    hint = f"put images in {folder}/CLASS/*.jpg, or use images:{folder} if they have no labels"
     above = Path(os.path.abspath(folder)).parent
     if canonical_split(above.name) and _has_images(folder):
         hint = f"use {above.parent}"

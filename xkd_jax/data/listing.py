@@ -75,6 +75,26 @@ def list_images(folder: Path, leaf: bool) -> Listing:
     return walk.listing()
 
 
+def list_all_images(folder: Path) -> Listing:
+    """Lists a folder and all folders below it, as images of one class, "".
+
+    Args:
+      folder: of a split.
+
+    Raises:
+      UserError: there is no image, or a folder can't be read.
+    """
+    walk = _Walk(folder, leaf=True)
+    walk.walk(subfolders(folder))
+    listing, entries = walk.listing(), scan_folder(folder)
+    here = [x.name for x in entries if not x.is_dir() and not hidden(x.name) and is_image(x.name)]
+    images = sum(listing.images.values(), here)
+    if not images:
+        has = f" but {_count(listing.unread)}" if listing.unread else ""
+        raise UserError(f"{folder} has no images ({', '.join(SUFFIXES)}){has}; give another one.")
+    return dataclasses.replace(listing, images={"": images}, stray=0)
+
+
 def count_files(folder: Path) -> collections.Counter[str]:
     """The visible files of a folder itself, by suffix."""
     files = (x.name for x in scan_folder(folder) if not x.is_dir() and not hidden(x.name))

@@ -19,8 +19,8 @@ class Split:
 
     Attributes:
       images: uint8 [n, H, W, 3].
-      labels: int32 [n], 0..num_classes-1.
-      class_names: the name of each class, indexed by label.
+      labels: int32 [n], 0..num_classes-1; 0 without labels.
+      class_names: the name of each class, indexed by label; empty without labels.
       mean: per channel, in units of [0, 1], for `augment.ops.normalize`.
       std: per channel, in the same units.
       crop_pct: the share of the shorter side that evaluation crops from the centre, for
@@ -38,7 +38,7 @@ class Split:
 
     @property
     def num_classes(self) -> int:
-        """The number of classes of the data set, including any that this split lacks."""
+        """The number of classes, including any that this split lacks; 0 without labels."""
         return len(self.class_names)
 
     @functools.cached_property
@@ -107,7 +107,7 @@ class Source(Protocol):
 
     @property
     def class_names(self) -> tuple[str, ...]:
-        """The name of each class, indexed by label."""
+        """The name of each class, indexed by label; empty without labels."""
         ...
 
     @property

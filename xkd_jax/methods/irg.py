@@ -39,7 +39,8 @@ class IRG(Method):
     transforms of edges, works for any pair of networks and is used here.
 
     Attributes:
-      vertex_weight: weight of the logits' mean squared distance.
+      vertex_weight: weight of the logits' mean squared distance; without effect where one of the
+        networks has no classifier.
       edge_weight: weight of the edges' mean squared distance.
       transform_weight: weight of the mean squared distance of the edges' transforms.
     """
@@ -55,14 +56,11 @@ class IRG(Method):
         teacher_levels, student_levels = zip(*paired_levels(teacher_out, student_out), strict=True)
         target = jax.lax.stop_gradient(_graphs(teacher_out, teacher_levels))
         graphs = _graphs(student_out, student_levels)
-        target_logits = jax.lax.stop_gradient(teacher_out["logits"])
-        terms = {
-            "irg_vertex": (
-                self.vertex_weight,
-                mean_squared_distance(student_out["logits"], target_logits),
-            ),
-            "irg_edge": (self.edge_weight, jnp.mean((graphs - target) ** 2)),
-        }
+        terms = {}
+        if "logits" in teacher_out and "logits" in student_out:
+            logits = student_out["logits"], jax.lax.stop_gradient(teacher_out["logits"])
+            terms["irg_vertex"] = (self.vertex_weight, mean_squared_distance(*logits))
+        terms["irg_edge"] = (self.edge_weight, jnp.mean((graphs - target) ** 2))
         if len(graphs) > 1:  # a single level has no next one
             change = transforms(graphs) - transforms(target)
             terms["irg_transform"] = (self.transform_weight, jnp.mean(change**2))

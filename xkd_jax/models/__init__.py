@@ -50,7 +50,7 @@ def create_model(name: str, *, num_classes: int, dtype: Any = jnp.float32, **arg
 
     Args:
       name: a key of `MODELS`.
-      num_classes: the number of logits.
+      num_classes: the number of logits; 0: no classifier, `logits` is None and not in `out`.
       dtype: the dtype that layers compute in; parameters and logits are always float32.
       **args: fields of the module, which override the variant's; lists become tuples, so that
         values read from JSON are hashable.

@@ -16,7 +16,7 @@ from flax import linen as nn
 
 from xkd_jax import errors
 from xkd_jax.augment.normalization import CIFAR100_MEAN, CIFAR100_STD
-from xkd_jax.models.layers import BatchNorm, Conv, classify, max_pool, recomputed
+from xkd_jax.models.layers import BatchNorm, Conv, add_logits, max_pool, recomputed
 from xkd_jax.models.resnet import BasicBlock
 from xkd_jax.models.variant import Variant
 
@@ -40,7 +40,9 @@ class CifarResNet(nn.Module):
     dtype: Any = jnp.float32
 
     @nn.compact
-    def __call__(self, images: jax.Array, train: bool = False) -> tuple[jax.Array, dict[str, Any]]:
+    def __call__(
+        self, images: jax.Array, train: bool = False
+    ) -> tuple[jax.Array | None, dict[str, Any]]:
         """Classifies `images` [N, H, W, 3], already normalised, of any size.
 
         Returns:
@@ -70,9 +72,8 @@ class CifarResNet(nn.Module):
                 x = nn.relu(pre)
             out[f"stage{group + 1}_pre"] = pre
             out[f"stage{group + 1}"] = x
-        out["pooled"] = pooled = jnp.mean(x, axis=(1, 2))
-        out["logits"] = classify(pooled, self.num_classes, self.drop_rate, train, "fc")
-        return out["logits"], out
+        out["pooled"] = jnp.mean(x, axis=(1, 2))
+        return add_logits(out, self.num_classes, self.drop_rate, train, "fc")
 
     def _check(self) -> None:
         if self.depth < 8 or (self.depth - 2) % 6:
@@ -160,7 +161,9 @@ class WideResNet(nn.Module):
     dtype: Any = jnp.float32
 
     @nn.compact
-    def __call__(self, images: jax.Array, train: bool = False) -> tuple[jax.Array, dict[str, Any]]:
+    def __call__(
+        self, images: jax.Array, train: bool = False
+    ) -> tuple[jax.Array | None, dict[str, Any]]:
         """Classifies `images` [N, H, W, 3], already normalised, of any size.
 
         In a pre-activation network, the activation of a group's output belongs to the next group.
@@ -191,9 +194,8 @@ class WideResNet(nn.Module):
             )(x, train)
             out[f"stage{group + 1}"] = x
         out["stage4_pre"] = pre = BatchNorm(dtype=self.dtype, name="bn1")(x, train)
-        out["pooled"] = pooled = jnp.mean(nn.relu(pre), axis=(1, 2))
-        out["logits"] = classify(pooled, self.num_classes, 0.0, train, "fc")
-        return out["logits"], out
+        out["pooled"] = jnp.mean(nn.relu(pre), axis=(1, 2))
+        return add_logits(out, self.num_classes, 0.0, train, "fc")
 
     def _check(self) -> None:
         if self.depth < 10 or (self.depth - 4) % 6:
@@ -220,7 +222,9 @@ class CifarVGG(nn.Module):
     dtype: Any = jnp.float32
 
     @nn.compact
-    def __call__(self, images: jax.Array, train: bool = False) -> tuple[jax.Array, dict[str, Any]]:
+    def __call__(
+        self, images: jax.Array, train: bool = False
+    ) -> tuple[jax.Array | None, dict[str, Any]]:
         """Classifies `images` [N, H, W, 3], already normalised, at least 8 pixels a side.
 
         A 2x2 max-pool separates the blocks; the last two, only for images 64 pixels high, as in
@@ -250,16 +254,9 @@ class CifarVGG(nn.Module):
             if block > 0:
                 out[f"stage{block}_pre"] = pre
                 out[f"stage{block}"] = x
-        out["pooled"] = pooled = jnp.mean(x, axis=(1, 2))
-        out["logits"] = classify(
-            pooled,
-            self.num_classes,
-            self.drop_rate,
-            train,
-            "classifier",
-            nn.initializers.normal(0.01),
-        )
-        return out["logits"], out
+        out["pooled"] = jnp.mean(x, axis=(1, 2))
+        head_init = nn.initializers.normal(0.01)
+        return add_logits(out, self.num_classes, self.drop_rate, train, "classifier", head_init)
 
     def _check(self, shape: tuple[int, ...]) -> None:
         if min(shape[1:3]) < 8:

@@ -15,7 +15,7 @@ from flax import linen as nn
 
 from xkd_jax import errors
 from xkd_jax.augment.normalization import CIFAR100_MEAN, CIFAR100_STD, HALF_MEAN, HALF_STD
-from xkd_jax.models.layers import BatchNorm, Conv, classify, drop_path, recomputed
+from xkd_jax.models.layers import BatchNorm, Conv, add_logits, drop_path, recomputed
 from xkd_jax.models.variant import Variant
 
 _ACTIVATIONS = {"silu": nn.silu, "relu6": nn.relu6}
@@ -140,7 +140,9 @@ class EfficientNet(nn.Module):
     dtype: Any = jnp.float32
 
     @nn.compact
-    def __call__(self, images: jax.Array, train: bool = False) -> tuple[jax.Array, dict[str, Any]]:
+    def __call__(
+        self, images: jax.Array, train: bool = False
+    ) -> tuple[jax.Array | None, dict[str, Any]]:
         """Classifies `images` [N, H, W, 3], already normalised, of any size.
 
         Returns:
@@ -177,11 +179,8 @@ class EfficientNet(nn.Module):
             if stage in _TAPS:
                 out[_TAPS[stage]] = out[f"{_TAPS[stage]}_pre"] = x
         x = self._conv_norm(x, self._head_channels(), 1, 1, ("conv_head", "bn2"), train)
-        out["pooled"] = pooled = jnp.mean(x, axis=(1, 2))
-        out["logits"] = classify(
-            pooled, self.num_classes, self.drop_rate, train, "classifier", _head_init
-        )
-        return out["logits"], out
+        out["pooled"] = jnp.mean(x, axis=(1, 2))
+        return add_logits(out, self.num_classes, self.drop_rate, train, "classifier", _head_init)
 
     def _conv_norm(
         self,

@@ -12,7 +12,7 @@ from flax import linen as nn
 
 from xkd_jax import errors
 from xkd_jax.augment.normalization import HALF_MEAN, HALF_STD
-from xkd_jax.models.layers import BatchNorm, Conv, classify, max_pool, recomputed
+from xkd_jax.models.layers import BatchNorm, Conv, add_logits, max_pool, recomputed
 from xkd_jax.models.variant import Variant
 
 # timm truncates at an absolute +-2: with these deviations that is a plain normal.
@@ -230,7 +230,9 @@ class InceptionV3(nn.Module):
     dtype: Any = jnp.float32
 
     @nn.compact
-    def __call__(self, images: jax.Array, train: bool = False) -> tuple[jax.Array, dict[str, Any]]:
+    def __call__(
+        self, images: jax.Array, train: bool = False
+    ) -> tuple[jax.Array | None, dict[str, Any]]:
         """Classifies `images` [N, H, W, 3], already normalised, at least 75 pixels a side.
 
         The stages are timm's features at reductions 4, 8, 16 and 32: `Conv2d_4a_3x3`,
@@ -269,11 +271,8 @@ class InceptionV3(nn.Module):
         x = nn.relu(mixed(MixedD, "7a", x))
         x = nn.relu(mixed(MixedE, "7b", x))
         x = tap(4, mixed(MixedE, "7c", x))
-        out["pooled"] = pooled = jnp.mean(x, axis=(1, 2))
-        out["logits"] = classify(
-            pooled, self.num_classes, self.drop_rate, train, "fc", _weight_init
-        )
-        return out["logits"], out
+        out["pooled"] = jnp.mean(x, axis=(1, 2))
+        return add_logits(out, self.num_classes, self.drop_rate, train, "fc", _weight_init)
 
     def _stem(self, x: jax.Array, train: bool) -> jax.Array:
         """Images to [N, h, w, 192] before the ReLU."""
@@ -290,7 +289,7 @@ class InceptionV3(nn.Module):
         return conv("4a", x, 192, 3, padding=0)
 
     def _add_aux_logits(self, x: jax.Array, train: bool, out: dict[str, Any]) -> None:
-        if not self.aux_logits:
+        if not (self.aux_logits and self.num_classes):
             return
         head = AuxHead(self.num_classes, self.dtype, name="AuxLogits")
         if train:
@@ -305,7 +304,7 @@ class InceptionV3(nn.Module):
                 f"Inception-v3 needs images of at least {_SMALLEST} pixels a side, not "
                 f"{shape[1]}x{shape[2]}; it was designed for 299x299."
             )
-        if train and self.aux_logits and min(shape[1:3]) < _SMALLEST_AUX:
+        if train and self.aux_logits and self.num_classes and min(shape[1:3]) < _SMALLEST_AUX:
             raise errors.UserError(
                 f"training Inception-v3's auxiliary classifier needs images of at least "
                 f"{_SMALLEST_AUX} pixels a side, not {shape[1]}x{shape[2]}; set aux_logits=False "

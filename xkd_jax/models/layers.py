@@ -150,6 +150,25 @@ def layer_norm(name: str, epsilon: float, dtype: Any) -> nn.LayerNorm:
     return nn.LayerNorm(epsilon=epsilon, dtype=dtype, use_fast_variance=False, name=name)
 
 
+def add_logits(
+    out: dict[str, Any],
+    num_classes: int,
+    drop_rate: float,
+    train: bool,
+    name: str,
+    kernel_init: Any = torch_default,
+) -> tuple[jax.Array | None, dict[str, Any]]:
+    """What a network returns: the logits of `out["pooled"]`, and `out` with them.
+
+    With `num_classes=0` there is no head, as in timm: None, and `out` without "logits". The other
+    arguments are those of `classify`.
+    """
+    if num_classes:
+        logits = classify(out["pooled"], num_classes, drop_rate, train, name, kernel_init)
+        out["logits"] = logits
+    return out.get("logits"), out
+
+
 def classify(
     x: jax.Array,
     num_classes: int,

@@ -14,7 +14,7 @@ from flax import linen as nn
 
 from xkd_jax import errors
 from xkd_jax.augment.normalization import CIFAR100_MEAN, CIFAR100_STD
-from xkd_jax.models.layers import BatchNorm, Conv, classify, drop_path, max_pool, recomputed
+from xkd_jax.models.layers import BatchNorm, Conv, add_logits, drop_path, max_pool, recomputed
 from xkd_jax.models.variant import Variant
 
 
@@ -108,7 +108,9 @@ class ResNet(nn.Module):
     dtype: Any = jnp.float32
 
     @nn.compact
-    def __call__(self, images: jax.Array, train: bool = False) -> tuple[jax.Array, dict[str, Any]]:
+    def __call__(
+        self, images: jax.Array, train: bool = False
+    ) -> tuple[jax.Array | None, dict[str, Any]]:
         """Classifies `images` [N, H, W, 3], already normalised, of any size.
 
         Returns:
@@ -140,9 +142,8 @@ class ResNet(nn.Module):
                 x, index = nn.relu(pre), index + 1
             out[f"stage{stage + 1}_pre"] = pre
             out[f"stage{stage + 1}"] = x
-        out["pooled"] = pooled = jnp.mean(x, axis=(1, 2))
-        out["logits"] = classify(pooled, self.num_classes, self.drop_rate, train, "fc")
-        return out["logits"], out
+        out["pooled"] = jnp.mean(x, axis=(1, 2))
+        return add_logits(out, self.num_classes, self.drop_rate, train, "fc")
 
     def _stem(self, x: jax.Array, train: bool) -> jax.Array:
         kernel, stride = (7, 2) if self.stem == "imagenet" else (3, 1)

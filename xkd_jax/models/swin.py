@@ -296,7 +296,7 @@ class SwinTransformer(nn.Module):
     @nn.compact
     def __call__(
         self, images: jax.Array, train: bool = False, gather: scan.Gather | None = None
-    ) -> tuple[jax.Array, dict[str, Any]]:
+    ) -> tuple[jax.Array | None, dict[str, Any]]:
         """Classifies `images` [N, img_size, img_size, 3], already normalised.
 
         With sharded parameters, `gather` lets a deep stage gather them block by block.
@@ -348,8 +348,10 @@ class SwinTransformer(nn.Module):
         x = _layer_norm("norm", dtype=self.dtype)(x)
         out["tokens"] = x
         out["pooled"] = jnp.mean(x, axis=1)
-        out["logits"] = Head(self.num_classes, self.drop_rate, name="head")(out["pooled"], train)
-        return out["logits"], out
+        if self.num_classes:
+            head = Head(self.num_classes, self.drop_rate, name="head")
+            out["logits"] = head(out["pooled"], train)
+        return out.get("logits"), out
 
     def _check(self, shape: tuple[int, ...]) -> None:
         if len(self.depths) != 4 or len(self.num_heads) != 4 or min(self.depths) < 1:

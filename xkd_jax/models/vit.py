@@ -198,8 +198,10 @@ class VisionTransformer(nn.Module):
     `LayerScale`. `reg_tokens` adds register tokens (arXiv:2309.16588) after the class token. With
     `no_embed_class`, only patch tokens have position embeddings. `fc_norm=None` is timm's
     rule: with `global_pool="avg"` the final norm comes after the pooling, and the tokens are not
-    normalised. With `drop_rate` or `drop_path_rate` above 0, training needs
-    `rngs={"dropout": key}`. No gradient flows into the first `frozen` blocks or the embedding.
+    normalised. `global_pool="token_avg"`, which timm lacks, concatenates the class token and the
+    mean of the patch tokens, as DINOv2's linear classifiers do (arXiv:2304.07193). With
+    `drop_rate` or `drop_path_rate` above 0, training needs `rngs={"dropout": key}`. No gradient
+    flows into the first `frozen` blocks or the embedding.
     """
 
     kind: ClassVar[str] = "transformer"
@@ -228,7 +230,7 @@ class VisionTransformer(nn.Module):
     @nn.compact
     def __call__(
         self, images: jax.Array, train: bool = False, gather: scan.Gather | None = None
-    ) -> tuple[jax.Array, dict[str, Any]]:
+    ) -> tuple[jax.Array | None, dict[str, Any]]:
         """Classifies `images` [N, img_size, img_size, 3], already normalised.
 
         With sharded parameters, `gather` lets a deep network gather them block by block.
@@ -237,10 +239,11 @@ class VisionTransformer(nn.Module):
           logits [N, num_classes] float32, and the intermediates: `tokens` [N, T, D], `cls`
           [N, D] with a class token, `block01` ... [N, T, D], `query`, `key`, `value` of the
           last block and `block01_query` ... of each [N, heads, T, d], `grid` (h, w), `pooled`
-          [N, D], `logits`. Everything per token covers only the patch tokens, except
-          `prefix_query` ... of the last block, of the class token, the distillation token and the
-          register tokens, as far as there are any, [N, heads, P, d]. With `distilled` also `dist`
-          [N, D], and the two heads' `cls_logits` and `dist_logits`; `logits` is their mean.
+          [N, D], or [N, 2D] for "token_avg", and `logits`. Everything per token covers only the
+          patch tokens, except `prefix_query` ... of the last block, of the class token, the
+          distillation token and the register tokens, as far as there are any, [N, heads, P, d].
+          With `distilled` also `dist` [N, D], and the two heads' `cls_logits` and `dist_logits`;
+          `logits` is their mean.
 
         Raises:
           UserError: the options contradict each other, or `images` has another size.
@@ -265,17 +268,21 @@ class VisionTransformer(nn.Module):
             out["cls"] = x[:, 0]
         if self.distilled:
             out["dist"] = x[:, 1]
-            out["cls_logits"] = self._head("head", x[:, 0], train)
-            out["dist_logits"] = self._head("head_dist", x[:, 1], train)
             out["pooled"] = (x[:, 0] + x[:, 1]) / 2
-            out["logits"] = (out["cls_logits"] + out["dist_logits"]) / 2
-            return out["logits"], out
-        pooled = x[:, 0] if self.global_pool == "token" else jnp.mean(x[:, prefix:], axis=1)
+            if self.num_classes:
+                out["cls_logits"] = self._head("head", x[:, 0], train)
+                out["dist_logits"] = self._head("head_dist", x[:, 1], train)
+                out["logits"] = (out["cls_logits"] + out["dist_logits"]) / 2
+            return out.get("logits"), out
+        cls, mean = x[:, 0], jnp.mean(x[:, prefix:], axis=1)
+        pools = {"token": [cls], "avg": [mean], "token_avg": [cls, mean]}
+        pooled = jnp.concatenate(pools[self.global_pool], axis=-1)
         if use_fc_norm:
             pooled = _layer_norm("fc_norm", dtype=self.dtype)(pooled)
         out["pooled"] = pooled
-        out["logits"] = self._head("head", pooled, train)
-        return out["logits"], out
+        if self.num_classes:
+            out["logits"] = self._head("head", pooled, train)
+        return out.get("logits"), out
 
     def _blocks(
         self, x: jax.Array, train: bool, gather: scan.Gather | None
@@ -290,11 +297,9 @@ class VisionTransformer(nn.Module):
             for first, stop in ((0, frozen), (frozen, last)):
                 if first == stop:
                     continue
-                names = [f"blocks_{i}" for i in range(first, stop)]
-                some = [Block(*options, parent=None)]
-                x, new = scan.scan_blocks(
-                    self, some, names, x, train, rates[first:stop], remat, gather
-                )
+                names, some = [f"blocks_{i}" for i in range(first, stop)], rates[first:stop]
+                one = [Block(*options, parent=None)]
+                x, new = scan.scan_blocks(self, one, names, x, train, some, remat, gather)
                 x, new = self._freeze(stop, (x, new))
                 outs += new
             first = last
@@ -334,11 +339,11 @@ class VisionTransformer(nn.Module):
         return x, Grid((height, width))
 
     def _check(self, shape: tuple[int, ...]) -> None:
-        if self.global_pool not in ("token", "avg"):
-            raise errors.unknown("global_pool", self.global_pool, ("token", "avg"))
-        if self.global_pool == "token" and not self.class_token:
+        if self.global_pool not in ("token", "avg", "token_avg"):
+            raise errors.unknown("global_pool", self.global_pool, ("token", "avg", "token_avg"))
+        if self.global_pool != "avg" and not self.class_token:
             raise errors.UserError(
-                "global_pool='token' needs class_token=True; without one use global_pool='avg'."
+                f"global_pool={self.global_pool!r} needs class_token=True; without it, use 'avg'."
             )
         if self.distilled and not (self.class_token and self.global_pool == "token"):
             raise errors.UserError(

@@ -13,7 +13,7 @@ from flax import linen as nn
 
 from xkd_jax import errors
 from xkd_jax.augment.normalization import HALF_MEAN, HALF_STD
-from xkd_jax.models.layers import BatchNorm, Conv, classify, max_pool, recomputed
+from xkd_jax.models.layers import BatchNorm, Conv, add_logits, max_pool, recomputed
 from xkd_jax.models.variant import Variant
 
 # Channels and stride of block1 ... block12.
@@ -85,7 +85,9 @@ class Xception(nn.Module):
     dtype: Any = jnp.float32
 
     @nn.compact
-    def __call__(self, images: jax.Array, train: bool = False) -> tuple[jax.Array, dict[str, Any]]:
+    def __call__(
+        self, images: jax.Array, train: bool = False
+    ) -> tuple[jax.Array | None, dict[str, Any]]:
         """Classifies `images` [N, H, W, 3], already normalised, at least 7 pixels a side.
 
         The stages are timm's features at reductions 4, 8, 16 and 32: blocks 1, 2 and 11, and
@@ -122,9 +124,8 @@ class Xception(nn.Module):
         x = SeparableConv(self._channels(2048), self.dtype, name="conv4")(x)
         out["stage4_pre"] = x = BatchNorm(dtype=self.dtype, name="bn4")(x, train)
         out["stage4"] = x = nn.relu(x)
-        out["pooled"] = pooled = jnp.mean(x, axis=(1, 2))
-        out["logits"] = classify(pooled, self.num_classes, self.drop_rate, train, "fc")
-        return out["logits"], out
+        out["pooled"] = jnp.mean(x, axis=(1, 2))
+        return add_logits(out, self.num_classes, self.drop_rate, train, "fc")
 
     def _stem(self, x: jax.Array, train: bool) -> jax.Array:
         for i, (features, stride) in enumerate(((32, 2), (64, 1)), start=1):

@@ -228,14 +228,20 @@ class Reporter:
             means = self._averages.take()
             speed = self._progress.images_per_second(step)
             self._log.write(step, means | {"images_per_second": speed})
-            shown = {name: means[name] for name in ("loss", "accuracy")}
+            shown = {name: means[name] for name in ("loss", "accuracy") if name in means}
             self._progress.show(step, shown | self._evaluated)
 
     def evaluated(self, step: int, scores: dict[str, float], seconds: float) -> None:
-        """Writes an evaluation's scores and shows its top-1, now and in the following lines."""
+        """Writes an evaluation's scores and shows its top-1, now and in the following lines.
+
+        Without labels the top-1 is that of a linear probe, or there is none.
+        """
         self._progress.pause(seconds)
+        if not scores:
+            return
         self._log.write(step, scores, prefix="eval_")
-        self._evaluated = {"eval top-1": scores["top1"]}
+        name = "top1" if "top1" in scores else "probe_top1"
+        self._evaluated = {{"top1": "eval top-1", "probe_top1": "probe top-1"}[name]: scores[name]}
         self._progress.show(step, self._evaluated)
 
     def close(self) -> None:

@@ -16,11 +16,14 @@ from xkd_jax.evaluate import create_eval_step, evaluate
 from xkd_jax.experiment import Experiment, load_split
 from xkd_jax.methods.base import apply
 from xkd_jax.model import Model
+from xkd_jax.monitor import create_monitor
 from xkd_jax.weights import load_weights, save_weights, write_file
 
 SUMMARY = "summary.json"
 STUDENT = "student.safetensors"
+TEACHER = "teacher.safetensors"  # of a probe
 BEST = "best.safetensors"
+_EVALUATED = ("eval_top1", "eval_probe_top1")  # what the best student is chosen by, if measured
 
 
 def finish(experiment: Experiment, student_variables: Any, folder: Path) -> dict[str, Any]:
@@ -33,23 +36,28 @@ def finish(experiment: Experiment, student_variables: Any, folder: Path) -> dict
       student_variables: the student's `params` and `batch_stats`, without the method's parameters.
       folder: the run's folder.
     """
-    config = experiment.config
-    test = load_split(config, config.data.test)
+    config, labelled = experiment.config, experiment.train.num_classes > 0
+    test = load_split(config, config.data.test) if labelled else experiment.evaluation
+    measured = config.monitor if config.monitor.name and not labelled else config.data
     summary = {
         "method": config.method.name,
         "seed": config.seed,
         "steps": experiment.total_steps,
         "train": f"{config.data.name} {config.data.train}",
-        "test": f"{config.data.name} {config.data.test}",
+        "test": f"{measured.name} {measured.test}",
         "student": {"model": config.student.model}
-        | describe(experiment.distiller.student, student_variables, test, experiment),
+        | describe(experiment.distiller.student, student_variables, test, experiment)
+        | create_monitor(experiment)(student_variables),
     }
+    if not (labelled or config.monitor.name):
+        summary["test"] = "nothing, for lack of labels"
     if experiment.distiller.teacher:
         variables = experiment.distiller.teacher.variables
         teacher = experiment.distiller.teacher
         named = {"model": teacher.name, "weights": config.teacher.weights}
         summary["teacher"] = named | describe(teacher, variables, test, experiment)
-    scores = {"test_top1": summary["student"]["top1"]}
+    names = [name for name in ("top1", "probe_top1", "knn_top1") if name in summary["student"]]
+    scores = {f"test_{name}": summary["student"][name] for name in names}
     if processes.is_first():
         save_student(experiment, student_variables, folder / STUDENT, scores)
         # Written last and atomically: a run with a summary is complete.
@@ -67,10 +75,13 @@ def headline(experiment: Experiment, folder: Path) -> str:
         outs = distiller.teacher.output_shapes, distiller.student.output_shapes
         about = distiller.method.describe(*outs)
     devices = jax.devices()
+    labels = f"{train.num_classes} classes; evaluated on {config.data.eval}"
+    if not train.num_classes:
+        watched = f"{config.monitor.name} {config.monitor.test}" if config.monitor.name else ""
+        labels = f"no labels; {f'monitored on {watched}' if watched else 'not evaluated'}"
     return (
         f"{config.method.name}: {config.student.model} ({parameters:,} parameters){taught}\n"
-        f"  data: {config.data.name} {config.data.train}, {len(train):,} images, "
-        f"{train.num_classes} classes; evaluated on {config.data.eval}\n"
+        f"  data: {config.data.name} {config.data.train}, {len(train):,} images, {labels}\n"
         f"  {config.epochs} epochs of {distiller.steps_per_epoch} steps, batch "
         f"{config.batch_size}, on {len(devices)} {devices[0].device_kind}\n"
         f"  folder: {folder}" + (f"\n  {about}" if about else "")
@@ -105,6 +116,9 @@ def save_student(
 class Best:
     """Keeps the student with the best evaluation top-1 so far in `best.safetensors`.
 
+    Without labels the top-1 is that of the monitor's linear probe; without a monitor the last
+    student counts as the best one.
+
     Args:
       experiment: the experiment being trained.
       folder: the run's folder; a resumed run only replaces an existing file by a better student.
@@ -112,7 +126,8 @@ class Best:
 
     def __init__(self, experiment: Experiment, folder: Path):
         self._experiment, self._path = experiment, folder / BEST
-        top1 = load_weights(self._path)[1]["eval_top1"] if self._path.exists() else -1.0
+        metadata = load_weights(self._path)[1] if self._path.exists() else {}
+        top1 = next((metadata[name] for name in _EVALUATED if name in metadata), -1.0)
         # Only the first process may be able to see the folder, but all must agree on the best.
         self._top1 = float(multihost_utils.broadcast_one_to_all(np.float32(top1)))
 
@@ -124,25 +139,43 @@ class Best:
           variables: `params` and `batch_stats`, on the devices.
           scores: scores on the evaluation split.
         """
-        top1 = float(np.float32(scores["top1"]))
-        if top1 <= self._top1:
-            return
-        self._top1 = top1
+        found = {f"eval_{name}": score for name, score in scores.items()}
+        name = next((name for name in _EVALUATED if name in found), "")
+        if name:
+            top1 = float(np.float32(found[name]))
+            if top1 <= self._top1:
+                return
+            self._top1 = top1
         host = sharding.to_host(variables, self._experiment.mesh)
         if processes.is_first():
-            measured = {"step": step, "eval_top1": scores["top1"]}
+            measured = {"step": step} | ({name: found[name]} if name else {})
             save_student(self._experiment, host, self._path, measured)
 
 
 def describe(
     model: Model, variables: Any, test: data.Split, experiment: Experiment
 ) -> dict[str, Any]:
-    """Clean and, with `data.noisy`, noisy accuracy on `test`; numbers of parameters and FLOPs."""
-    scores = evaluate(create_eval_step(model, test.crop_pct), variables, test, experiment.mesh)
-    if experiment.config.data.noisy:
+    """Clean and, with `data.noisy`, noisy accuracy on `test`; numbers of parameters and FLOPs.
+
+    A model without a classifier has no accuracy.
+    """
+    scores = {}
+    if model.num_classes:
+        scores = evaluate(create_eval_step(model, test.crop_pct), variables, test, experiment.mesh)
+    if model.num_classes and experiment.config.data.noisy:
         noisy_step = create_eval_step(model, test.crop_pct, noisy=True)
         noisy = evaluate(noisy_step, variables, test, experiment.mesh)
         scores["noisy_top1"] = noisy["top1"]
+    return scores | cost(model, variables)
+
+
+def cost(model: Model, variables: Any) -> dict[str, int]:
+    """The number of parameters, and FLOPs of a forward pass over one image."""
     image = jax.ShapeDtypeStruct((1, model.image_size, model.image_size, 3), jnp.float32)
-    flops = count_flops(lambda v, x: apply(model.module, v, x, train=False)[0], variables, image)
-    return scores | {"parameters": count_parameters(variables["params"]), "flops": flops}
+
+    def forward(variables: Any, images: jax.Array) -> jax.Array:
+        logits, out = apply(model.module, variables, images, train=False)
+        return out["pooled"] if logits is None else logits
+
+    flops = count_flops(forward, variables, image)
+    return {"parameters": count_parameters(variables["params"]), "flops": flops}

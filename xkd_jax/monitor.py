@@ -1,0 +1,59 @@
+"""What is measured during training: accuracy, and what a labelled set tells of the features."""
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+
+from xkd_jax.analysis import probe
+from xkd_jax.evaluate import create_eval_step, evaluate
+from xkd_jax.experiment import Experiment, load_monitor
+from xkd_jax.features import compute, create_feature_step
+
+STRENGTH = 1e-3  # L2 of the monitor's probe, which is not tuned: it only has to be comparable
+
+Evaluator = Callable[[Any], dict[str, float]]
+
+
+def create_evaluator(experiment: Experiment) -> Evaluator:
+    """A function from the student's variables to its scores for the learning curves.
+
+    With labels, those of `evaluate` on `data.eval`; with `config.monitor`, `create_monitor`'s too.
+    """
+    student, evaluation = experiment.distiller.student, experiment.evaluation
+    eval_step = create_eval_step(student, evaluation.crop_pct)
+    monitor = create_monitor(experiment)
+
+    def evaluator(variables: Any) -> dict[str, float]:
+        scores = {}
+        if student.num_classes:
+            scores = evaluate(eval_step, variables, evaluation, experiment.mesh)
+        return scores | monitor(variables)
+
+    return evaluator
+
+
+def create_monitor(experiment: Experiment) -> Evaluator:
+    """A function from the student's variables to scores of its pooled features.
+
+    `probe_top1`, of a linear probe, and `knn_top1`, in [0, 1]: fitted to `config.monitor.train`,
+    measured on `config.monitor.test`. Without a monitor there are none.
+    """
+    splits, student = load_monitor(experiment.config), experiment.distiller.student
+    if splits is None:
+        return lambda variables: {}
+    steps = [create_feature_step(student, split.crop_pct) for split in splits]
+
+    def monitor(variables: Any) -> dict[str, float]:
+        train, test = (
+            (compute(step, variables, split, experiment.mesh), np.asarray(split.labels))
+            for step, split in zip(steps, splits, strict=True)
+        )
+        classes = splits[0].num_classes
+        (linear,) = probe.fit_linear(*train, classes, [STRENGTH])
+        return {
+            "probe_top1": probe.accuracy(linear(test[0]), test[1])["top1"],
+            "knn_top1": probe.knn_accuracy(train, test, classes),
+        }
+
+    return monitor
