@@ -20,7 +20,7 @@ from xkd_jax.methods.reads import needs_logits
 from xkd_jax.model import create_model, load
 from xkd_jax.weights import fingerprint
 
-READ_LOGITS = {"logits", "deit", "cakd_release"}
+READ_LOGITS = {"logits", "deit", "cakd_release", "dkd", "dist", "ofa"}
 
 
 def network(kind, classes):

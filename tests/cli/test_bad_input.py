@@ -346,6 +346,17 @@ def test_workdir_of_another_run(tmp_path):
     refuse(tmp_path, "run holds another run: seed is 3 there and 0 here; choose another --workdir")
 
 
+def test_fields_that_are_newer_than_a_run_have_their_defaults(tmp_path):
+    there = json.loads(json.dumps(used(tiny.get_config("none"))))
+    del there["probe"], there["monitor"], there["data"]["labels"]
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "config.json").write_text(json.dumps(there))
+    refuse(tmp_path, "holds another run: data.labels is True there and False here; choose",
+           "none", data__labels=False)  # fmt: skip
+    with pytest.raises(AssertionError, match="training started"):
+        runs.run(tiny.get_config("none"), tmp_path / "run")
+
+
 def test_comparison_in_the_folder_of_a_single_run(tmp_path):
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "config.json").write_text("{}")

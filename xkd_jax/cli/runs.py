@@ -14,7 +14,7 @@ import jax
 
 from xkd_jax import probe, train
 from xkd_jax.cli import lock
-from xkd_jax.config import Config, for_method, used, validate
+from xkd_jax.config import Config, default_config, for_method, used, validate
 from xkd_jax.distributed import processes, sharding
 from xkd_jax.errors import UserError
 from xkd_jax.experiment import Experiment, create_experiment
@@ -23,7 +23,14 @@ from xkd_jax.reporting.logger import say
 from xkd_jax.weights import write_file
 
 # Fields that may change when a run resumes, because they don't affect its results.
-FREE = ("data.dir", "log_every", "checkpoint_every", "keep_checkpoints", "checkpoint_dir")
+FREE = (
+    "data.dir",
+    "monitor.dir",
+    "log_every",
+    "checkpoint_every",
+    "keep_checkpoints",
+    "checkpoint_dir",
+)
 
 
 def run(config: Config, workdir: Path) -> int:
@@ -191,7 +198,8 @@ def is_complete(config: Config, folder: Path) -> bool:
     path = folder / files.CONFIG
     if path.exists():
         there, here = files.read_json(path), json.loads(json.dumps(used(config)))
-        differences = list(_differences(there, here, ""))
+        default = json.loads(json.dumps(default_config().to_dict()))
+        differences = list(_differences(there, here, default))
         if differences:
             more = f" (and {len(differences) - 3} more)" if len(differences) > 3 else ""
             raise UserError(
@@ -201,11 +209,15 @@ def is_complete(config: Config, folder: Path) -> bool:
     return (folder / summary.SUMMARY).exists()
 
 
-def _differences(there: Any, here: Any, name: str):
-    """Yields a phrase for every field in which two configs differ."""
+def _differences(there: Any, here: Any, default: Any, name: str = ""):
+    """Yields a phrase for every field in which two configs differ.
+
+    A field that is missing there, because it is newer than the run, had what is its default now.
+    """
     if isinstance(there, dict) and isinstance(here, dict):
+        default = default if isinstance(default, dict) else {}
         for field in sorted(there.keys() | here.keys()):
-            inner = f"{name}.{field}" if name else field
-            yield from _differences(there.get(field), here.get(field), inner)
+            inner, usual = f"{name}.{field}" if name else field, default.get(field)
+            yield from _differences(there.get(field, usual), here.get(field), usual, inner)
     elif there != here and name not in FREE:
         yield f"{name} is {there!r} there and {here!r} here"
