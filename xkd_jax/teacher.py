@@ -53,7 +53,7 @@ def restore(
 ) -> Outputs:
     """The outputs of the teacher for a batch, in the network's own dtypes.
 
-    What isn't cached is zero: the method reads its name or shape at most.
+    Outputs that aren't cached are zero: the method reads at most their names or shapes.
 
     Args:
       teacher: the teacher; its variables aren't used.

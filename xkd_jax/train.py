@@ -154,6 +154,8 @@ def run(experiment: Experiment, folder: Path) -> tuple[TrainState, signal.Signal
             folder, start, experiment.total_steps, config.batch_size, config.log_every, guard.check
         )
         stack.callback(reporter.close)
+        if experiment.cache is not None and start < experiment.total_steps:
+            experiment.cache.fill()  # a signal ends it at once: it continues from its own record
         stop = stack.enter_context(StopSignal())
         best = Best(experiment, folder)
         state = _loop(experiment, state, start, reporter, checkpoints, best, stop)
@@ -173,8 +175,6 @@ def _loop(
     if start == experiment.total_steps:
         return state
     evaluator = create_evaluator(experiment)
-    if experiment.cache is not None:
-        experiment.cache.fill()
     say("compiling the training step ...")
     begun = time.monotonic()
     step_fn = Stepper(experiment, state)

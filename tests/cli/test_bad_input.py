@@ -122,6 +122,8 @@ def refuse(tmp_path, match, method="cakd", **changes):
         ("names a method twice", {"method__name": "none", "compare": ("none", "none")}),
         ("crd needs one class per image, which mixed images don't have",
          {"method__name": "crd", "augment__mixup": 0.2}),
+        ("for fixed views of the images; set teacher.cache_views", {"teacher__cache": "x"}),
+        ("mixup and cutmix mix several images", {"teacher__cache_views": 2, "augment__cutmix": 1}),
         ("27 must be a multiple of patch_size 4", {"teacher__args": {"img_size": 27,
                                                                      "patch_size": 4}}),
     ],

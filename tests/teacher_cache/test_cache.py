@@ -276,7 +276,7 @@ def test_accumulation_reads_the_rows_of_its_microbatches(tmp_path):
     def halves(config):
         config.accumulate = 2
 
-    cached, online = (run(make(folder, change=halves), 4) for folder in (tmp_path, ""))
+    cached, online = (run(make(folder, "logits", change=halves), 4) for folder in (tmp_path, ""))
     assert_equal_runs(cached, online)
 
 
@@ -298,7 +298,8 @@ def photos(folder):
 
 def test_host_fed_images_have_fixed_crops_too(tmp_path):
     change = photos(tmp_path / "photos")
-    cached, online = (run(make(folder, change=change), 5) for folder in (tmp_path / "cache", ""))
+    folders = tmp_path / "cache", ""
+    cached, online = (run(make(folder, "logits", change=change), 5) for folder in folders)
     assert_equal_runs(cached, online)
     one, two, three = [
         make("", change=lambda c, seed=seed: (change(c), c.update(seed=seed))) for seed in (0, 1, 0)

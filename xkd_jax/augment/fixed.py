@@ -1,8 +1,8 @@
 """Fixed views: each image has V views, so that the teacher's outputs can be computed once.
 
 View v of image i is a function of v and i alone, whatever the run's seed and batch. The random
-crop, the flip, `augment.*` and the multi-view generator's shared geometry belong to the view; what
-only the student's view gets is drawn in every step, as without fixed views.
+crop, the flip, `augment.*` and the multi-view generator's shared geometry belong to the view;
+operations on the student's view alone are drawn in every step, as without fixed views.
 """
 
 import dataclasses
@@ -29,7 +29,7 @@ def view_keys(view: jax.Array, index: jax.Array) -> jax.Array:
 def shared_view(
     pipeline: Pipeline, keys: jax.Array, images: jax.Array, multiple: bool
 ) -> tuple[jax.Array, jax.Array]:
-    """The part of the views that the teacher sees too.
+    """The part of the views that is shared by teacher and student.
 
     Args:
       pipeline: the augmentation.
@@ -68,7 +68,7 @@ def fixed_views(
 
     Args:
       pipeline: the augmentation, without mixup and CutMix, which mix several images.
-      key: a typed key, for what only the student's view gets.
+      key: a typed key, for the operations on the student's view alone.
       keys: from `view_keys`, [N].
       images: [N, H, W, 3], uint8 or float in [0, 1].
       targets: class probabilities [N, K].
@@ -91,7 +91,7 @@ def fixed_views(
 
 
 def recipe(pipeline: Pipeline, side: int, multiple: bool) -> dict[str, Any]:
-    """What determines `shared_view` for images with this side; can be saved as JSON."""
+    """Everything that `shared_view` depends on for images with this side; can be saved as JSON."""
     policy = {k: v for k, v in dataclasses.asdict(pipeline.policy).items() if "mix" not in k}
     found = {"seed": SEED, "side": side, "flip": pipeline.flip, **policy}
     found["crop_padding"] = pipeline.padding(side)

@@ -67,8 +67,8 @@ def multi_view(
       key: a typed key.
       images: float32 [N, H, W, C] in [0, 1].
       options: see `MultiView`.
-      student_size: side of the student's view in pixels, if it is resized; what is changed in the
-        student's view only is changed at this size. 0: the size of `images`.
+      student_size: side of the student's view in pixels, if it is resized; the operations on the
+        student's view alone apply at this size. 0: the size of `images`.
 
     Returns:
       The teacher's view, shaped like `images`, and the student's.
@@ -88,7 +88,7 @@ def multi_view(
 def student_only(
     keys: Sequence[jax.Array], images: jax.Array, options: MultiView, warp: bool
 ) -> jax.Array:
-    """Colour jitter, noise and mask, which only the student's view gets.
+    """Colour jitter, noise and mask: the operations on the student's view alone.
 
     Args:
       keys: four keys: for the warp, the jitter, the noise and the mask.

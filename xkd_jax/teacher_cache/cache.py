@@ -1,4 +1,4 @@
-"""A teacher's cache: what identifies it, how it is written, and how training reads it."""
+"""A teacher's cache: its identity, and how it is written and read."""
 
 import contextlib
 import dataclasses
@@ -32,14 +32,14 @@ from xkd_jax.teacher_cache.loader import CachedLoader
 from xkd_jax.teacher_cache.plan import Plan, plan
 from xkd_jax.teacher_cache.store import Store, ViewWriter, is_full
 
-FORMAT = 1  # changes if views or files are made in another way
+FORMAT = 1  # increased when the views or the files change
 _EVERY = 10.0  # seconds between two lines about the progress
 _POLL = 2.0  # seconds between two looks for what process 0 writes
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class TeacherCache:
-    """What a method reads of a teacher, for V fixed views of a training split, in files.
+    """The outputs of a teacher that a method reads, for V fixed views of a split, in files.
 
     Attributes:
       distiller: the teacher, the method and the augmentation.
@@ -61,16 +61,16 @@ class TeacherCache:
 
     @functools.cached_property
     def plan(self) -> Plan:
-        """What is cached.
+        """The outputs to cache.
 
         Raises:
-          UserError: the method reads something that can't be.
+          UserError: the method reads something that can't be cached.
         """
         return plan(self.distiller)
 
     @functools.cached_property
     def recipe(self) -> dict[str, Any]:
-        """All that the teacher's outputs depend on; can be saved as JSON."""
+        """Everything that the teacher's outputs depend on; can be saved as JSON."""
         teacher, split = self.distiller.teacher, self.split
         assert teacher is not None
         images: dict[str, Any] = dict(split.identity)
@@ -106,7 +106,7 @@ class TeacherCache:
         return Store(self.root / name, len(self.split))
 
     def check(self) -> None:
-        """Refuses what can't be cached, and a disk that the cache doesn't fit on.
+        """Checks that the outputs can be cached and fit on the disk.
 
         Raises:
           UserError: names the numbers and the remedy.
@@ -123,12 +123,12 @@ class TeacherCache:
             )
 
     def is_complete(self) -> bool:
-        """Whether nothing has to be written."""
+        """Whether all files are there."""
         store, plan = self.store, self.plan
         return not (store.missing(plan, self.views) or store.missing_constants(plan))
 
     def fill(self) -> None:
-        """Writes what is missing; continues where an interrupted call stopped.
+        """Writes the missing files; resumes where an interrupted call stopped.
 
         Of several processes the first one writes, on its own devices; the others wait.
 
@@ -188,7 +188,7 @@ class TeacherCache:
 
 
 class _Writer:
-    """Runs the teacher over the views that a cache lacks."""
+    """Runs the teacher over the missing views of a cache."""
 
     def __init__(self, cache: TeacherCache):
         self._cache = cache

@@ -16,12 +16,12 @@ from xkd_jax.model import Model
 if TYPE_CHECKING:
     from xkd_jax.distiller import Distiller
 
-_IMAGES = 2  # traced at once: tells outputs with a row per image from those without
+_IMAGES = 2  # traced at once, to distinguish outputs with a row per image from constant ones
 
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
-    """What a method reads of its teacher, as it is stored.
+    """The outputs of a teacher that a method reads, as they are stored.
 
     Attributes:
       rows: outputs with a row per image: the shape of one row, and the dtype in the cache.
@@ -43,10 +43,10 @@ def row_bytes(row: jax.ShapeDtypeStruct) -> int:
 
 
 def plan(distiller: "Distiller") -> Plan:
-    """What the distiller's method reads of its teacher; nothing is computed.
+    """The outputs of the teacher that the distiller's method reads; nothing is computed.
 
     Raises:
-      UserError: it can't be cached.
+      UserError: they can't be cached.
     """
     teacher = distiller.teacher
     assert teacher is not None
@@ -78,7 +78,7 @@ def stored_dtype(dtype: Any) -> np.dtype:
 def _read_outputs(distiller: "Distiller") -> dict[str, jax.ShapeDtypeStruct]:
     """The outputs of the teacher that influence the method's loss, as shapes for `_IMAGES`.
 
-    An output whose name or shape alone is read doesn't count.
+    An output of which only the name or the shape is read doesn't count.
     """
     assert distiller.teacher is not None
     teacher_out = _outputs(distiller.teacher, train=False)
@@ -116,7 +116,7 @@ def _read_outputs(distiller: "Distiller") -> dict[str, jax.ShapeDtypeStruct]:
 
 
 def _outputs(model: Model, train: bool) -> Outputs:
-    """`out` for `_IMAGES` images: arrays as shapes, and the rest as it is."""
+    """`out` for `_IMAGES` images: arrays as shapes, other entries with their values."""
     static: dict[str, Any] = {"side": model.image_size}
 
     def forward(variables: Any, images: jax.Array, key: jax.Array) -> Outputs:

@@ -1,4 +1,4 @@
-"""The files of a cache: one float16 array per output and view, and what they are."""
+"""The files of a cache: one float16 array per output and view, and their description."""
 
 import contextlib
 import errno
@@ -55,7 +55,7 @@ class Store:
         return [name for name in plan.constants if not self.path(name).exists()]
 
     def bytes_to_write(self, plan: Plan, views: int) -> int:
-        """What the missing outputs will take, in addition to what is on the disk."""
+        """Bytes that the missing outputs will add to the disk."""
         total = 0
         for view, names in self.missing(plan, views).items():
             for name in names:
@@ -65,7 +65,7 @@ class Store:
         return total
 
     def create(self, recipe: dict[str, Any]) -> None:
-        """Creates the folder, or checks that it is that of `recipe`.
+        """Creates the folder, or checks that it was created with the same `recipe`.
 
         Raises:
           UserError: the folder holds another cache, or can't be written.
@@ -225,7 +225,7 @@ class ViewWriter:
         self._store.write_record({path.name: 0 for path in self._paths.values()})
 
     def close(self) -> None:
-        """Closes the files; what isn't finished continues from the last `sync`."""
+        """Closes the files; unfinished ones are resumed from the last `sync`."""
         for file in self._files.values():
             with contextlib.suppress(OSError):  # a full disk, which `write` reports
                 file.close()
