@@ -19,8 +19,8 @@ from xkd_jax.configs import common
 from xkd_jax.table import Cell, Table, grid, scaled
 
 VARIANTS = {"few25": ("train[:2500]", 20), "few100": ("train[:10000]", 10)}
-# The loss weights that are tuned together, by method. This teacher's features are large: cakd's terms
-# with weights of 1 would be 30 times the cross-entropy.
+# The loss weights that are tuned together, by method. This teacher's features are large: cakd's
+# terms with weights of 1 would be several times the cross-entropy.
 WEIGHTS = {
     "logits": {"method__logits__weight": 1.0},
     "cakd": {
