@@ -68,7 +68,7 @@ def get_config(variant: str = "") -> Config:
 
 def get_table(variant: str = "") -> Table:
     common.check_variant(variant, ("smoke", *VARIANTS))
-    rates = grid(optimizer__learning_rate=(0.05, 0.1, 0.2))
+    rates = grid(optimizer__learning_rate=(0.1, 0.2, 0.4))
     cells = {"none": Cell({"method.name": "none"}, (rates,))}
     for name, weights in WEIGHTS.items():
         stages = (scaled((1 / 3, 1.0, 3.0), **weights), rates)

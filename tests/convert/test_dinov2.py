@@ -128,13 +128,13 @@ def test_hugging_faces_tensors(theirs, timms):
 
 def test_a_head_on_the_class_token_and_the_mean_token():
     theirs = hugging_face(PLAIN, "dinov2.")
-    theirs |= {"classifier.weight": np.ones((7, 16), np.float32), "classifier.bias": np.ones(7)}
-    result = converted(theirs, PLAIN)
-    assert (
-        "left out head.bias and head.weight, which read the mean of the patch tokens as well"
-        in result.changes
-    )
-    assert not result.variables["params"]["head"]["kernel"].any()
+    weight = np.arange(7 * 16, dtype=np.float32).reshape(7, 16)
+    theirs |= {"classifier.weight": weight, "classifier.bias": np.ones(7, np.float32)}
+    result = convert(Checkpoint("w", theirs, {}), PLAIN, args=TINY)
+    assert result.metadata["args"] == {**TINY, "global_pool": "token_avg"}
+    assert result.metadata["num_classes"] == 7
+    # As there, the class token comes first.
+    np.testing.assert_array_equal(result.variables["params"]["head"]["kernel"], weight.T)
 
 
 def test_a_vit_of_hugging_face_without_a_classifier():

@@ -26,6 +26,7 @@ from xkd_jax.weights import write_file
 FREE = (
     "data.dir",
     "monitor.dir",
+    "teacher.cache",
     "log_every",
     "checkpoint_every",
     "keep_checkpoints",

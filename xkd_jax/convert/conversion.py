@@ -19,9 +19,9 @@ from xkd_jax.convert.layouts import (
     Layout,
     add_shortcuts,
     find_layout,
-    find_wide_heads,
     fold_class_position,
     lacks_shortcuts,
+    reads_mean_token,
     translate,
 )
 from xkd_jax.convert.messages import Misfit, describe_assumptions, describe_not_finite
@@ -193,11 +193,6 @@ def _normalize(
         if state.keys() >= {"reg_token", "cls_token", "pos_embed"}:
             state = fold_class_position(state)
             changes.append("added the class token's position embedding to the token, as in timm")
-        if heads := find_wide_heads(state):
-            state = {name: array for name, array in state.items() if name not in heads}
-            changes.append(
-                f"left out {' and '.join(heads)}, which read the mean of the patch tokens as well"
-            )
     if lacks_shortcuts(state):
         state = add_shortcuts(state)
         changes.append("wrote the shortcuts of option A, which have no weights, as convolutions")
@@ -216,6 +211,8 @@ def _arguments(
 ) -> tuple[dict[str, Any], int]:
     """The network's arguments for the checkpoint and the image size, and that size."""
     args = dict(known.get("args", {}) if args is None else args)
+    if reads_mean_token(state):
+        args.setdefault("global_pool", "token_avg")
     for pattern, arg in family_of(model).optional:
         if arg not in args and not any(re.fullmatch(pattern, name) for name in state):
             args[arg] = False

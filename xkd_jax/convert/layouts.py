@@ -338,18 +338,17 @@ def fold_class_position(state: Mapping[str, np.ndarray]) -> dict[str, np.ndarray
     return {**state, "cls_token": folded, "pos_embed": positions[:, 1:]}
 
 
-def find_wide_heads(state: Mapping[str, np.ndarray]) -> list[str]:
-    """The tensors of a head that reads the class token together with the mean of the patch tokens.
+def reads_mean_token(state: Mapping[str, np.ndarray]) -> bool:
+    """Whether the head reads the class token together with the mean of the patch tokens.
 
-    That is the head of Hugging Face's `Dinov2ForImageClassification`.
+    That of Hugging Face's `Dinov2ForImageClassification` does.
 
     Args:
       state: tensors by timm's name, in PyTorch's layout.
     """
     if not state.keys() >= {"cls_token", "head.weight"}:
-        return []
-    wide = state["head.weight"].shape[-1] == 2 * state["cls_token"].shape[-1]
-    return [name for name in ("head.bias", "head.weight") if wide and name in state]
+        return False
+    return state["head.weight"].shape[-1] == 2 * state["cls_token"].shape[-1]
 
 
 def lacks_shortcuts(names: Iterable[str]) -> bool:

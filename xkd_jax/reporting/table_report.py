@@ -31,9 +31,10 @@ def describe(table: Table, folder: Path) -> None:
 
 
 def read_top1(folder: Path) -> float:
-    """A run's top-1 on its test split, in [0, 1]; NaN if it has none."""
+    """A run's top-1 on its test split, in [0, 1]; without labels its probe's; NaN without both."""
     path = folder / SUMMARY
-    return read_json(path)["student"]["top1"] if path.exists() else math.nan
+    student = read_json(path)["student"] if path.exists() else {}
+    return student.get("top1", student.get("probe_top1", math.nan))
 
 
 def write(folder: Path) -> str:
