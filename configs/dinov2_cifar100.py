@@ -51,6 +51,7 @@ def get_config(variant: str = "") -> Config:
     config.student.args = {"layers": (1, 1, 1, 1), "stem": "cifar", "width": 0.25}
     config.teacher.weights = "dinov2_vits14_cifar100.safetensors"
     config.teacher.cache_views = 4
+    config.optimizer.learning_rate = 0.4
     config.optimizer.weight_decay = 5e-4
     config.optimizer.clip_norm = 2.0
     config.schedule.name = "cosine"
@@ -68,9 +69,10 @@ def get_config(variant: str = "") -> Config:
 
 def get_table(variant: str = "") -> Table:
     common.check_variant(variant, ("smoke", *VARIANTS))
-    rates = grid(optimizer__learning_rate=(0.1, 0.2, 0.4))
-    cells = {"none": Cell({"method.name": "none"}, (rates,))}
+    rates = grid(optimizer__learning_rate=(0.2, 0.4, 0.8))
+    start = {"optimizer.learning_rate": 0.4}
+    cells = {"none": Cell({"method.name": "none"} | start, (rates,))}
     for name, weights in WEIGHTS.items():
         stages = (scaled((1 / 3, 1.0, 3.0), **weights), rates)
-        cells[name] = Cell({"method.name": name}, stages)
+        cells[name] = Cell({"method.name": name} | start, stages)
     return Table(cells, "none", seeds=(0, 1, 2))
