@@ -15,7 +15,7 @@ CHECK = """
 import sys
 from xkd_jax.cli import train
 from xkd_jax.config import validate
-config, workdir = train._parse(sys.argv[1:])
+config, workdir = train.parse(sys.argv[1:])
 validate(config)
 print(workdir, config.batch_size, config.teacher.weights)
 """

@@ -5,7 +5,7 @@ import math
 
 import pytest
 
-from xkd_jax.cli import report, sweep
+from xkd_jax.cli import report, sweep, tables
 from xkd_jax.config import default_config
 from xkd_jax.errors import UserError
 from xkd_jax.reporting import table_report
@@ -45,7 +45,7 @@ def test_a_table_is_trained_once(tmp_path, capsys):
         "broken": Cell({"optimizer.learning_rate": 1e30, "optimizer.clip_norm": 0.0}),
     }
     table = Table(cells, "none", seeds=(0, 1))
-    assert sweep.run(table, recipe(), tmp_path) == 0
+    assert tables.run(table, recipe(), tmp_path) == 0
     tuned = json.loads((tmp_path / "none" / table_report.CHOSEN).read_text())
     best = max(tuned["evaluation_top1"], key=tuned["evaluation_top1"].get)
     assert f"learning_rate={tuned['fields']['optimizer.learning_rate']:g}" in best
@@ -56,7 +56,7 @@ def test_a_table_is_trained_once(tmp_path, capsys):
     assert [json.loads(path.read_text())["seed"] for path in summaries] == [0, 1]
     assert "Non-finite" in (tmp_path / "broken" / "seed0" / table_report.FAILED).read_text()
     before = [path.stat().st_mtime_ns for path in (*tuning, *summaries)]
-    assert sweep.run(table, recipe(), tmp_path) == 0
+    assert tables.run(table, recipe(), tmp_path) == 0
     assert before == [path.stat().st_mtime_ns for path in (*tuning, *summaries)]
     capsys.readouterr()
     assert report.main([str(tmp_path)]) == 0
@@ -83,7 +83,7 @@ def test_paired_gain(tmp_path):
 
 def test_wrong_tables_are_refused_before_training(tmp_path):
     def run(fields):
-        return sweep.run(Table({"a": Cell(fields)}, "a"), recipe(), tmp_path / "new")
+        return tables.run(Table({"a": Cell(fields)}, "a"), recipe(), tmp_path / "new")
 
     with pytest.raises(UserError, match="don't fit the config"):
         run({"optimizer.rate": 0.1})
@@ -91,4 +91,4 @@ def test_wrong_tables_are_refused_before_training(tmp_path):
         run({"method.name": "logits"})
     assert not (tmp_path / "new").exists()
     with pytest.raises(UserError, match="--shard is '3/2'"):
-        sweep._parse_shard("3/2")
+        sweep.parse_shard("3/2")
