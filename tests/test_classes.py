@@ -71,6 +71,7 @@ def test_a_distiller_refuses_a_teacher_without_the_logits_that_are_read():
     Distiller(teacher, student, "rkd", optax.sgd(0.1))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("classes", [0, 7])
 def test_features_of_a_teacher_of_other_classes(tmp_path, classes, capsys):
     config = tiny.get_config("fitnet")

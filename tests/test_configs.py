@@ -85,6 +85,7 @@ RECIPES = {
     "cifar100_32.py:smoke": "--config.data.dir={tfds}",
     "cifar100_published.py:smoke": "--config.data.dir={tfds}",
     "cifar10_32.py:smoke": "--config.data.dir={tfds}",
+    "dinov2_cifar100.py:smoke": "--config.data.dir={tfds}",
     "finetune_teacher.py:smoke": "--config.data.dir={tfds}",
     "folder.py:smoke": "--config.data.name=folder:{photos}/own",
     "imagenet.py:smoke": "--config.data.dir={tfds}",

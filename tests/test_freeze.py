@@ -25,13 +25,13 @@ def vit(depth, frozen=0):
 
 def gradients(module, tap="logits"):
     images = jax.random.normal(jax.random.key(1), (2, 16, 16, 3))
-    params = module.init(jax.random.key(0), images)["params"]
+    params = jax.jit(module.init)(jax.random.key(0), images)["params"]
 
     def loss(params):
         logits, out = module.apply({"params": params}, images, train=True)
         return jnp.sum(logits**2) + jnp.sum(out[tap] ** 2)
 
-    return jax.grad(loss), params
+    return jax.jit(jax.grad(loss)), params
 
 
 @pytest.mark.parametrize("depth", [3, 14])  # 14 blocks are scanned

@@ -31,6 +31,7 @@ def monitored(method="fitnet"):
     return config
 
 
+@pytest.mark.slow
 def test_a_step_without_labels(capsys):
     experiment = create_experiment(unlabelled("cakd+rkd"))
     assert experiment.distiller.student.num_classes == 0

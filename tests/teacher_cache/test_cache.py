@@ -78,6 +78,7 @@ def test_the_views_cycle_and_differ_and_the_seeds_share_them(tmp_path):
         np.testing.assert_array_equal(batch["teacher"]["tokens"], expected)
 
 
+@pytest.mark.slow
 def test_another_seed_of_the_run_takes_the_same_cache(tmp_path):
     def fixed_teacher(config):
         config.teacher.update(model="", args={}, weights="packaged:quickstart_teacher")
@@ -190,6 +191,7 @@ def fail_at(monkeypatch, call, error):
     monkeypatch.setattr(store_module.ViewWriter, "write", write)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("call", [1, 3, 6])
 def test_an_interrupted_writing_resumes_with_the_same_files(tmp_path, monkeypatch, call):
     whole, broken = tmp_path / "whole", tmp_path / "broken"
@@ -272,6 +274,7 @@ def test_only_one_process_writes_at_a_time(tmp_path, monkeypatch, capsys):
     assert "another process writes" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_accumulation_reads_the_rows_of_its_microbatches(tmp_path):
     def halves(config):
         config.accumulate = 2
@@ -296,6 +299,7 @@ def photos(folder):
     return change
 
 
+@pytest.mark.slow
 def test_host_fed_images_have_fixed_crops_too(tmp_path):
     change = photos(tmp_path / "photos")
     folders = tmp_path / "cache", ""
