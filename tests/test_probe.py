@@ -32,6 +32,7 @@ def finished(tmp_path_factory):
     return folder
 
 
+@pytest.mark.slow
 def test_the_smoke_variant_makes_a_teacher(finished, tmp_path, capsys):
     summary = json.loads((finished / "summary.json").read_text())
     assert summary["student"]["top1"] > 0.2
@@ -53,6 +54,7 @@ def test_the_smoke_variant_makes_a_teacher(finished, tmp_path, capsys):
     assert experiment.create_experiment(config).distiller.teacher.num_classes == 10
 
 
+@pytest.mark.slow
 def test_features_are_resumed(finished, tmp_path):
     job = probe.create_probe(smoke())
     step = features.create_feature_step(job.teacher)
@@ -68,6 +70,7 @@ def test_features_are_resumed(finished, tmp_path):
         )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("kind", "pool"), [("vit", p) for p in ("pooled", "cls", "mean", "both")]
                          + [(kind, "pooled") for kind in ("deit", "swin", "resnet")])  # fmt: skip
 def test_the_network_has_the_fitted_logits(kind, pool, tmp_path):
@@ -118,6 +121,7 @@ def test_wrong_input(tmp_path, match, changes):
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.slow
 def test_features_of_another_teacher_are_refused(finished, tmp_path):
     job = probe.create_probe(smoke())
     (tmp_path / "features").mkdir()

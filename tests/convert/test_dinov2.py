@@ -163,6 +163,7 @@ def small_models(monkeypatch):
     monkeypatch.setattr(networks, "MODELS", {name: MODELS[name] for name in names})
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("small_models")
 @pytest.mark.parametrize(
     ("model", "args"),

@@ -194,6 +194,7 @@ def test_a_cifar_resnet_has_three_branches():
     assert OFA().describe(teacher, student).endswith("student's stage2, stage3, stage4")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("teacher_width", [3, 16])
 def test_branches_have_the_width_of_the_wider_network(teacher_width):
     teacher = vit(0) | {"pooled": jnp.zeros((4, teacher_width))}
