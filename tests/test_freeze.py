@@ -15,6 +15,8 @@ from xkd_jax.errors import UserError
 from xkd_jax.model import create_model, freeze
 from xkd_jax.optim import layer_ids
 
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
 ARGS = {"img_size": 16, "patch_size": 8, "embed_dim": 16, "num_heads": 2}
 
 

@@ -19,6 +19,8 @@ from xkd_jax.optim import (
     layer_ids,
 )
 
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
 EPOCHS, STEPS = 200, 10  # steps per epoch
 
 

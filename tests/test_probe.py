@@ -16,6 +16,8 @@ from xkd_jax.configs import probe_teacher
 from xkd_jax.errors import UserError
 from xkd_jax.model import create_model, load
 
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
 
 def smoke(**fields):
     config = probe_teacher.get_config("smoke")

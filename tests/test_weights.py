@@ -8,6 +8,8 @@ from xkd_jax.errors import UserError
 from xkd_jax.models import create_model
 from xkd_jax.weights import check_weights, fingerprint, load_weights, save_weights
 
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
 METADATA = {"model": "resnet18", "args": {"width": 0.125}, "num_classes": 5, "mean": [0.5] * 3}
 
 

@@ -68,19 +68,7 @@ def default_config() -> Config:
     for name, method in METHODS.items():
         config.method[name] = ConfigDict(dataclasses.asdict(method))
 
-    # args: fields of the network's module. weights: a .safetensors, .pth or .bin file of this
-    # library or timm; "timm:NAME" to download it; "packaged:NAME" for weights that are installed
-    # with xkd_jax; "" for a random initialisation.
-    config.student = ConfigDict({"model": "resnet18", "args": {}, "weights": ""})
-    # weights: a .safetensors file of this library, whose metadata names the network, so model may
-    # be ""; "timm:NAME"; "packaged:NAME"; or "random", as a control.
-    # cache_views: each image is shown in this many fixed views in turn, one per epoch; 0: in a new
-    # view every time. cache: a folder in which the teacher's outputs for these views are stored, so
-    # that they are computed once, for all further runs too; "": computed in every step.
-    config.teacher = ConfigDict(
-        {"model": "", "args": {}, "weights": "", "cache": "", "cache_views": 0}
-    )
-
+    config.update(_network_defaults())
     config.data = _data_defaults()
     # A labelled data set that the student's pooled features are measured on at every evaluation, by
     # k-NN and a linear probe; "": none. For training without labels; dir: as in data.
@@ -119,14 +107,36 @@ def default_config() -> Config:
             "student": "replicated",  # or "fsdp": weights, optimizer state and EMA are sharded
         }
     )
-    config.log_every = 50  # steps
-    config.eval_every = 1  # epochs
-    config.checkpoint_every = 1000  # steps; the last step is always saved
-    config.keep_checkpoints = 2
-    # "": the run's folder. Otherwise a folder for the checkpoints of several runs, shared by all
-    # processes: a path or any URI that Orbax supports, such as "gs://bucket/runs".
-    config.checkpoint_dir = ""
+    config.update(_run_defaults())
     return config.lock()
+
+
+def _network_defaults() -> ConfigDict:
+    # args: fields of the network's module. weights: a .safetensors, .pth or .bin file of this
+    # library or timm; "timm:NAME" to download it; "packaged:NAME" for weights that are installed
+    # with xkd_jax; "" for a random initialisation.
+    student = ConfigDict({"model": "resnet18", "args": {}, "weights": ""})
+    # weights: a .safetensors file of this library, whose metadata names the network, so model may
+    # be ""; "timm:NAME"; "packaged:NAME"; or "random", as a control.
+    # cache_views: each image is shown in this many fixed views in turn, one per epoch; 0: in a new
+    # view every time. cache: a folder in which the teacher's outputs for these views are stored, so
+    # that they are computed once, for all further runs too; "": computed in every step.
+    teacher = ConfigDict({"model": "", "args": {}, "weights": "", "cache": "", "cache_views": 0})
+    return ConfigDict({"student": student, "teacher": teacher})
+
+
+def _run_defaults() -> ConfigDict:
+    return ConfigDict(
+        {
+            "log_every": 50,  # steps
+            "eval_every": 1,  # epochs
+            "checkpoint_every": 1000,  # steps; the last step is always saved
+            "keep_checkpoints": 2,
+            # "": the run's folder. Otherwise a folder for the checkpoints of several runs, shared
+            # by all processes: a path or any URI that Orbax supports, such as "gs://bucket/runs".
+            "checkpoint_dir": "",
+        }
+    )
 
 
 def _data_defaults() -> ConfigDict:

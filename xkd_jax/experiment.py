@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import optax
 from jax.sharding import Mesh
 
-from xkd_jax import backend, classes, data, models, weights
+from xkd_jax import backend, classes, data, weights
 from xkd_jax.augment.multiview import MultiView
 from xkd_jax.augment.pipeline import Pipeline
 from xkd_jax.config import Config, augmentation
@@ -325,18 +325,17 @@ def create_teacher(config: Config, train: data.Split, file: tuple[Any, dict[str,
 
 def describe_teacher(config: Config, train: data.Split, metadata: dict[str, Any]) -> Model:
     """The teacher that its file's metadata describes, without weights."""
-    module = models.create_model(
+    size = metadata.get("image_size", 0)
+    model = create_model(
         metadata["model"],
         num_classes=metadata.get("num_classes", train.num_classes),
+        image_size=size,
+        mean=metadata.get("mean", train.mean),
+        std=metadata.get("std", train.std),
+        class_names=metadata.get("class_names", ()),
         dtype=compute_dtype(config.dtype),
         **metadata.get("args", {}),
     )
-    return Model(
-        module,
-        metadata.get("image_size", getattr(module, "img_size", _data_size(config, train))),
-        tuple(metadata.get("mean", train.mean)),
-        tuple(metadata.get("std", train.std)),
-        name=metadata["model"],
-        args=metadata.get("args", {}),
-        class_names=tuple(metadata.get("class_names", ())),
-    )
+    if size or hasattr(model.module, "img_size"):
+        return model
+    return dataclasses.replace(model, image_size=_data_size(config, train))

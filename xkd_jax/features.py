@@ -1,6 +1,5 @@
 """The pooled features of a frozen network over a whole split, in memory or in a file."""
 
-import io
 import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -17,6 +16,7 @@ from xkd_jax.data.progress import Progress
 from xkd_jax.distributed import sharding
 from xkd_jax.evaluate import IMAGES_PER_DEVICE
 from xkd_jax.model import Model
+from xkd_jax.weights import npy_header
 
 
 def create_feature_step(model: Model, crop_pct: float = 0.0) -> Callable[..., jax.Array]:
@@ -70,15 +70,13 @@ def compute_to_file(
       OSError: the file can't be written, for example because the disk is full.
     """
     width = jax.eval_shape(step, variables, split.images[:1]).shape[-1]
-    header = {"descr": "<f4", "fortran_order": False, "shape": (len(split), width)}
-    head = io.BytesIO()
-    np.lib.format.write_array_header_1_0(head, header)
-    begin, row = head.tell(), 4 * width
+    head = npy_header(np.dtype("<f4"), (len(split), width))
+    begin, row = len(head), 4 * width
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("ab") as file:
         if file.tell() < begin:
             file.truncate(0)
-            file.write(head.getvalue())
+            file.write(head)
             file.flush()
         done = (os.fstat(file.fileno()).st_size - begin) // row
         file.truncate(begin + done * row)  # a row that was cut off

@@ -12,7 +12,7 @@ from flax import linen as nn
 from xkd_jax import models, weights
 from xkd_jax.augment import ops
 from xkd_jax.errors import UserError, unknown
-from xkd_jax.methods.base import Outputs, apply
+from xkd_jax.methods.base import Outputs, apply, split_static
 from xkd_jax.models import layers
 
 
@@ -116,18 +116,16 @@ class Model:
         def forward(key):
             images = jnp.zeros((1, self.image_size, self.image_size, 3))
             (_, out), _ = self.module.init_with_output(key, images)
-            static.update({k: v for k, v in out.items() if not isinstance(v, jax.Array)})
-            return {k: v for k, v in out.items() if k not in static}
+            arrays, rest = split_static(out)
+            static.update(rest)
+            return arrays
 
         return jax.eval_shape(forward, jax.random.key(0)) | static
 
     def zero_outputs(self) -> Outputs:
         """`out` for one image, with all arrays zero."""
-        is_shape = jax.ShapeDtypeStruct
-        return {
-            key: jnp.zeros_like(value) if isinstance(value, is_shape) else value
-            for key, value in self.output_shapes.items()
-        }
+        arrays, static = split_static(self.output_shapes)
+        return {key: jnp.zeros_like(value) for key, value in arrays.items()} | static
 
     @property
     def num_classes(self) -> int:

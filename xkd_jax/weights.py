@@ -4,6 +4,7 @@ This module never unpickles: an untrusted file can hold wrong weights, but can't
 """
 
 import hashlib
+import io
 import json
 import os
 from pathlib import Path
@@ -64,6 +65,14 @@ def write_file(path: Path, contents: bytes) -> None:
         os.replace(part, path)
     finally:
         part.unlink(missing_ok=True)
+
+
+def npy_header(dtype: np.dtype, shape: tuple[int, ...]) -> bytes:
+    """The start of an .npy file whose rows are appended later."""
+    buffer = io.BytesIO()
+    about = {"descr": np.lib.format.dtype_to_descr(dtype), "fortran_order": False, "shape": shape}
+    np.lib.format.write_array_header_2_0(buffer, about)
+    return buffer.getvalue()
 
 
 def load_weights(path: str | os.PathLike) -> tuple[dict[str, Any], dict[str, Any]]:

@@ -43,12 +43,13 @@ def run(table: Table, config: Config, workdir: Path, shard: tuple[int, int] = (1
     workdir.mkdir(parents=True, exist_ok=True)
     table_report.describe(table, workdir)
     sweep = _Sweep(table, config, workdir, sum(table.count(table.cells[name]) for name in names))
-    for name in names:
-        stopped = sweep.train_cell(name, table.cells[name])
-        if stopped:
-            print(f"stopped by {stopped.name}; run the same command again to resume.")
-            return 130 if stopped == signal.SIGINT else 0
-        print(table_report.write(workdir))
+    try:
+        for name in names:
+            sweep.train_cell(name, table.cells[name])
+            print(table_report.write(workdir))
+    except _Stopped as stop:
+        print(f"stopped by {stop.signal.name}; run the same command again to resume.")
+        return 130 if stop.signal == signal.SIGINT else 0
     return 0
 
 
@@ -90,40 +91,40 @@ class _Sweep:
     trained: int = 0
     begun: float = dataclasses.field(default_factory=time.monotonic)
 
-    def train_cell(self, name: str, cell: Cell) -> signal.Signals | None:
-        """Chooses the cell's fields and trains it; returns the signal that stopped it, if any."""
-        fields, seen = dict(cell.fields), {}
+    def train_cell(self, name: str, cell: Cell) -> None:
+        """Chooses the cell's fields and trains it with every seed.
+
+        Raises:
+          _Stopped: by a signal.
+        """
+        fields, scores = dict(cell.fields), {}
         for stage in cell.stages:
-            for choice in stage:
-                tried = {**fields, **choice}
-                scores = []
-                for seed in self.table.tuning_seeds:
-                    config = _with(self.config, {**tried, "seed": seed})
-                    config.data.test = config.data.eval  # the test split is not for choices
-                    folder = self.workdir / name / "tuning" / f"{label(tried)},seed={seed}"
-                    stopped = self._train(config, folder)
-                    if stopped:
-                        return stopped
-                    # A run that diverged has no score.
-                    scores.append(max(0.0, table_report.read_top1(folder)))
-                seen[label(tried)] = (sum(scores) / len(scores), tried)
-            best = max(seen.values(), key=lambda scored: scored[0])
-            fields = dict(best[1])
-        chosen = {"fields": fields, "evaluation_top1": {k: v[0] for k, v in seen.items()}}
+            tried = {label({**fields, **choice}): {**fields, **choice} for choice in stage}
+            found = {text: self._try(name, text, other) for text, other in tried.items()}
+            fields, scores = tried[max(found, key=lambda text: found[text])], scores | found
+        chosen = {"fields": fields, "evaluation_top1": scores}
         path = self.workdir / name / table_report.CHOSEN
-        path.parent.mkdir(exist_ok=True)
         write_file(path, (json.dumps(chosen, indent=2) + "\n").encode())
         for seed in self.table.seeds:
             config = _with(self.config, {**fields, "seed": seed})
-            stopped = self._train(config, self.workdir / name / f"seed{seed}")
-            if stopped:
-                return stopped
-        return None
+            self._train(config, self.workdir / name / f"seed{seed}")
 
-    def _train(self, config: Config, folder: Path) -> signal.Signals | None:
+    def _try(self, name: str, text: str, fields: Fields) -> float:
+        """The mean top-1 of an alternative on the evaluation split; `text` is its label."""
+        scores = []
+        for seed in self.table.tuning_seeds:
+            config = _with(self.config, {**fields, "seed": seed})
+            config.data.test = config.data.eval  # the test split is not for choices
+            folder = self.workdir / name / "tuning" / f"{text},seed={seed}"
+            self._train(config, folder)
+            # A run that diverged has no score.
+            scores.append(max(0.0, table_report.read_top1(folder)))
+        return sum(scores) / len(scores)
+
+    def _train(self, config: Config, folder: Path) -> None:
         self.passed += 1
         if runs.is_complete(config, folder) or (folder / table_report.FAILED).exists():
-            return None
+            return
         folder.mkdir(parents=True, exist_ok=True)
         print(f"run {self.passed} of {self.total}: {folder}", file=sys.stderr)
         begun = time.monotonic()
@@ -132,11 +133,18 @@ class _Sweep:
         except Diverged as error:
             stopped = None
             write_file(folder / table_report.FAILED, f"{error}\n".encode())
-        if stopped and not (folder / table_report.SUMMARY).exists():
-            return stopped
+        if stopped:
+            raise _Stopped(stopped)
         self.trained += 1
         took, mean = time.monotonic() - begun, (time.monotonic() - self.begun) / self.trained
         left = time.strftime("%H:%M", time.gmtime(mean * (self.total - self.passed)))
         top1 = f"{100 * table_report.read_top1(folder):.2f}%"
         print(f"  top-1 {top1} after {took:.0f} s; {left} h left at most", file=sys.stderr)
-        return stopped
+
+
+class _Stopped(Exception):
+    """A signal has stopped a run, whose state is saved."""
+
+    def __init__(self, received: signal.Signals):
+        super().__init__(received)
+        self.signal = received

@@ -99,11 +99,7 @@ def convert(
     old_classes = _count_classes(state, places)
     classes = old_classes if num_classes is None else num_classes
     if not classes:
-        heads = places.keys() - get_places(model, args, 0).keys()
-        places = {name: place for name, place in places.items() if name not in heads}
-        if found := sorted(heads & state.keys()):
-            changes.append(f"left out {' and '.join(found)}, the classifier")
-        state = {name: array for name, array in state.items() if name not in heads}
+        state, places = _without_head(model, args, state, places, changes)
     flat, done, wrong = _put(
         state, places, family_of(model), classes, classes != old_classes, antialias
     )
@@ -118,6 +114,23 @@ def convert(
     metadata |= {"num_classes": classes, "image_size": image_size}
     assumed = describe_assumptions(metadata, stated)
     return Converted(traverse_util.unflatten_dict(flat, sep="/"), metadata, changes, assumed)
+
+
+def _without_head(
+    model: str,
+    args: Mapping[str, Any],
+    state: Mapping[str, np.ndarray],
+    places: Mapping[str, Place],
+    changes: list[str],
+) -> tuple[dict[str, np.ndarray], dict[str, Place]]:
+    """The state and the places without the classifier's; a removed one is added to `changes`."""
+    heads = places.keys() - get_places(model, args, 0).keys()
+    if found := sorted(heads & state.keys()):
+        changes.append(f"left out {' and '.join(found)}, the classifier")
+    return (
+        {name: array for name, array in state.items() if name not in heads},
+        {name: place for name, place in places.items() if name not in heads},
+    )
 
 
 def _known(checkpoint: Checkpoint, model: str, layout: Layout | None) -> dict[str, Any]:

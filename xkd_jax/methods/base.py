@@ -173,6 +173,12 @@ class Method:
         raise TypeError(f"{type(self).__name__} has no adversary")
 
 
+def split_static(out: Outputs) -> tuple[Outputs, dict[str, Any]]:
+    """The arrays (or their shapes) among a network's outputs, and the rest, such as the grid."""
+    arrays = {name: value for name, value in out.items() if hasattr(value, "dtype")}
+    return arrays, {name: value for name, value in out.items() if name not in arrays}
+
+
 def weighted_sum(
     terms: dict[str, tuple[Any, jax.Array]], state: Tree, judged: Any = None
 ) -> MethodLoss:

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from xkd_jax.errors import UserError
-from xkd_jax.methods.base import Method, Outputs
+from xkd_jax.methods.base import Method, Outputs, split_static
 
 
 def needs_logits(method: Method, teacher_out: Outputs, student_out: Outputs) -> bool:
@@ -32,21 +32,30 @@ def needs_logits(method: Method, teacher_out: Outputs, student_out: Outputs) -> 
         teacher, student = Features(teacher | static[0]), Features(student | static[1])
         params, state = method.init(key, teacher, student, np.arange(2))
         adversary = method.init_adversary(key, teacher, student) if method.adversary_period else {}
-        classes = student["logits"].shape[-1] if "logits" in student else 1
-        batch: dict[str, Any] = dict.fromkeys(("label", "index"), jnp.zeros(1, jnp.int32))
-        batch["target"] = jnp.zeros((1, classes))
+        classes = student["logits"].shape[-1] if "logits" in student else 0
+        shapes = example_batch(1, classes)
+        batch = {name: jnp.zeros(shape.shape, shape.dtype) for name, shape in shapes.items()}
         progress = jnp.zeros(())
         return method.loss(params, state, teacher, student, batch, key, progress, adversary).value
 
-    outs = _features(teacher_out), student_out
-    is_array = lambda value: hasattr(value, "shape")  # noqa: E731
-    arrays = [{k: v for k, v in out.items() if is_array(v)} for out in outs]
-    static = [{k: v for k, v in out.items() if not is_array(v)} for out in outs]
+    arrays, static = zip(*map(split_static, (_features(teacher_out), student_out)), strict=True)
     try:
         jax.eval_shape(trace, *arrays, jax.random.key(0))
     except _LogitsRead:
         return True
     return False
+
+
+def example_batch(count: int, classes: int) -> dict[str, jax.ShapeDtypeStruct]:
+    """The entries of a batch that methods read, as shapes; without `classes` there is one target.
+
+    Args:
+      count: the number of images.
+      classes: of the student.
+    """
+    integers = jax.ShapeDtypeStruct((count,), jnp.int32)
+    target = jax.ShapeDtypeStruct((count, max(classes, 1)), jnp.float32)
+    return {"label": integers, "index": integers, "target": target}
 
 
 def check_logits(method: Method, teacher_out: Outputs, student_out: Outputs) -> None:

@@ -23,6 +23,7 @@ SUMMARY = "summary.json"
 STUDENT = "student.safetensors"
 TEACHER = "teacher.safetensors"  # of a probe
 BEST = "best.safetensors"
+_teachers: dict[Any, dict[str, Any]] = {}  # scores, by everything that they depend on
 _EVALUATED = ("eval_top1", "eval_probe_top1")  # what the best student is chosen by, if measured
 
 
@@ -52,10 +53,8 @@ def finish(experiment: Experiment, student_variables: Any, folder: Path) -> dict
     if not (labelled or config.monitor.name):
         summary["test"] = "nothing, for lack of labels"
     if experiment.distiller.teacher:
-        variables = experiment.distiller.teacher.variables
-        teacher = experiment.distiller.teacher
-        named = {"model": teacher.name, "weights": config.teacher.weights}
-        summary["teacher"] = named | describe(teacher, variables, test, experiment)
+        named = {"model": experiment.distiller.teacher.name, "weights": config.teacher.weights}
+        summary["teacher"] = named | describe_teacher(experiment, test)
     names = [name for name in ("top1", "probe_top1", "knn_top1") if name in summary["student"]]
     scores = {f"test_{name}": summary["student"][name] for name in names}
     if processes.is_first():
@@ -63,6 +62,19 @@ def finish(experiment: Experiment, student_variables: Any, folder: Path) -> dict
         # Written last and atomically: a run with a summary is complete.
         write_file(folder / SUMMARY, (json.dumps(summary, indent=2) + "\n").encode())
     return summary
+
+
+def describe_teacher(experiment: Experiment, test: data.Split) -> dict[str, Any]:
+    """As `describe`, for the teacher: once for all runs of a comparison or a table."""
+    config, teacher = experiment.config, experiment.distiller.teacher
+    assert teacher is not None
+    measured = (
+        teacher.fingerprint, teacher.class_order, teacher.num_classes, config.dtype,
+        config.data.noisy, test.crop_pct, test.images.shape, json.dumps(test.identity),
+    )  # fmt: skip
+    if measured not in _teachers:
+        _teachers[measured] = describe(teacher, teacher.variables, test, experiment)
+    return _teachers[measured]
 
 
 def headline(experiment: Experiment, folder: Path) -> str:

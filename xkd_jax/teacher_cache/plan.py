@@ -10,7 +10,8 @@ import numpy as np
 from jax.interpreters import partial_eval
 
 from xkd_jax.errors import UserError
-from xkd_jax.methods.base import Outputs, apply
+from xkd_jax.methods.base import Outputs, apply, split_static
+from xkd_jax.methods.reads import example_batch
 from xkd_jax.model import Model
 
 if TYPE_CHECKING:
@@ -83,18 +84,9 @@ def _read_outputs(distiller: "Distiller") -> dict[str, jax.ShapeDtypeStruct]:
     assert distiller.teacher is not None
     teacher_out = _outputs(distiller.teacher, train=False)
     student_out = _outputs(distiller.student, train=True)
-    arrays = {k: v for k, v in teacher_out.items() if isinstance(v, jax.ShapeDtypeStruct)}
-    static = {k: v for k, v in teacher_out.items() if k not in arrays}
-    student_static = {
-        k: v for k, v in student_out.items() if not isinstance(v, jax.ShapeDtypeStruct)
-    }
-    of_student = {k: v for k, v in student_out.items() if k not in student_static}
-    integers = jax.ShapeDtypeStruct((_IMAGES,), jnp.int32)
-    batch = {
-        "index": integers,
-        "label": integers,
-        "target": jax.ShapeDtypeStruct((_IMAGES, distiller.student.num_classes), jnp.float32),
-    }
+    arrays, static = split_static(teacher_out)
+    of_student, student_static = split_static(student_out)
+    batch = example_batch(_IMAGES, distiller.student.num_classes)
     state = distiller.state_shapes
     key = jax.eval_shape(lambda: jax.random.key(0))
 
@@ -124,8 +116,9 @@ def _outputs(model: Model, train: bool) -> Outputs:
             model.module, variables, images, train=train, mutable=["batch_stats"],
             rngs={"dropout": key},
         )  # fmt: skip
-        static.update({k: v for k, v in out.items() if not isinstance(v, jax.Array)})
-        return {k: v for k, v in out.items() if k not in static}
+        arrays, rest = split_static(out)
+        static.update(rest)
+        return arrays
 
     images = jax.ShapeDtypeStruct((_IMAGES, model.image_size, model.image_size, 3), jnp.float32)
     return jax.eval_shape(forward, model.shapes, images, jax.random.key(0)) | static

@@ -3,7 +3,6 @@
 import contextlib
 import errno
 import fcntl
-import io
 import json
 import os
 import time
@@ -15,7 +14,7 @@ import numpy as np
 
 from xkd_jax.errors import UserError
 from xkd_jax.teacher_cache.plan import Plan, row_bytes
-from xkd_jax.weights import write_file
+from xkd_jax.weights import npy_header, write_file
 
 RECIPE = "recipe.json"
 _RECORD = "progress.json"
@@ -180,7 +179,10 @@ class ViewWriter:
         self._store, self._paths = store, {name: store.path(name, view) for name in names}
         self._rows = {name: plan.rows[name] for name in names}
         record = store.record()
-        heads = {name: _header(store.count, row) for name, row in self._rows.items()}
+        heads = {
+            name: npy_header(row.dtype, (store.count, *row.shape))
+            for name, row in self._rows.items()
+        }
         self.done = min(
             _intact(path, len(heads[name]), row_bytes(self._rows[name]), record.get(path.name, 0))
             for name, path in self._paths.items()
@@ -238,18 +240,6 @@ def is_full(error: OSError) -> bool:
 
 def _part(path: Path) -> Path:
     return path.with_name(f"{path.name}.part")
-
-
-def _header(count: int, row: Any) -> bytes:
-    """The start of an .npy file of `count` rows."""
-    buffer = io.BytesIO()
-    about = {
-        "descr": np.lib.format.dtype_to_descr(row.dtype),
-        "fortran_order": False,
-        "shape": (count, *row.shape),
-    }
-    np.lib.format.write_array_header_2_0(buffer, about)
-    return buffer.getvalue()
 
 
 def _intact(path: Path, header: int, row: int, recorded: int) -> int:
