@@ -14,7 +14,6 @@ from typing import Any
 from ml_collections import ConfigDict
 
 from xkd_jax import optim
-from xkd_jax.analysis.probe import STRENGTHS
 from xkd_jax.augment.multiview import MultiView
 from xkd_jax.augment.policies import Augment
 from xkd_jax.data.encoded import FEEDS
@@ -22,6 +21,7 @@ from xkd_jax.data.examples import ON_ERROR
 from xkd_jax.errors import UserError, unknown
 from xkd_jax.methods import METHODS, create_method
 from xkd_jax.optim import OptimizerOptions, ScheduleOptions
+from xkd_jax.probing.linear import STRENGTHS
 
 Config = Any  # a ConfigDict, whose fields are only known at run time
 
@@ -95,7 +95,7 @@ def default_config() -> Config:
     config.layer_decay = 1.0  # factor of the student's learning rate per layer, top down; 1: off
     config.ema = ConfigDict({"decay": 0.0, "warmup": False})  # EMA of the student; decay 0: off
 
-    # pool: "": off. Otherwise the job is a linear probe of the teacher, see xkd_jax/probe.py:
+    # pool: "": off. Otherwise the job is a linear probe of the teacher (xkd_jax/probing/probe.py):
     # "pooled", the network's own features, or a ViT's "cls", "mean" (of its patch tokens) or
     # "both". l2: strengths to choose from.
     config.probe = ConfigDict({"pool": "", "l2": STRENGTHS})

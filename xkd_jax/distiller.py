@@ -27,7 +27,7 @@ from xkd_jax.model import Model
 from xkd_jax.optim import accumulate, average, layer_ids, scale_parts, select
 from xkd_jax.reporting import nan_guard
 from xkd_jax.state import TrainState, create_state, student_variables
-from xkd_jax.teacher import CACHED, create_teacher_fn
+from xkd_jax.teacher.forward import CACHED, create_teacher_fn
 
 
 @dataclasses.dataclass(frozen=True, eq=False)

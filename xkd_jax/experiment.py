@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import optax
 from jax.sharding import Mesh
 
-from xkd_jax import backend, classes, data, weights
+from xkd_jax import backend, data, weights
 from xkd_jax.augment.multiview import MultiView
 from xkd_jax.augment.pipeline import Pipeline
 from xkd_jax.config import Config, augmentation
@@ -32,6 +32,7 @@ from xkd_jax.methods.base import Method
 from xkd_jax.model import Model, check_metadata, create_model, freeze
 from xkd_jax.optim import create_learning_rate_fn, create_optimizer, layer_ids
 from xkd_jax.reporting.logger import say
+from xkd_jax.teacher import classes
 
 TIMM = "timm:"  # prefix of a name: timm's weights, downloaded from the hub and converted once
 RANDOM = "random"  # teacher.weights of an untrained teacher, as a control

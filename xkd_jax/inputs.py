@@ -15,9 +15,9 @@ from xkd_jax.data.loader import DeviceLoader, HostLoader, Order, batch_shapes, c
 from xkd_jax.distiller import Distiller
 from xkd_jax.distributed import sharding
 from xkd_jax.reporting.logger import say
-from xkd_jax.teacher import CACHED
-from xkd_jax.teacher_cache.cache import TeacherCache
-from xkd_jax.teacher_cache.loader import CachedLoader
+from xkd_jax.teacher.cache import TeacherCache
+from xkd_jax.teacher.forward import CACHED
+from xkd_jax.teacher.loader import CachedLoader
 
 
 @dataclasses.dataclass(frozen=True, eq=False)

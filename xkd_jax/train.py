@@ -18,7 +18,7 @@ from xkd_jax.distiller import train_step
 from xkd_jax.distributed import sharding
 from xkd_jax.distributed.processes import StopSignal
 from xkd_jax.experiment import Experiment
-from xkd_jax.monitor import create_evaluator
+from xkd_jax.probing.monitor import create_evaluator
 from xkd_jax.reporting import nan_guard
 from xkd_jax.reporting.logger import Reporter, say
 from xkd_jax.reporting.summary import Best

@@ -12,12 +12,13 @@ from typing import Any
 
 import jax
 
-from xkd_jax import probe, train
+from xkd_jax import train
 from xkd_jax.cli import lock
 from xkd_jax.config import Config, default_config, for_method, used, validate
 from xkd_jax.distributed import processes, sharding
 from xkd_jax.errors import UserError
 from xkd_jax.experiment import Experiment, create_experiment
+from xkd_jax.probing import probe
 from xkd_jax.reporting import files, report, summary
 from xkd_jax.reporting.logger import say
 from xkd_jax.weights import write_file

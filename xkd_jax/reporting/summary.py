@@ -16,7 +16,7 @@ from xkd_jax.evaluate import create_eval_step, evaluate
 from xkd_jax.experiment import Experiment, load_split
 from xkd_jax.methods.base import apply
 from xkd_jax.model import Model
-from xkd_jax.monitor import create_monitor
+from xkd_jax.probing.monitor import create_monitor
 from xkd_jax.weights import load_weights, save_weights, write_file
 
 SUMMARY = "summary.json"

@@ -9,12 +9,13 @@ import pytest
 
 from tests import tiny
 from tests.methods.pairs import NETWORKS
-from xkd_jax import experiment, features, probe
-from xkd_jax.analysis.probe import Linear
+from xkd_jax import experiment
 from xkd_jax.cli import runs
 from xkd_jax.configs import probe_teacher
 from xkd_jax.errors import UserError
 from xkd_jax.model import create_model, load
+from xkd_jax.probing import features, probe
+from xkd_jax.probing.linear import Linear
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 

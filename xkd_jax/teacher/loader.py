@@ -11,7 +11,7 @@ from jax.sharding import Mesh
 
 from xkd_jax.data.loader import DeviceLoader, HostLoader, Order
 from xkd_jax.distributed import sharding
-from xkd_jax.teacher import CACHED
+from xkd_jax.teacher.forward import CACHED
 
 
 class CachedLoader:

@@ -13,18 +13,18 @@ from flax import traverse_util
 from jax.sharding import Mesh
 
 from xkd_jax import data
-from xkd_jax.analysis import probe
-from xkd_jax.classes import without_classifier
 from xkd_jax.config import Config
 from xkd_jax.distributed import processes, sharding
 from xkd_jax.errors import UserError
 from xkd_jax.experiment import create_teacher, load_split, load_teacher_file
-from xkd_jax.features import compute_to_file, create_feature_step
 from xkd_jax.model import Model
 from xkd_jax.models.vit import VisionTransformer
+from xkd_jax.probing.features import compute_to_file, create_feature_step
+from xkd_jax.probing.linear import Linear, accuracy, choose_strength, fit_linear, knn_accuracy
 from xkd_jax.reporting import files
 from xkd_jax.reporting.logger import say
 from xkd_jax.reporting.summary import SUMMARY, TEACHER, cost
+from xkd_jax.teacher.classes import without_classifier
 from xkd_jax.weights import write_file
 
 FEATURES = "features"  # folder of a run's features
@@ -97,7 +97,7 @@ def with_pool(model: Model, pool: str) -> Model:
     return dataclasses.replace(model, module=module.clone(**args), args=model.args | args)
 
 
-def with_classifier(model: Model, linear: probe.Linear, class_names: tuple[str, ...]) -> Model:
+def with_classifier(model: Model, linear: Linear, class_names: tuple[str, ...]) -> Model:
     """The model with a linear classifier of its pooled features, exactly.
 
     A distilled network's two heads are the same: their mean is that of the two tokens.
@@ -151,13 +151,11 @@ def run(job: Probe, folder: Path) -> dict[str, Any]:
     train, test = _features(job, folder)
     labels, test_labels = (np.asarray(split.labels) for split in (job.train, job.evaluation))
     say("fitting the classifier ...")
-    strength, scores = probe.choose_strength(
-        train, labels, classes, tuple(config.probe.l2), config.seed
-    )
+    strength, scores = choose_strength(train, labels, classes, tuple(config.probe.l2), config.seed)
     strengths = sorted((value for value in config.probe.l2 if value >= strength), reverse=True)
-    *_, linear = probe.fit_linear(train, labels, classes, strengths)
-    result = probe.accuracy(linear(test), test_labels)
-    result["knn_top1"] = probe.knn_accuracy((train, labels), (test, test_labels), classes)
+    *_, linear = fit_linear(train, labels, classes, strengths)
+    result = accuracy(linear(test), test_labels)
+    result["knn_top1"] = knn_accuracy((train, labels), (test, test_labels), classes)
     teacher = with_classifier(job.teacher, linear, job.train.class_names)
     teacher.save(
         folder / TEACHER,

@@ -16,7 +16,7 @@ from tests.experiments import changed, leaves, run, tiny_config
 from xkd_jax.data.loader import Order
 from xkd_jax.errors import UserError
 from xkd_jax.experiment import create_experiment
-from xkd_jax.teacher_cache import store as store_module
+from xkd_jax.teacher import store as store_module
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 

@@ -13,7 +13,7 @@ from typing import Any, BinaryIO
 import numpy as np
 
 from xkd_jax.errors import UserError
-from xkd_jax.teacher_cache.plan import Plan, row_bytes
+from xkd_jax.teacher.plan import Plan, row_bytes
 from xkd_jax.weights import npy_header, write_file
 
 RECIPE = "recipe.json"

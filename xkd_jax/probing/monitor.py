@@ -5,10 +5,10 @@ from typing import Any
 
 import numpy as np
 
-from xkd_jax.analysis import probe
 from xkd_jax.evaluate import create_eval_step, evaluate
 from xkd_jax.experiment import Experiment, load_monitor
-from xkd_jax.features import compute, create_feature_step
+from xkd_jax.probing.features import compute, create_feature_step
+from xkd_jax.probing.linear import accuracy, fit_linear, knn_accuracy
 
 STRENGTH = 1e-3  # L2 of the monitor's probe, which is not tuned: it only has to be comparable
 
@@ -50,10 +50,10 @@ def create_monitor(experiment: Experiment) -> Evaluator:
             for step, split in zip(steps, splits, strict=True)
         )
         classes = splits[0].num_classes
-        (linear,) = probe.fit_linear(*train, classes, [STRENGTH])
+        (linear,) = fit_linear(*train, classes, [STRENGTH])
         return {
-            "probe_top1": probe.accuracy(linear(test[0]), test[1])["top1"],
-            "knn_top1": probe.knn_accuracy(train, test, classes),
+            "probe_top1": accuracy(linear(test[0]), test[1])["top1"],
+            "knn_top1": knn_accuracy(train, test, classes),
         }
 
     return monitor

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from xkd_jax.analysis import probe
+from xkd_jax.probing.linear import accuracy, choose_strength, fit_linear, hold_out, knn_accuracy
 
 
 def blobs(count, seed, spread=1.0):
@@ -25,13 +25,13 @@ def test_neighbours_vote_by_their_cosine_similarity():
         for i in np.argsort(-similarity)[:20]:
             votes[train[1][i]] += np.exp(similarity[i] / 0.07)
         hits += votes.argmax() == label
-    assert probe.knn_accuracy(train, test, 3) == pytest.approx(hits / 300, abs=1 / 299)
+    assert knn_accuracy(train, test, 3) == pytest.approx(hits / 300, abs=1 / 299)
     assert 0.4 < hits / 300 < 1
 
 
 def test_the_fit_is_a_minimum_of_the_penalised_cross_entropy():
     features, labels = blobs(90, 0)
-    (fit,) = probe.fit_linear(features, labels, 3, [0.01])
+    (fit,) = fit_linear(features, labels, 3, [0.01])
     mean, std = features.mean(0), features.std(0)
     kernel = fit.kernel * std[:, None]  # of standardised features
     logits = fit(features)
@@ -43,12 +43,12 @@ def test_the_fit_is_a_minimum_of_the_penalised_cross_entropy():
     gradient = ((features - mean) / std).T @ error / 90 + 0.01 * kernel
     assert np.abs(gradient).max() < 2e-4
     assert np.abs(error.mean(0)).max() < 2e-4
-    assert probe.accuracy(logits, labels)["top1"] > 0.5
+    assert accuracy(logits, labels)["top1"] > 0.5
 
 
 def test_constant_features_do_no_harm():
     features, labels = blobs(30, 0)
-    (fit,) = probe.fit_linear(np.hstack([features, np.ones((30, 1))]), labels, 3, [0.1])
+    (fit,) = fit_linear(np.hstack([features, np.ones((30, 1))]), labels, 3, [0.1])
     assert np.isfinite(fit.kernel).all()
     assert not fit.kernel[-1].any()
 
@@ -56,18 +56,18 @@ def test_constant_features_do_no_harm():
 def test_the_strength_is_chosen_on_held_out_examples():
     features, labels = blobs(40, 0, spread=3.0)
     noise = np.random.default_rng(1).normal(size=(40, 100)).astype(np.float32)
-    strength, scores = probe.choose_strength(np.hstack([features, noise]), labels, 3, (1e-5, 1.0))
+    strength, scores = choose_strength(np.hstack([features, noise]), labels, 3, (1e-5, 1.0))
     assert scores.keys() == {1e-5, 1.0}
     assert strength == max((1.0, 1e-5), key=scores.get)
 
 
 def test_a_share_of_every_class_is_held_out():
     labels = np.array([0] * 20 + [1] * 2 + [2])
-    held = probe.hold_out(labels, 0.2, seed=0)
+    held = hold_out(labels, 0.2, seed=0)
     assert [held[labels == label].sum() for label in range(3)] == [4, 1, 0]
-    assert (held == probe.hold_out(labels, 0.2, seed=0)).all()
+    assert (held == hold_out(labels, 0.2, seed=0)).all()
 
 
 def test_top5():
     logits = np.tile(np.arange(8.0, dtype=np.float32), (4, 1))
-    assert probe.accuracy(logits, np.array([7, 6, 3, 2])) == {"top1": 0.25, "top5": 0.75}
+    assert accuracy(logits, np.array([7, 6, 3, 2])) == {"top1": 0.25, "top5": 0.75}

@@ -1,6 +1,6 @@
 """Compares cached and uncached steps on one device and on eight; prints the differences.
 
-python -m tests.teacher_cache.devices FOLDER (run by test_devices.py)
+python -m tests.teacher.devices FOLDER (run by test_devices.py)
 """
 
 import json

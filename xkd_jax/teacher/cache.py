@@ -27,10 +27,10 @@ from xkd_jax.distiller import Distiller
 from xkd_jax.distributed import processes, sharding
 from xkd_jax.errors import UserError
 from xkd_jax.reporting.logger import Progress, say
-from xkd_jax.teacher import create_teacher_fn
-from xkd_jax.teacher_cache.loader import CachedLoader
-from xkd_jax.teacher_cache.plan import Plan, plan
-from xkd_jax.teacher_cache.store import Store, ViewWriter, is_full
+from xkd_jax.teacher.forward import create_teacher_fn
+from xkd_jax.teacher.loader import CachedLoader
+from xkd_jax.teacher.plan import Plan, plan
+from xkd_jax.teacher.store import Store, ViewWriter, is_full
 
 FORMAT = 1  # increased when the views or the files change
 _EVERY = 10.0  # seconds between two lines about the progress

@@ -16,7 +16,7 @@ pytestmark = pytest.mark.slow
 
 def test_eight_devices_read_shares_of_the_rows(tmp_path):
     flags = "--xla_force_host_platform_device_count=8"
-    command = [sys.executable, "-m", "tests.teacher_cache.devices", str(tmp_path)]
+    command = [sys.executable, "-m", "tests.teacher.devices", str(tmp_path)]
     environment = os.environ | {"XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu"}
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr[-2000:]

@@ -11,13 +11,13 @@ from tests import tiny
 from tests.experiments import run
 from tests.methods.pairs import NETWORKS
 from xkd_jax.augment.ops import to_float
-from xkd_jax.classes import without_classifier
 from xkd_jax.distiller import Distiller
 from xkd_jax.errors import UserError
 from xkd_jax.experiment import create_experiment
 from xkd_jax.methods import METHODS
 from xkd_jax.methods.reads import needs_logits
 from xkd_jax.model import create_model, load
+from xkd_jax.teacher.classes import without_classifier
 from xkd_jax.weights import fingerprint
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")

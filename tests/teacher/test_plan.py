@@ -6,7 +6,7 @@ import pytest
 from tests.experiments import tiny_config
 from xkd_jax.errors import UserError
 from xkd_jax.experiment import create_experiment
-from xkd_jax.teacher_cache.plan import plan
+from xkd_jax.teacher.plan import plan
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 
