@@ -104,6 +104,7 @@ def test_wrong_pieces_are_refused(teacher, student):
         xkd.load("nope.safetensors")
 
 
+@pytest.mark.slow
 def test_any_optax_optimizer_and_a_method_with_options(teacher, student):
     method = xkd.methods.create_method("cakd", {"cakd": {"adversary_every": 2}})
     distiller = xkd.Distiller(teacher, student, method, optax.adamw(1e-3), accumulate=2)

@@ -337,6 +337,7 @@ def test_targets_are_smoothed_labels_and_mixed(probed):
     np.testing.assert_allclose(student_view, expected, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_strong_augmentation_changes_both_networks_views_alike(probed):
     distiller = probed.experiment.distiller
     teacher_view, strong, _ = view(distiller, policy=Augment(auto="trivialaugment"))

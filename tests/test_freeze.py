@@ -17,6 +17,7 @@ from xkd_jax.optim import layer_ids
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 
+SCANNED = pytest.param(14, marks=pytest.mark.slow)  # so many blocks are scanned
 ARGS = {"img_size": 16, "patch_size": 8, "embed_dim": 16, "num_heads": 2}
 
 
@@ -36,7 +37,7 @@ def gradients(module, tap="logits"):
     return jax.jit(jax.grad(loss)), params
 
 
-@pytest.mark.parametrize("depth", [3, 14])  # 14 blocks are scanned
+@pytest.mark.parametrize("depth", [3, SCANNED])
 def test_only_the_frozen_layers_have_no_gradient(depth):
     frozen = 2
     grad_fn, params = gradients(vit(depth, frozen))
@@ -50,7 +51,7 @@ def test_only_the_frozen_layers_have_no_gradient(depth):
             np.testing.assert_allclose(our, their, rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("depth", [3, 14])
+@pytest.mark.parametrize("depth", [3, SCANNED])
 def test_a_loss_on_a_frozen_block_has_no_gradient(depth):
     grad_fn, params = gradients(vit(depth, 2), "block02_query")
     grads = grad_fn(params)
@@ -58,7 +59,7 @@ def test_a_loss_on_a_frozen_block_has_no_gradient(depth):
     assert not any(leaf.any() for leaf in jax.tree.leaves(grads["blocks_1"]))
 
 
-@pytest.mark.parametrize("depth", [4, 14])
+@pytest.mark.parametrize("depth", [4, SCANNED])
 def test_the_backward_pass_of_frozen_blocks_is_not_computed(depth):
     def flops(frozen):
         grad_fn, params = gradients(vit(depth, frozen))

@@ -20,10 +20,12 @@ class Cell:
       fields: the values, for all runs of the cell.
       stages: what is chosen on the evaluation split, one stage after the other: the alternatives of
         a stage are tried with the fields that the stages before it have chosen.
+      paper: the published top-1 in percent, if there is one.
     """
 
     fields: Fields
     stages: tuple[tuple[Fields, ...], ...] = ()
+    paper: float | None = None
 
 
 @dataclasses.dataclass(frozen=True)

@@ -56,6 +56,7 @@ def test_only_the_students_part_changes_from_step_to_step(geometry):
     assert (np.asarray(student) != np.asarray(other)).any((1, 2, 3)).sum() > 10
 
 
+@pytest.mark.slow
 def test_the_statistics_are_those_of_fresh_views():
     """The mean over many images of a gradient image agrees: crop, flip and warp are as likely."""
     pipeline = Pipeline(3, True, views=multiview.MultiView(brightness=0, contrast=0, saturation=0))

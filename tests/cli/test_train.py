@@ -64,10 +64,8 @@ def test_killed_run_ends_bit_identical_to_an_unbroken_one(start, unbroken, tmp_p
     assert_same_run(folder, unbroken[0])
 
 
-@pytest.mark.parametrize(
-    ("number", "code"),
-    [(signal.SIGTERM, 0), pytest.param(signal.SIGINT, 130, marks=pytest.mark.slow)],
-)
+@pytest.mark.slow
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 0), (signal.SIGINT, 130)])
 def test_a_signal_saves_and_says_how_to_resume(start, unbroken, tmp_path, number, code):
     folder = tmp_path / "unbroken"
     process = start("--config", TINY, "--workdir", folder)
@@ -100,6 +98,7 @@ def test_four_devices_train_like_one(start, unbroken, tmp_path):
     assert len(losses[0]) == 10
 
 
+@pytest.mark.slow
 def test_comparison_has_a_folder_for_each_method(start, tmp_path):
     folder = tmp_path / "runs"
     changes = ["--config.compare=('none','logits')", "--config.epochs=1", "--config.data.noisy"]

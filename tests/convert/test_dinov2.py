@@ -199,6 +199,7 @@ def test_metas_and_hugging_faces_files_are_recognised():
         assert "pos_embed resized from grid 37x37 to 8x8" in found.changes
 
 
+@pytest.mark.slow
 def test_a_stated_architecture_wins(tmp_path):
     # The tensors are those of the networks at 224 and 384 pixels as well, up to their sizes.
     state = checkpoint("deit3_small_patch16_224", TINY).state

@@ -211,6 +211,7 @@ def test_values_that_are_not_finite():
     assert "values in layer{1..3}.0.bn1.bias; give" in message(theirs, num_classes=3)
 
 
+@pytest.mark.slow
 def test_many_misfits_make_a_short_message():
     theirs = checkpoint("vit_tiny_patch16_224", {"depth": 3})
     text = message(theirs, "deit_tiny_patch16_224", args={})

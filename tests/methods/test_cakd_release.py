@@ -251,6 +251,7 @@ def test_the_adversary_judges_score_maps():
         assert one.any() or one.shape[-1] > 1
 
 
+@pytest.mark.slow
 def test_it_trains():
     config = default_config()
     config.batch_size = 16

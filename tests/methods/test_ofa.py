@@ -155,7 +155,17 @@ def test_a_branch_doubles_the_width_up_to_the_last_convolution(halvings):
     assert widths == {0: [], 1: [7], 3: [4, 8, 7]}[halvings]
 
 
-@pytest.fixture(scope="module", params=["CNN to CNN", "ViT to CNN", "Swin to CNN", "CNN to ViT"])
+SLOW = ("CNN to CNN", "Swin to CNN")
+
+
+@pytest.fixture(
+    scope="module",
+    params=[
+        "ViT to CNN",
+        "CNN to ViT",
+        *(pytest.param(name, marks=pytest.mark.slow) for name in SLOW),
+    ],
+)
 def learnt(request):
     return request.param, *learn(OFA(gamma=1.4), request.param)
 
@@ -181,6 +191,7 @@ def test_the_student_and_all_branches_learn_and_the_teacher_does_not(learnt):
     assert all(np.any(leaf != 0) for leaf in jax.tree.leaves(of_params))
 
 
+@pytest.mark.slow
 def test_a_step_down_the_gradient_lowers_the_loss(learnt):
     name, params, gradient, loss, (of_params, _, _) = learnt
     assert gradient(step_down(params, of_params, loss), *pair(name))[0] < loss
@@ -202,6 +213,7 @@ def test_branches_have_the_width_of_the_wider_network(teacher_width):
     assert params["stage4"]["params"]["head"]["kernel"].shape == (max(6, teacher_width), 5)
 
 
+@pytest.mark.slow
 def test_each_branch_can_have_its_own_gamma():
     outs = pair("ViT to CNN")
     method = OFA(gamma=1.2, level_gammas=(1.0, 1.1, 1.3, 1.5), weight=0.1, logits_weight=2.0)

@@ -119,6 +119,7 @@ def test_responses_at_the_margin_or_equal_to_the_teachers_have_distance_0():
     assert partial_distance(teacher, teacher, margins) == 0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", ["ofd", "london", "logits+ofd"])
 def test_a_cnn_teacher_uses_the_statistics_of_the_batch(method):
     """As in training mode; and the running ones if the option is off."""

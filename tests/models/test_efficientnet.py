@@ -97,6 +97,7 @@ def test_out(name, size, sides):
     assert shapes(build(name), x, train=size == 32) == expected
 
 
+@pytest.mark.slow
 def test_same_padding_is_uneven_where_the_stride_asks_for_it():
     same, even = (tiny("tf_efficientnet_lite0", padding=padding) for padding in ("SAME", None))
     variables = init(same)
@@ -189,6 +190,7 @@ def test_training_changes_the_statistics(trained):
     np.testing.assert_allclose(new["bn1"]["mean"], 0.1 * first.mean((0, 1, 2)), atol=1e-5)
 
 
+@pytest.mark.slow
 def test_bfloat16_computes_in_bfloat16():
     model, full, x = tiny(dtype=jnp.bfloat16), tiny(), images(1, size=16)
     variables = init(model)

@@ -11,6 +11,7 @@ import pytest
 from tests.parity import goldens, specimen
 from tests.parity.pairs import two_at_a_time
 from xkd_jax.models import MODELS
+from xkd_jax.models.inception import InceptionV3
 
 read = functools.cache(goldens.read)
 
@@ -42,22 +43,29 @@ def differences(name):
     }
 
 
-def first_of_their_kind():
-    """One network for each class and set of arguments; the others only differ in numbers."""
-    kinds = {}
+def first_of_each(kind):
+    """The first network for each value of `kind`, a function of a `Variant`."""
+    firsts = {}
     for name, variant in MODELS.items():
-        kind = variant.network, variant.args.get("block"), frozenset(variant.args)
-        kinds.setdefault(kind, name)
-    return set(kinds.values())
+        firsts.setdefault(kind(variant), name)
+    return set(firsts.values())
 
 
-QUICK = first_of_their_kind()
+def marks(name):
+    """By default one network of each class, in CI one for each set of arguments as well.
+
+    The others only differ in numbers.
+    """
+    if name in CLASSES and MODELS[name].network is not InceptionV3:  # which takes 12 s
+        return ()
+    return pytest.mark.slow if name in CLASSES | KINDS else pytest.mark.exhaustive
 
 
-@pytest.mark.parametrize(
-    "name",
-    [pytest.param(name, marks=() if name in QUICK else pytest.mark.slow) for name in MODELS],
-)
+CLASSES = first_of_each(lambda variant: variant.network)
+KINDS = first_of_each(lambda v: (v.network, v.args.get("block"), frozenset(v.args)))
+
+
+@pytest.mark.parametrize("name", [pytest.param(name, marks=marks(name)) for name in MODELS])
 def test_equals_its_golden(name, pending):
     found = pending[name].result()
     # Not "above": NaN is wrong too.

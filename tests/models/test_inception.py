@@ -74,6 +74,7 @@ def test_auxiliary_classifier_runs_in_training_alone(tree, aux, train, convoluti
         assert leaf.dtype == (jnp.float32 if key.endswith("logits") else jnp.bfloat16), key
 
 
+@pytest.mark.slow
 def test_training_pass():
     model, x = InceptionV3(num_classes=5, aux_logits=False, drop_rate=0.5), images(4, 75)
     variables = init(model, 75)

@@ -103,8 +103,11 @@ def test_the_backward_pass_is_left_less_than_half(family):
 
 
 # Inception would take as long as all others together; EfficientNet's blocks are MobileNetV2's.
+SLOW = ("dinov2", "mobilenetv2", "xception", "cifar", "wide")
+
+
 @pytest.mark.parametrize(
-    "family", ["deit", "dinov2", "resnet", "mobilenetv2", "xception", "cifar", "wide"]
+    "family", ["deit", "resnet", *(pytest.param(name, marks=pytest.mark.slow) for name in SLOW)]
 )
 def test_nothing_changes(family, monkeypatch):
     """Outputs, running statistics, gradients and dropped paths, and the names of all of them."""
@@ -126,6 +129,7 @@ def test_nothing_changes_where_blocks_are_scanned(monkeypatch):
     )
 
 
+@pytest.mark.slow
 def test_nothing_changes_where_swins_blocks_are_scanned(monkeypatch):
     monkeypatch.setattr(scan, "pays", lambda depth, train: True)
     stage = swin.Stage((0.0, 0.2, 0.4, 0.6), False, num_heads=2, window_size=2, remat=True)

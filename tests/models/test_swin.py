@@ -312,6 +312,7 @@ def test_bfloat16_computes_in_bfloat16():
     assert jnp.abs(got - want).max() < 0.05 * jnp.abs(want).max()
 
 
+@pytest.mark.slow
 def test_gradients_reach_every_parameter():
     model = tiny(depths=(1, 1, 1, 1))
     variables = init(model)

@@ -54,6 +54,7 @@ def test_every_channel_count_is_multiplied():
     assert two == jax.tree.map(lambda width: 2 * width, one)
 
 
+@pytest.mark.slow
 def test_training_pass():
     model, x = tiny(drop_rate=0.5), images(4)
     variables = init(model)

@@ -50,7 +50,7 @@ def assert_equal_runs(cached, online, rtol=2e-3):
         np.testing.assert_allclose(leaf, expected[path], rtol=0, atol=1e-3, err_msg=path)
 
 
-@pytest.mark.parametrize("method", ["cakd", "logits"])
+@pytest.mark.parametrize("method", ["logits", pytest.param("cakd", marks=pytest.mark.slow)])
 def test_a_cached_run_equals_one_over_the_same_views(tmp_path, method):
     cached, online = (run(make(folder, method), 6) for folder in (tmp_path, ""))
     assert not changed(cached.states[0], online.states[0])

@@ -57,6 +57,7 @@ def test_an_earlier_block_of_cakd():
     assert set(found.rows) == {"block01", "block01_query", "block01_key", "block01_value"}
 
 
+@pytest.mark.slow
 def test_a_swins_attention_bias_is_stored_once():
     found = plan_of("cakd", swin)
     assert set(found.rows) == {"query", "key", "value", "tokens"}

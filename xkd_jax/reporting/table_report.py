@@ -24,6 +24,7 @@ def describe(table: Table, folder: Path) -> None:
     """Writes what `write` needs to know about the table."""
     facts = {
         "cells": {name: dict(cell.fields) for name, cell in table.cells.items()},
+        "paper": {name: cell.paper for name, cell in table.cells.items() if cell.paper is not None},
         "baseline": table.baseline,
         "seeds": list(table.seeds),
     }
