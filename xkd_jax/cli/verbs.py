@@ -15,6 +15,10 @@ VERBS = {
         "train a table: cells times seeds, choices included",
         "xkd-jax sweep --config dinov2_cifar100:few25 --workdir runs/few25",
     ),
+    "predict": (
+        "classify images with a trained student",
+        "xkd-jax predict runs/quickstart/cakd photos/",
+    ),
     "convert": (
         "convert weights from timm or PyTorch, and back",
         "xkd-jax convert --timm resnet18 --out resnet18.safetensors",

@@ -30,6 +30,7 @@ class EncodedImages:
     Attributes:
       examples: random access to the encoded images.
       shape: (n, size, size, 3), like an array's.
+      crop_pct: the share of the shorter side that is cropped.
     """
 
     def __init__(self, examples: Examples, size: int, crop_pct: float):
@@ -42,7 +43,7 @@ class EncodedImages:
         """
         self.examples = examples
         self.shape = (len(examples), size, size, 3)
-        self._size, self._crop_pct = size, crop_pct
+        self._size, self.crop_pct = size, crop_pct
         self._pool = ThreadPoolExecutor(os.cpu_count())  # decoders release the GIL
 
     def __getitem__(self, indices: Sequence[int] | slice) -> np.ndarray:
@@ -56,7 +57,7 @@ class EncodedImages:
 
     def _read(self, index: int) -> np.ndarray:
         image, _, name = self.examples[int(index)]
-        return eval_crop(image, self._size, self._crop_pct, name=name)
+        return eval_crop(image, self._size, self.crop_pct, name=name)
 
 
 class EncodedLabels:
@@ -129,6 +130,13 @@ def open_split(
     encoded: Any = EncodedImages(examples, size, crop_pct or CROP_PCT)  # used like an array
     encoded_labels: Any = EncodedLabels(examples) if names else np.zeros(len(examples), np.int32)
     return Split(encoded, encoded_labels, *about, examples_digest=examples.digest)
+
+
+def crop_share(split: Split) -> float:
+    """The share of the shorter side that evaluation crops from the images of `split`, in (0, 1]."""
+    if isinstance(split.images, EncodedImages):
+        return split.images.crop_pct
+    return split.crop_pct or 1.0
 
 
 def choose_feed(feed: str, count: int, sides: set[tuple[int, int]]) -> str:

@@ -11,6 +11,7 @@ from jax.experimental import multihost_utils
 
 from xkd_jax import data
 from xkd_jax.analysis.flops import count_flops, count_parameters
+from xkd_jax.data.encoded import crop_share
 from xkd_jax.distributed import processes, sharding
 from xkd_jax.evaluate import create_eval_step, evaluate
 from xkd_jax.experiment import Experiment, load_split
@@ -120,6 +121,7 @@ def save_student(
         "image_size": student.image_size,
         "mean": list(student.mean),
         "std": list(student.std),
+        "crop_pct": crop_share(experiment.evaluation),
         "source": f"xkd_jax, method {config.method.name}, trained on {config.data.name}",
     }
     save_weights(path, variables, metadata | scores)

@@ -1,0 +1,130 @@
+"""Predictions for image files: finds, decodes and classifies them, and reports damaged ones."""
+
+import os
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+from xkd_jax.data.decode import DamagedImage, eval_crop
+from xkd_jax.data.encoded import CROP_PCT
+from xkd_jax.data.listing import list_all_images
+from xkd_jax.errors import UserError
+from xkd_jax.model import load
+from xkd_jax.reporting.summary import STUDENT
+from xkd_jax.weights import load_weights, locate
+
+_BATCH = 64
+
+
+def find_images(paths: Sequence[Path]) -> list[Path]:
+    """The image files among `paths` and in the folders among them, sorted within each folder.
+
+    Raises:
+      UserError: a path doesn't exist, or a folder has no images.
+    """
+    files: list[Path] = []
+    for path in paths:
+        if path.is_dir():
+            files += [path / name for name in sorted(list_all_images(path).images[""])]
+        elif path.exists():
+            files.append(path)
+        else:
+            raise UserError(f"there is no image {path}; give an image's path or a folder's.")
+    return files
+
+
+def predict(
+    student: str, files: Sequence[Path], top: int = 1, crop_pct: float = 0.0
+) -> Iterator[dict[str, Any]]:
+    """Classifies image files, decoding each batch while the previous one is classified.
+
+    Args:
+      student: as for `locate_student`.
+      files: the images.
+      top: the number of classes for each image.
+      crop_pct: the share of the shorter side that is cropped; 0: what the student's file says.
+
+    Yields:
+      For each file in order, its `path`, and `classes`, pairs of a name and a probability, the most
+      probable first; or the `error` of an image that can't be read.
+
+    Raises:
+      UserError: the student can't be read or has no classifier.
+    """
+    path = locate_student(student)
+    model = load(path)
+    if not model.num_classes:
+        raise UserError(f"{path} has no classifier; train it on labelled images first.")
+    crop_pct = crop_pct or load_weights(path)[1].get("crop_pct") or CROP_PCT
+    names = model.class_names or tuple(map(str, range(model.num_classes)))
+    top = min(top, model.num_classes)
+
+    @jax.jit
+    def best(images: jax.Array) -> tuple[jax.Array, jax.Array]:
+        return jax.lax.top_k(jax.nn.softmax(model(images)), top)
+
+    pending: Any = None
+    for paths, images, faults in _batches(files, model.image_size, crop_pct):
+        found = best(images)  # computed in the background
+        if pending:
+            yield from _results(names, *pending)
+        pending = paths, faults, found
+    yield from _results(names, *pending)
+
+
+def _batches(
+    files: Sequence[Path], size: int, crop_pct: float
+) -> Iterator[tuple[Sequence[Path], np.ndarray, dict[int, str]]]:
+    """Batches of paths, images and faults by row; all batches of images have the same size."""
+    count = min(_BATCH, len(files))
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        for start in range(0, len(files), count):
+            paths = files[start : start + count]
+            images, faults = np.zeros((count, size, size, 3), np.uint8), {}
+            for i, found in enumerate(pool.map(lambda p: _read(p, size, crop_pct), paths)):
+                if isinstance(found, DamagedImage):
+                    faults[i] = str(found)
+                else:
+                    images[i] = found
+            yield paths, images, faults
+
+
+def _read(path: Path, size: int, crop_pct: float) -> np.ndarray | DamagedImage:
+    try:
+        return eval_crop(path.read_bytes(), size, crop_pct, name=str(path))
+    except DamagedImage as error:
+        return error
+    except OSError as error:
+        return DamagedImage(f"{path} can't be read ({error.strerror}); check the file.")
+
+
+def _results(
+    names: Sequence[str], paths: Sequence[Path], faults: dict[int, str], found: Any
+) -> Iterator[dict[str, Any]]:
+    probabilities, labels = (array.tolist() for array in found)
+    for i, path in enumerate(paths):
+        if i in faults:
+            yield {"path": str(path), "error": faults[i]}
+        else:
+            pairs = zip(labels[i], probabilities[i], strict=True)
+            yield {"path": str(path), "classes": [(names[label], p) for label, p in pairs]}
+
+
+def locate_student(name: str) -> Path:
+    """The file of a student: of a run's folder, its student.safetensors; else `name` itself.
+
+    Raises:
+      UserError: the folder holds no finished run.
+    """
+    folder = Path(name)
+    if not folder.is_dir():
+        return locate(name)
+    if not (folder / STUDENT).exists():
+        inside = sorted(path.parent.name for path in folder.glob(f"*/{STUDENT}"))
+        cure = f"give one of its runs: {', '.join(inside[:5])}" if inside else "train it first"
+        raise UserError(f"{folder} holds no {STUDENT}; {cure}.")
+    return folder / STUDENT
