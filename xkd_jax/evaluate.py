@@ -42,8 +42,7 @@ def create_eval_step(
         pixels = ops.to_float(images)
         if noisy:
             pixels = corruptions.noisy(key, pixels)
-        if crop_pct:
-            pixels = ops.resize_crop(pixels, model.image_size, crop_pct)
+        pixels = _crop(pixels, model, crop_pct)
         logits, _ = model.forward(variables, model.preprocess(pixels))
         best = jax.lax.top_k(logits, min(5, logits.shape[-1]))[1]
         hits = (best == labels[:, None]) & valid[:, None]
@@ -58,6 +57,26 @@ def create_eval_step(
         return counts
 
     return eval_step
+
+
+def create_logits_step(model: Model, crop_pct: float = 0.0) -> Callable[..., jax.Array]:
+    """A jitted step(variables, images uint8 [N, H, W, 3]) -> logits [N, K].
+
+    Args:
+      model: the network.
+      crop_pct: `data.Split.crop_pct` of the split.
+    """
+
+    @jax.jit
+    def step(variables: Any, images: jax.Array) -> jax.Array:
+        pixels = _crop(ops.to_float(images), model, crop_pct)
+        return model.forward(variables, model.preprocess(pixels))[0]
+
+    return step
+
+
+def _crop(pixels: jax.Array, model: Model, crop_pct: float) -> jax.Array:
+    return ops.resize_crop(pixels, model.image_size, crop_pct) if crop_pct else pixels
 
 
 def evaluate(
@@ -94,3 +113,12 @@ def evaluate(
     if scores and np.ptp(split.labels):
         means["eer"] = equal_error_rate(np.concatenate(scores)[:count], split.labels)
     return means
+
+
+if __name__ == "__main__":
+    # `python -m xkd_jax.evaluate`: see cli/evaluate.py.
+    import sys
+
+    from xkd_jax.cli.evaluate import main
+
+    sys.exit(main())

@@ -8,7 +8,6 @@ import dataclasses
 import functools
 import json
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -20,7 +19,7 @@ from xkd_jax import backend, data, weights
 from xkd_jax.augment.multiview import MultiView
 from xkd_jax.augment.pipeline import Pipeline
 from xkd_jax.config import Config, augmentation
-from xkd_jax.convert.conversion import convert, fetch
+from xkd_jax.convert.conversion import convert, find_weights
 from xkd_jax.convert.files import read_checkpoint
 from xkd_jax.data.encoded import EncodedImages, open_split
 from xkd_jax.distiller import Distiller
@@ -34,7 +33,6 @@ from xkd_jax.optim import create_learning_rate_fn, create_optimizer, layer_ids
 from xkd_jax.reporting.logger import say
 from xkd_jax.teacher import classes
 
-TIMM = "timm:"  # prefix of a name: timm's weights, downloaded from the hub and converted once
 RANDOM = "random"  # teacher.weights of an untrained teacher, as a control
 
 
@@ -243,7 +241,7 @@ def create_student(config: Config, train: data.Split) -> Model:
     if not config.student.weights:
         return model
     # Weights for other classes or image sizes are adapted: the head, say, is re-initialised.
-    checkpoint = read_checkpoint(_weights_file(config.student.weights))
+    checkpoint = read_checkpoint(find_weights(config.student.weights))
     converted = convert(
         checkpoint,
         config.student.model,
@@ -266,11 +264,6 @@ def _say_once(text: str) -> None:
     say(text)  # once, although a run creates its experiment twice
 
 
-def _weights_file(name: str) -> str | Path:
-    """The file of `student.weights` or `teacher.weights`; timm's is downloaded and converted."""
-    return fetch(name.removeprefix(TIMM)) if name.startswith(TIMM) else weights.locate(name)
-
-
 def _data_size(config: Config, train: data.Split) -> int:
     return config.image_size or train.images.shape[1]
 
@@ -289,7 +282,7 @@ def load_teacher_file(config: Config) -> tuple[Any, dict[str, Any]]:
                 "timm:NAME or packaged:NAME, or, as a control, to 'random' with teacher.model."
             )
         return None, {"model": wanted.model, "args": wanted.args.to_dict()}
-    path = _weights_file(wanted.weights)
+    path = find_weights(wanted.weights)
     variables, metadata = weights.load_weights(path)
     check_metadata(path, metadata)
     args = json.loads(json.dumps(wanted.args.to_dict()))  # tuples as the file has them

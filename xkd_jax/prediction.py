@@ -9,13 +9,14 @@ from typing import Any
 import jax
 import numpy as np
 
+from xkd_jax.convert.conversion import find_weights
 from xkd_jax.data.decode import DamagedImage, eval_crop
 from xkd_jax.data.encoded import CROP_PCT
 from xkd_jax.data.listing import list_all_images
 from xkd_jax.errors import UserError
-from xkd_jax.model import load
+from xkd_jax.model import Model, load
 from xkd_jax.reporting.summary import STUDENT
-from xkd_jax.weights import load_weights, locate
+from xkd_jax.weights import load_weights
 
 _BATCH = 64
 
@@ -43,7 +44,7 @@ def predict(
     """Classifies image files, decoding each batch while the previous one is classified.
 
     Args:
-      student: as for `locate_student`.
+      student: as for `load_student`.
       files: the images.
       top: the number of classes for each image.
       crop_pct: the share of the shorter side that is cropped; 0: what the student's file says.
@@ -55,11 +56,8 @@ def predict(
     Raises:
       UserError: the student can't be read or has no classifier.
     """
-    path = locate_student(student)
-    model = load(path)
-    if not model.num_classes:
-        raise UserError(f"{path} has no classifier; train it on labelled images first.")
-    crop_pct = crop_pct or load_weights(path)[1].get("crop_pct") or CROP_PCT
+    model, recorded = load_student(student)
+    crop_pct = crop_pct or recorded or CROP_PCT
     names = model.class_names or tuple(map(str, range(model.num_classes)))
     top = min(top, model.num_classes)
 
@@ -114,15 +112,26 @@ def _results(
             yield {"path": str(path), "classes": [(names[label], p) for label, p in pairs]}
 
 
-def locate_student(name: str) -> Path:
-    """The file of a student: of a run's folder, its student.safetensors; else `name` itself.
+def load_student(name: str) -> tuple[Model, float]:
+    """A classifier, and the crop_pct that it was evaluated with, or 0.
+
+    Args:
+      name: a run's folder, a .safetensors file, packaged:NAME or timm:NAME.
 
     Raises:
-      UserError: the folder holds no finished run.
+      UserError: it can't be read, or has no classifier.
     """
+    path = _locate_student(name)
+    model = load(path)
+    if not model.num_classes:
+        raise UserError(f"{path} has no classifier; train it on labelled images first.")
+    return model, load_weights(path)[1].get("crop_pct", 0.0)
+
+
+def _locate_student(name: str) -> Path:
     folder = Path(name)
     if not folder.is_dir():
-        return locate(name)
+        return find_weights(name)
     if not (folder / STUDENT).exists():
         inside = sorted(path.parent.name for path in folder.glob(f"*/{STUDENT}"))
         cure = f"give one of its runs: {', '.join(inside[:5])}" if inside else "train it first"

@@ -22,13 +22,13 @@ from xkd_jax.analysis import hlo, memory
 from xkd_jax.analysis.flops import count_flops
 from xkd_jax.analysis.memory import GIB
 from xkd_jax.config import Config, for_method, validate
+from xkd_jax.convert.conversion import TIMM
 from xkd_jax.data.encoded import EncodedImages, choose_feed, sizes_of_images
 from xkd_jax.data.loader import resident_shapes
 from xkd_jax.distributed import sharding
 from xkd_jax.errors import UserError
 from xkd_jax.evaluate import IMAGES_PER_DEVICE, create_eval_step
 from xkd_jax.experiment import (
-    TIMM,
     Experiment,
     assemble,
     check_batch,

@@ -19,6 +19,10 @@ VERBS = {
         "classify images with a trained student",
         "xkd-jax predict runs/quickstart/cakd photos/",
     ),
+    "evaluate": (
+        "measure a classifier: per class, confusion, calibration",
+        "xkd-jax evaluate runs/quickstart/cakd --data fashion_mnist_mini",
+    ),
     "convert": (
         "convert weights from timm or PyTorch, and back",
         "xkd-jax convert --timm resnet18 --out resnet18.safetensors",

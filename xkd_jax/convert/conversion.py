@@ -30,8 +30,9 @@ from xkd_jax.convert.resize import resize
 from xkd_jax.convert.rules import Family, family_of, from_torch, torch_shape
 from xkd_jax.errors import UserError
 from xkd_jax.models import MODELS
-from xkd_jax.weights import save_weights
+from xkd_jax.weights import locate, save_weights
 
+TIMM = "timm:"  # prefix of a name: timm's weights, downloaded from the hub and converted once
 _CIFAR10_CLASSES = 10
 
 
@@ -192,6 +193,15 @@ def fetch(name: str) -> Path:
         converted = convert(download(name))
         save_weights(path, converted.variables, converted.metadata)
     return path
+
+
+def find_weights(name: str) -> Path:
+    """The file of `student.weights` or `teacher.weights`: a path, packaged:NAME or timm:NAME.
+
+    Raises:
+      UserError: as `fetch` and `weights.locate` do.
+    """
+    return fetch(name.removeprefix(TIMM)) if name.startswith(TIMM) else locate(name)
 
 
 def _normalize(

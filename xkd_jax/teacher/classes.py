@@ -58,7 +58,7 @@ def fit_teacher(
         for the data's classes.
     """
     check_pair(method, teacher.output_shapes, student.output_shapes)
-    reason, order = _compare(teacher, train, names, say)
+    reason, order = match_classes(teacher, train, names, say)
     if not reason:
         return dataclasses.replace(teacher, class_order=order)
     headless = without_classifier(teacher)
@@ -111,10 +111,20 @@ def without_classifier(model: Model) -> Model:
     return dataclasses.replace(headless, variables=variables)
 
 
-def _compare(
+def match_classes(
     teacher: Model, train: Split, names: Names, say: Callable[[str], None]
 ) -> tuple[str, tuple[int, ...]]:
-    """Why the teacher's logits are not those of the data's classes, or "" and their order."""
+    """Whether a network's logits are those of the data's classes, compared by name.
+
+    Args:
+      teacher: the network.
+      train: the data, perhaps without labels.
+      names: for messages.
+      say: called with a line for the user.
+
+    Returns:
+      Why they are not, or "", and `Model.class_order` for the data's order of classes.
+    """
     file, count = names.teacher, teacher.num_classes
     if not train.num_classes:
         return f"{names.data} has no labels, so that the student has none", ()
