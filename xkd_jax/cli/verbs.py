@@ -23,6 +23,10 @@ VERBS = {
         "measure a classifier: per class, confusion, calibration",
         "xkd-jax evaluate runs/quickstart/cakd --data fashion_mnist_mini",
     ),
+    "export": (
+        "write a student for timm, ONNX or StableHLO",
+        "xkd-jax export runs/quickstart/cakd --to onnx --out exported",
+    ),
     "convert": (
         "convert weights from timm or PyTorch, and back",
         "xkd-jax convert --timm resnet18 --out resnet18.safetensors",

@@ -1,0 +1,196 @@
+"""Exported students, each run by its own runtime."""
+
+import collections
+import dataclasses
+import json
+
+import jax
+import numpy as np
+import pytest
+from numpy.testing import assert_allclose
+
+from xkd_jax.cli import export as command
+from xkd_jax.export import student
+from xkd_jax.model import create_model
+
+# A network of each class, and the side of its images.
+CNNS = {
+    "resnet18": (32, {"layers": (1, 1, 1, 1), "width": 0.25}),
+    "resnext50_32x4d": (32, {"layers": (1, 1, 1, 1), "groups": 2}),
+    "mobilenetv2_100": (32, {"width": 0.25}),
+    "efficientnet_b0": (32, {"width": 0.25}),
+    "tf_efficientnet_lite0": (33, {"width": 0.25}),
+    "legacy_xception": (71, {"width": 0.05}),
+    "inception_v3": (75, {}),
+    "resnet8": (32, {}),
+    "wrn_16_1": (32, {}),
+    "vgg8": (32, {}),
+}
+NAMES = ("cat", "dog", "emu", "fox", "gnu")
+
+
+def create(name, size, args):
+    """With weights of usual sizes that differ by channel, BatchNorm's statistics included."""
+    model = create_model(name, num_classes=5, image_size=size, class_names=NAMES, **args)
+    rng = np.random.default_rng(0)
+
+    def fill(path, leaf):
+        if len(leaf.shape) > 1:
+            values = rng.normal(size=leaf.shape) / np.prod(leaf.shape[:-1]) ** 0.5
+        elif path[-1].key in ("var", "scale", "gamma"):
+            values = rng.uniform(0.5, 1.5, leaf.shape)
+        else:
+            values = rng.normal(size=leaf.shape) / 10
+        return values.astype(np.float32)
+
+    variables = jax.tree_util.tree_map_with_path(fill, model.shapes)
+    return dataclasses.replace(model, variables=variables)
+
+
+def photos(model, count):
+    shape = (count, model.image_size, model.image_size, 3)
+    return np.random.default_rng(count).integers(0, 256, shape, np.uint8)
+
+
+def assert_close(found, expected):
+    scale = np.abs(expected).max()
+    assert_allclose(found / scale, np.asarray(expected) / scale, atol=1e-4)
+
+
+@pytest.fixture(scope="module", params=CNNS)
+def cnn(request):
+    pytest.importorskip("onnxruntime", reason="needs the extra export")
+    return create(request.param, *CNNS[request.param])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("fold", [False, True])
+def test_onnx_runtime_computes_the_same_logits(cnn, tmp_path, fold):
+    import onnx
+    import onnxruntime
+
+    options = student.Options(0.9, fold, uint8=True)
+    file, about = student.export(cnn, "onnx", tmp_path, options)
+    session = onnxruntime.InferenceSession(file)
+    for count in (1, 3):
+        images = photos(cnn, count)
+        (found,) = session.run(None, {"images": images.transpose(0, 3, 1, 2)})
+        assert_close(found, cnn(images))
+    proto = onnx.load(file)
+    kinds = collections.Counter(node.op_type for node in proto.graph.node)
+    assert not kinds["Transpose"]
+    recorded = {prop.key: json.loads(prop.value) for prop in proto.metadata_props}
+    assert recorded["class_names"] == list(NAMES)
+    assert json.loads(about.read_text()) == recorded | {"images": "[N, 3, H, W]"}
+
+
+@pytest.mark.slow
+def test_folding_leaves_no_batch_norm(tmp_path):
+    onnx = pytest.importorskip("onnx", reason="needs the extra export")
+    model = create("resnet18", *CNNS["resnet18"])
+    counts = []
+    for fold in (False, True):
+        file, _ = student.export(model, "onnx", tmp_path, student.Options(fold=fold))
+        nodes = onnx.load(file).graph.node
+        counts.append(collections.Counter(node.op_type for node in nodes))
+    assert counts[0]["Mul"] == counts[0]["Conv"] == counts[1]["Conv"] == 12
+    assert not counts[1]["Mul"]
+    assert counts[1]["Add"] == 4  # of the blocks' shortcuts
+
+
+@pytest.mark.slow
+def test_normalised_images_are_the_default(tmp_path):
+    onnxruntime = pytest.importorskip("onnxruntime", reason="needs the extra export")
+    model = create("resnet8", *CNNS["resnet8"])
+    file, about = student.export(model, "onnx", tmp_path, student.Options())
+    images, how = photos(model, 2), json.loads(about.read_text())["normalize"]
+    prepared = (images * how["scale"] - how["mean"]) / how["std"]
+    inputs = prepared.transpose(0, 3, 1, 2).astype(np.float32)
+    (found,) = onnxruntime.InferenceSession(file).run(None, {"images": inputs})
+    assert_close(found, model(images))
+
+
+@pytest.mark.parametrize("uint8", [False, True])
+def test_stablehlo_is_read_back_and_computes_the_same(tmp_path, uint8):
+    model = create("resnet8", 32, {})
+    file, _ = student.export(model, "stablehlo", tmp_path, student.Options(uint8=uint8))
+    exported = jax.export.deserialize(bytearray(file.read_bytes()))
+    for count in (1, 3):
+        images = photos(model, count)
+        prepared = images if uint8 else np.asarray(student.normalized(model, images))
+        assert_close(exported.call(prepared), model(images))
+    assert set(exported.platforms) == {"cpu", "cuda", "tpu"}
+
+
+@pytest.mark.parity
+@pytest.mark.parametrize(
+    ("name", "size", "args"),
+    [("resnet18", 32, {"layers": (1, 1, 1, 1)}), ("mobilenetv2_100", 64, {}),
+     ("vit_tiny_patch16_224", 32, {"img_size": 32, "depth": 2})],
+)  # fmt: skip
+def test_timm_loads_the_folder(tmp_path, name, size, args):
+    from tests.parity.reference import timm, torch
+
+    model = create(name, size, args)
+    student.export(model, "timm", tmp_path, student.Options(crop_pct=0.9))
+    theirs = timm.create_model(f"local-dir:{tmp_path}", pretrained=True).eval()
+    images = photos(model, 3)
+    prepared = np.array(student.normalized(model, images).transpose(0, 3, 1, 2))
+    with torch.no_grad():
+        assert_close(theirs(torch.from_numpy(prepared)).numpy(), model(images))
+    config = timm.data.resolve_model_data_config(theirs)
+    assert config["crop_pct"] == 0.9
+    assert tuple(config["input_size"]) == (3, size, size)
+    assert_allclose(config["mean"], model.mean)
+
+
+def test_the_commands_targets_are_these():
+    assert tuple(student.TARGETS) == command.TARGETS
+
+
+def test_the_command_writes_what_it_says(tmp_path, capsys):
+    model = create("mobilenetv2_100", 32, {})
+    model.save(tmp_path / "s.safetensors", crop_pct=0.8)
+    out = tmp_path / "out"
+    assert command.main([str(tmp_path / "s.safetensors"), "--to=timm", f"--out={out}"]) == 0
+    assert capsys.readouterr().out.split() == [
+        "wrote", str(out / "model.safetensors"), "wrote", str(out / "config.json"),
+    ]  # fmt: skip
+    config = json.loads((out / "config.json").read_text())
+    assert config["architecture"] == "mobilenetv2_100"
+    assert config["pretrained_cfg"]["crop_pct"] == 0.8
+    assert config["pretrained_cfg"]["label_names"] == list(NAMES)
+
+
+@pytest.mark.parametrize(
+    ("name", "args", "options", "message"),
+    [
+        ("resnet8", {}, ["--to=timm"], "timm has no resnet8; take --to onnx or --to stablehlo."),
+        ("resnet50x2", {}, ["--to=timm"], "timm has no resnet50x2; take"),
+        ("resnet18", {"width": 0.125}, ["--to=timm"], "has no equivalent of width=0.125; take"),
+        ("resnet8", {}, ["--to=timm", "--uint8"], "--uint8 is for --to onnx and --to stablehlo"),
+        ("resnet8", {}, ["--to=stablehlo", "--fold"], "--fold is for --to onnx; leave it out"),
+        ("resnet8", {}, ["--to=tflite"], "invalid choice: 'tflite'"),
+    ],
+)
+def test_what_cannot_be_exported_is_refused(tmp_path, capsys, name, args, options, message):
+    model = create_model(name, num_classes=5, image_size=32, **args)
+    zeros = jax.tree.map(lambda leaf: np.zeros(leaf.shape, leaf.dtype), model.shapes)
+    dataclasses.replace(model, variables=zeros).save(tmp_path / "s.safetensors")
+    out = tmp_path / "out"
+    assert command.main([str(tmp_path / "s.safetensors"), *options, f"--out={out}"]) == 2
+    err = capsys.readouterr().err
+    assert message in err
+    assert len(err.splitlines()) == 1
+
+
+@pytest.mark.slow
+def test_a_transformer_is_refused_by_onnx(tmp_path, capsys):
+    pytest.importorskip("onnx", reason="needs the extra export")
+    args = {"img_size": 32, "depth": 1, "embed_dim": 16, "num_heads": 2}
+    create("vit_tiny_patch16_224", 32, args).save(tmp_path / "s.safetensors")
+    code = command.main([str(tmp_path / "s.safetensors"), "--to=onnx", f"--out={tmp_path}"])
+    assert code == 2
+    err = capsys.readouterr().err
+    assert "because it is made for CNNs; export a CNN, or take --to stablehlo." in err
+    assert len(err.splitlines()) == 1

@@ -1,0 +1,1 @@
+"""Students in formats of other runtimes: timm, ONNX, StableHLO."""

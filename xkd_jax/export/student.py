@@ -1,0 +1,155 @@
+"""Exports a student: its weights or its inference pass, and how images are prepared for it."""
+
+import dataclasses
+import json
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from xkd_jax import backend
+from xkd_jax.augment import ops
+from xkd_jax.convert.files import to_state, write_state
+from xkd_jax.errors import UserError
+from xkd_jax.model import Model
+from xkd_jax.models import cifar
+from xkd_jax.weights import write_file
+
+PREPARATION = "preprocessing.json"
+# Arguments that timm's constructors know by the same names.
+_TIMMS = {
+    "depth", "drop_path_rate", "drop_rate", "embed_dim", "img_size", "init_values", "layers",
+    "mlp_ratio", "num_heads", "patch_size", "reg_tokens", "window_size",
+}  # fmt: skip
+
+
+@dataclasses.dataclass(frozen=True)
+class Options:
+    """How a student is exported.
+
+    Attributes:
+      crop_pct: the share of the shorter side that is cropped from the centre, to be recorded.
+      fold: whether BatchNorm becomes part of the convolutions (ONNX).
+      uint8: whether the exported function takes uint8 images and normalises them itself.
+    """
+
+    crop_pct: float = 1.0
+    fold: bool = False
+    uint8: bool = False
+
+
+def export(model: Model, target: str, folder: Path, options: Options) -> list[Path]:
+    """Writes `model` for another runtime; returns the files.
+
+    Args:
+      model: the student with its weights.
+      target: a key of `TARGETS`.
+      folder: created if it doesn't exist.
+      options: see there.
+
+    Raises:
+      UserError: the network can't be expressed in the target, or a package is missing.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    path = TARGETS[target](model, folder, options)
+    if target == "timm":
+        return [path, folder / "config.json"]
+    layout = "[N, 3, H, W]" if target == "onnx" else "[N, H, W, 3]"
+    write_file(folder / PREPARATION, _json(preparation(model, options) | {"images": layout}))
+    return [path, folder / PREPARATION]
+
+
+def preparation(model: Model, options: Options) -> dict[str, Any]:
+    """How images are prepared for the exported function, and what its logits mean."""
+    normalized = {"mean": list(model.mean), "std": list(model.std), "scale": 1 / 255}
+    return {
+        "size": model.image_size,
+        "crop_pct": options.crop_pct,
+        "interpolation": "bilinear",
+        "dtype": "uint8" if options.uint8 else "float32",
+        # What is left to do: (pixel * scale - mean) / std.
+        "normalize": None if options.uint8 else normalized,
+        "class_names": list(model.class_names),
+    }
+
+
+def _json(value: Any) -> bytes:
+    return (json.dumps(value, indent=2) + "\n").encode()
+
+
+def _timm(model: Model, folder: Path, options: Options) -> Path:
+    """The folder for `timm.create_model("local-dir:FOLDER", pretrained=True)`."""
+    if model.name in cifar.VARIANTS or re.search(r"(_32|x\d)$", model.name):
+        raise UserError(f"timm has no {model.name}; take --to onnx or --to stablehlo.")
+    unknown = model.args.keys() - _TIMMS
+    if unknown:
+        names = ", ".join(f"{name}={model.args[name]!r}" for name in sorted(unknown))
+        raise UserError(
+            f"timm's {model.name} has no equivalent of {names}; take --to onnx or --to stablehlo."
+        )
+    state = to_state(model.variables, model.name)
+    write_state(folder / "model.safetensors", state, model.metadata())
+    size, count = model.image_size, model.num_classes
+    config = {
+        "architecture": model.name,
+        "num_classes": count,
+        "model_args": model.args,
+        "pretrained_cfg": {
+            "input_size": [3, size, size],
+            "mean": list(model.mean),
+            "std": list(model.std),
+            "crop_pct": options.crop_pct,
+            "interpolation": "bilinear",
+            "num_classes": count,
+            "label_names": list(model.class_names),
+        },
+    }
+    write_file(folder / "config.json", _json(config))
+    return folder / "model.safetensors"
+
+
+def _onnx(model: Model, folder: Path, options: Options) -> Path:
+    try:
+        from xkd_jax.export.onnx import write_onnx
+    except ImportError as error:
+        raise UserError(
+            "--to onnx needs the package onnx; install it with pip install 'xkd_jax[export]'."
+        ) from error
+    path = folder / "model.onnx"
+    write_onnx(model, path, preparation(model, options), options.fold, options.uint8)
+    return path
+
+
+def _stablehlo(model: Model, folder: Path, options: Options) -> Path:
+    """For `jax.export.deserialize`: images [N, H, W, 3] to logits [N, K], on any platform."""
+    variables = model.variables
+
+    def forward(images: jax.Array) -> jax.Array:
+        return model.forward(variables, normalized(model, images))[0]
+
+    (count,) = jax.export.symbolic_shape("n")
+    size = model.image_size
+    dtype = jnp.uint8 if options.uint8 else jnp.float32
+    images = jax.ShapeDtypeStruct((count, size, size, 3), dtype)
+    with backend.assume("gpu"):  # XLA's convolutions, which every platform has
+        exported = jax.export.export(jax.jit(forward), platforms=("cpu", "cuda", "tpu"))(images)
+    path = folder / "model.stablehlo"
+    write_file(path, bytes(exported.serialize()))
+    return path
+
+
+def normalized(model: Model, images: jax.Array) -> jax.Array:
+    """uint8 images normalised for `model`; float images are already."""
+    if images.dtype != jnp.uint8:
+        return images
+    return ops.normalize(ops.to_float(images), model.mean, model.std)
+
+
+TARGETS: dict[str, Callable[[Model, Path, Options], Path]] = {
+    "timm": _timm,
+    "onnx": _onnx,
+    "stablehlo": _stablehlo,
+}
