@@ -182,6 +182,7 @@ def test_what_cannot_be_exported_is_refused(tmp_path, capsys, name, args, option
     err = capsys.readouterr().err
     assert message in err
     assert len(err.splitlines()) == 1
+    assert not out.exists()
 
 
 @pytest.mark.slow

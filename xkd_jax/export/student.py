@@ -53,7 +53,6 @@ def export(model: Model, target: str, folder: Path, options: Options) -> list[Pa
     Raises:
       UserError: the network can't be expressed in the target, or a package is missing.
     """
-    folder.mkdir(parents=True, exist_ok=True)
     path = TARGETS[target](model, folder, options)
     if target == "timm":
         return [path, folder / "config.json"]

@@ -83,7 +83,6 @@ def measure(student: str, data: tuple[str, str, str], crop_pct: float, noisy: bo
 
 def write(result: Evaluation, folder: Path) -> None:
     """Writes evaluation.json, classes.csv, confusion.csv and confusion.png into `folder`."""
-    folder.mkdir(parents=True, exist_ok=True)
     text = json.dumps(result.summary(), indent=2) + "\n"
     write_file(folder / "evaluation.json", text.encode())
     names, confusion = result.class_names, result.scores.confusion
