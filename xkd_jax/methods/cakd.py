@@ -142,6 +142,17 @@ def token_loss(teacher_tokens: jax.Array, student_tokens: jax.Array) -> jax.Arra
     return jnp.mean((jax.lax.stop_gradient(teacher_tokens) - student_tokens) ** 2)
 
 
+def pooled_loss(teacher_pooled: jax.Array, prediction: jax.Array) -> jax.Array:
+    """The mean squared distance of pooled features [N, D], in units of the teacher's variance.
+
+    Not in the paper. Divided by the variance over the batch, the weight means the same for every
+    teacher: predicting the mean of the teacher's features costs 1.
+    """
+    teacher_pooled = jax.lax.stop_gradient(teacher_pooled)
+    variance = jnp.mean((teacher_pooled - jnp.mean(teacher_pooled, axis=0)) ** 2)
+    return jnp.mean((teacher_pooled - prediction) ** 2) / jnp.maximum(variance, 1e-6)
+
+
 class Discriminator(nn.Module):
     """D: three fully connected layers on each token, their logits averaged to one per image.
 
@@ -229,6 +240,8 @@ class CAKD(Method):
       value_weight: weight of the value-relation term of L_proj1.
       token_weight: weight of L_proj2.
       adversarial_weight: lambda. The paper doesn't state it; docs/quickstart.md has the sweep.
+      pooled_weight: weight of `pooled_loss`, which the paper doesn't have: the student's last stage
+        learns from the teacher too. A linear map of `pooled` predicts the teacher's.
       generator: "saturating", as in the paper, or "non_saturating".
       token_dropout: dropout rate on the input of Proj_2.
       adversary_every: the 5 in Algorithm 1's "e % 5 = 0".
@@ -242,6 +255,7 @@ class CAKD(Method):
     value_weight: float = 1.0
     token_weight: float = 1.0
     adversarial_weight: float = 0.1
+    pooled_weight: float = 0.0
     generator: str = "saturating"
     token_dropout: float = 0.1
     adversary_every: int = 5
@@ -334,11 +348,14 @@ class CAKD(Method):
     def init(self, key, teacher_out, student_out, labels=()):
         pca, gl, _ = self._modules(teacher_out)
         features = self._student_map(teacher_out, student_out)
-        keys = jax.random.split(key)
+        keys = jax.random.split(key, 3) if self.pooled_weight else jax.random.split(key)
         params = {
             "pca": pca.init(keys[0], features),
             "gl": gl.init(keys[1], features, train=False),
         }
+        if self.pooled_weight:
+            linear = nn.Dense(teacher_out["pooled"].shape[-1])
+            params["pooled"] = linear.init(keys[2], student_out["pooled"].astype(jnp.float32))
         return params, {}
 
     @override
@@ -364,6 +381,11 @@ class CAKD(Method):
             "tokens": (self.token_weight, token_loss(teacher_tokens, tokens)),
             "generator": (self.adversarial_weight, generator_loss(logits, self.generator)),
         }
+        if "pooled" in params:
+            target = teacher_out["pooled"].astype(jnp.float32)
+            source = student_out["pooled"].astype(jnp.float32)
+            prediction = apply(nn.Dense(target.shape[-1]), params["pooled"], source)
+            terms["pooled"] = (self.pooled_weight, pooled_loss(target, prediction))
         return weighted_sum(terms, state, judged=(teacher_tokens, tokens))
 
     @override

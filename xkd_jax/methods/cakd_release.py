@@ -100,6 +100,10 @@ class CAKDRelease(cakd.CAKD):
         super().check(teacher_out, student_out)
         if not self.ramp_epochs > 0:
             raise UserError(f"method.cakd_release.ramp_epochs={self.ramp_epochs} must be above 0.")
+        if self.pooled_weight:
+            raise UserError(
+                "method.cakd_release.pooled_weight has no effect; set class_token_weight instead."
+            )
 
     def ramp(self, progress: jax.Array) -> jax.Array:
         """The factor of all terms after `progress` epochs."""
