@@ -185,7 +185,7 @@ def test_half_written_metrics(tmp_path):
     table_report.write(tmp_path)
     assert read_csv(tmp_path)["logits"]["runs"] == "3 of 3"
     report = (tmp_path / "report.md").read_text()
-    assert "logits, seed 0: 2 damaged lines of metrics.jsonl are left out." in report
+    assert "logits, seed 0: damaged lines of metrics.jsonl left out: 2." in report
 
 
 def test_nothing_to_report(tmp_path):

@@ -81,7 +81,7 @@ def read_runs(folder: Path) -> Runs:
         runs.paths[name] = path
         runs.metrics[name], damaged = files.read_sound_metrics(path)
         if damaged:
-            runs.notes.append(f"{name}: {damaged} damaged lines of {files.METRICS} are left out.")
+            runs.notes.append(f"{name}: damaged lines of {files.METRICS} left out: {damaged}.")
         try:
             recipe = read_recipe(path, {})
         except UserError as error:

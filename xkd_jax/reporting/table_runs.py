@@ -181,7 +181,7 @@ def _read_run(folder: Path, config: Mapping[str, Any]) -> Run:
     if math.isnan(run.top1):
         run.state, run.reason = "not evaluated", f"{files.SUMMARY} has no top-1"
     if damaged:
-        run.notes.append(f"{damaged} damaged lines of {files.METRICS} are left out")
+        run.notes.append(f"damaged lines of {files.METRICS} left out: {damaged}")
     if not config:
         run.notes.append(f"there is no {files.CONFIG}, so its recipe wasn't checked")
     return run
