@@ -33,7 +33,7 @@ class Runs:
       paths: the runs' folders.
       summaries: the contents of summary.json.
       metrics: the lines of metrics.jsonl.
-      recipes: the runs' recipes, as far as they must be equal.
+      recipes: the runs' configs, except for the options of methods.
       notes: sentences about what is left out.
     """
 

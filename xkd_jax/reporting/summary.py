@@ -44,7 +44,7 @@ def finish(experiment: Experiment, student_variables: Any, folder: Path) -> dict
         "train": f"{config.data.name} {config.data.train}",
         "test": f"{measured.name} {measured.test}",
         "devices": f"{len(jax.devices())} {jax.devices()[0].device_kind}",
-        "extra_parameters": _count_extra(experiment),
+        "extra_parameters": count_extra(experiment),
         "student": {"model": config.student.model}
         | describe(experiment.distiller.student, student_variables, test, experiment)
         | create_monitor(experiment)(student_variables),
@@ -63,7 +63,7 @@ def finish(experiment: Experiment, student_variables: Any, folder: Path) -> dict
     return summary
 
 
-def _count_extra(experiment: Experiment) -> int:
+def count_extra(experiment: Experiment) -> int:
     """The number of parameters that only training needs: the method's, such as projectors."""
     params = experiment.distiller.state_shapes.params
     return sum(count_parameters(tree) for part, tree in params.items() if part != "student")

@@ -42,7 +42,7 @@ _NOTES = {
     "top-1 %": "top-1: test split, after the last epoch; the mean over seeds, and the sample "
     "standard deviation.",
     "best eval %": "best eval: for comparison, each run's highest top-1 on the evaluation split "
-    "over all epochs, averaged over seeds; the maximum flatters it.",
+    "over all epochs, averaged over seeds; this maximum is optimistic.",
     "published %": "published: the top-1 that the publication reports.",
     "gain": "gain: mean difference from {baseline} over shared seeds, in percentage points, with "
     "its 95% interval (Student's t on paired differences).",
@@ -198,7 +198,7 @@ def _format_rival(rival: Rival | None) -> str:
 
 
 def _left_out(cell: CellRuns) -> str:
-    """The states of the runs that don't count, such as "1 failed, 2 missing"."""
+    """The states of the runs that are left out, such as "1 failed, 2 missing"."""
     states = [run.state for run in cell.runs.values() if run.state != DONE]
     counts = {state: states.count(state) for state in states}
     # Tuning is the whole cell's.

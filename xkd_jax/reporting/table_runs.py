@@ -1,4 +1,4 @@
-"""Reads a table's runs: the results of the sound ones, and why the others have none."""
+"""Reads a table's runs: results to average, and why some runs are left out."""
 
 import dataclasses
 import math
@@ -24,13 +24,13 @@ class Run:
     """One seed of a cell.
 
     Attributes:
-      state: `DONE`, or why its results don't count: "missing", "tuning", "unfinished", "failed",
+      state: `DONE`, or why the run is left out: "missing", "tuning", "unfinished", "failed",
         "damaged", "not evaluated" or "other recipe".
       reason: more about the state; may be empty.
       summary: summary.json; empty unless the run is finished.
       curve: top-1 on the evaluation split in percent, by step.
       cost: what it cost.
-      notes: what is damaged in a run whose results still count.
+      notes: what is damaged or unknown in a run that is included.
     """
 
     state: str
@@ -64,12 +64,12 @@ class CellRuns:
 
     @property
     def done(self) -> dict[int, Run]:
-        """The runs whose results count, by seed."""
+        """The runs that are included, by seed."""
         return {seed: run for seed, run in self.runs.items() if run.state == DONE}
 
     @property
     def scores(self) -> dict[int, float]:
-        """The top-1 of each run whose results count, in percent."""
+        """The top-1 of each included run, in percent."""
         return {seed: run.top1 for seed, run in self.done.items()}
 
 
@@ -123,7 +123,7 @@ def read_table(folder: Path) -> TableRuns:
         if difference:
             run = table.cells[name].runs[seed]
             run.state, run.reason = "other recipe", difference
-    table.notes = [*_notes(table), *_strangers(folder, table)]
+    table.notes = [*_notes(table), *_unlisted(folder, table)]
     return table
 
 
@@ -198,7 +198,7 @@ def _get_curve(lines: list[dict[str, Any]]) -> dict[int, float]:
 
 
 def _notes(table: TableRuns) -> list[str]:
-    """A sentence for each run that is left out or damaged, except for those to come."""
+    """A sentence for each run that is left out or damaged, unless it hasn't started."""
     notes = []
     for name, cell in table.cells.items():
         for seed, run in cell.runs.items():
@@ -209,7 +209,7 @@ def _notes(table: TableRuns) -> list[str]:
     return notes
 
 
-def _strangers(folder: Path, table: TableRuns) -> list[str]:
+def _unlisted(folder: Path, table: TableRuns) -> list[str]:
     """A sentence for each finished run that isn't in the table."""
     notes = []
     for path in sorted(folder.glob(f"*/seed*/{files.SUMMARY}")):
