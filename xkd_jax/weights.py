@@ -17,6 +17,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save
 
 from xkd_jax.errors import UserError, unknown
+from xkd_jax.reporting.files import write_file
 
 # How files of torch.save begin: a zip, or before PyTorch 1.6 a pickle.
 PYTORCH_MAGIC = (b"PK\x03\x04", b"\x80\x02\x8a\x0a")
@@ -51,20 +52,6 @@ def save_weights(path: str | os.PathLike, variables: dict, metadata: dict[str, A
     """
     text = json.dumps(metadata, sort_keys=True)
     write_file(Path(path), save(_flatten(variables), metadata={METADATA_KEY: text}))
-
-
-def write_file(path: Path, contents: bytes) -> None:
-    """Writes a file atomically, by renaming a temporary one; missing folders are created."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(f".{path.name}.{os.getpid()}.part")
-    try:
-        with part.open("wb") as file:
-            file.write(contents)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(part, path)
-    finally:
-        part.unlink(missing_ok=True)
 
 
 def npy_header(dtype: np.dtype, shape: tuple[int, ...]) -> bytes:

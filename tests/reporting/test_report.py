@@ -5,6 +5,7 @@ import os
 
 import pytest
 
+from tests.reporting.folders import write_run
 from xkd_jax.errors import UserError
 from xkd_jax.reporting.report import find_runs, format_table, write
 
@@ -77,6 +78,28 @@ def test_without_labels_the_probe_is_the_score(tmp_path):
     text = write(tmp_path / "a")
     assert "| linear probe % | k-NN % |" in text
     assert "best evaluation 50.00% at step 1" in text
+
+
+def test_a_comparison_shows_what_is_sound(tmp_path):
+    for name in ("a", "b", "c", "unfinished", "cut"):
+        write_run(tmp_path / name, 0.5, epochs=3 if name == "b" else 2)
+    (tmp_path / "unfinished" / "summary.json").unlink()
+    (tmp_path / "cut" / "summary.json").write_text('{"student"')
+    metrics = tmp_path / "c" / "metrics.jsonl"
+    metrics.write_text("{\n" + metrics.read_text())
+    write_run(tmp_path / "old", 0.5, summary={"student": 0.5})
+    text = write(tmp_path)
+    assert sum(line.startswith("| cross-entropy alone") for line in text.splitlines()) == 3
+    report = (tmp_path / "report.md").read_text()
+    for note in (
+        "b was trained with another recipe: epochs is 3, but 2 in most runs.",
+        "unfinished isn't finished, and is left out.",
+        f"{tmp_path / 'cut' / 'summary.json'} is damaged",
+        "c: damaged lines of metrics.jsonl left out: 1.",
+        f"{tmp_path / 'old' / 'summary.json'} has no 'student', so another version of xkd_jax",
+    ):
+        assert note in text
+        assert f"- {note}" in report
 
 
 def test_no_finished_run(tmp_path):

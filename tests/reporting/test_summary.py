@@ -22,3 +22,13 @@ def test_the_best_student_is_kept_and_of_equals_the_first(tmp_path, monkeypatch)
     best.update(5, {}, {"top1": 0.6})
     best.update(6, {}, {"top1": 0.7})
     assert [scores["step"] for scores in kept] == [1, 2, 6]
+
+
+def test_extra_parameters_are_those_that_only_training_needs():
+    params = {
+        "student": {"kernel": np.zeros((2, 3))},
+        "method": {"projector": np.zeros((4, 5))},
+        "adversary": {"kernel": np.zeros(6)},
+    }
+    distiller = SimpleNamespace(state_shapes=SimpleNamespace(params=params))
+    assert summary.count_extra(SimpleNamespace(distiller=distiller)) == 26

@@ -21,18 +21,8 @@ from xkd_jax.experiment import Experiment, create_experiment
 from xkd_jax.probing import probe
 from xkd_jax.reporting import files, report, summary
 from xkd_jax.reporting.logger import say
+from xkd_jax.reporting.recipe import FREE
 from xkd_jax.weights import write_file
-
-# Fields that may change when a run resumes, because they don't affect its results.
-FREE = (
-    "data.dir",
-    "monitor.dir",
-    "teacher.cache",
-    "log_every",
-    "checkpoint_every",
-    "keep_checkpoints",
-    "checkpoint_dir",
-)
 
 
 def run(config: Config, workdir: Path) -> int:
@@ -208,7 +198,7 @@ def is_complete(config: Config, folder: Path) -> bool:
                 f"{folder} holds another run: {'; '.join(differences[:3])}{more}; choose another "
                 "--workdir."
             )
-    return (folder / summary.SUMMARY).exists()
+    return (folder / files.SUMMARY).exists()
 
 
 def _differences(there: Any, here: Any, default: Any, name: str = ""):

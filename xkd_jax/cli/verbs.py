@@ -37,7 +37,7 @@ VERBS = {
     ),
     "models": ("list the networks: size, FLOPs, outputs", "xkd-jax models 'resnet*'"),
     "report": (
-        "write the table and curves of finished runs",
+        "report finished runs or a table: Markdown and an HTML page",
         "xkd-jax report runs/quickstart",
     ),
 }

@@ -22,8 +22,9 @@ from xkd_jax.models.vit import VisionTransformer
 from xkd_jax.probing.features import compute_to_file, create_feature_step
 from xkd_jax.probing.linear import Linear, accuracy, choose_strength, fit_linear, knn_accuracy
 from xkd_jax.reporting import files
+from xkd_jax.reporting.files import SUMMARY, TEACHER
 from xkd_jax.reporting.logger import say
-from xkd_jax.reporting.summary import SUMMARY, TEACHER, cost
+from xkd_jax.reporting.summary import cost
 from xkd_jax.teacher.classes import without_classifier
 from xkd_jax.weights import write_file
 

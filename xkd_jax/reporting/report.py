@@ -1,17 +1,17 @@
-"""Tables and curves from finished run folders."""
+"""The report of finished runs: scores, learning curves and cost."""
 
-import itertools
+import dataclasses
 import time
-from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 from xkd_jax.errors import UserError
-from xkd_jax.reporting import files
-from xkd_jax.reporting.summary import BEST, STUDENT, SUMMARY, TEACHER
+from xkd_jax.reporting import cost, document, figures, files
+from xkd_jax.reporting.document import Heading, Items, Paragraph, Picture, Table
+from xkd_jax.reporting.figures import first_key
+from xkd_jax.reporting.recipe import Recipe, find_differences, read_recipe
 
 CURVES = "curves.png"
-TABLE = "report.md"
 # Columns, each shown if all rows have it; short, so that the table fits into 80 columns.
 _SCORES = {
     "top1": "top-1 %",
@@ -21,7 +21,27 @@ _SCORES = {
     "probe_top1": "linear probe %",
     "knn_top1": "k-NN %",
 }
-_LOSSES = {"label_loss": "cross-entropy", "loss": "loss"}
+
+Lines = list[dict[str, Any]]  # of metrics.jsonl
+
+
+@dataclasses.dataclass
+class Runs:
+    """What is sound in finished runs, by the run's name.
+
+    Attributes:
+      paths: the runs' folders.
+      summaries: the contents of summary.json.
+      metrics: the lines of metrics.jsonl.
+      recipes: the runs' configs, except for the options of methods.
+      notes: sentences about what is left out.
+    """
+
+    paths: dict[str, Path] = dataclasses.field(default_factory=dict)
+    summaries: dict[str, dict[str, Any]] = dataclasses.field(default_factory=dict)
+    metrics: dict[str, Lines] = dataclasses.field(default_factory=dict)
+    recipes: dict[str, Recipe] = dataclasses.field(default_factory=dict)
+    notes: list[str] = dataclasses.field(default_factory=list)
 
 
 def find_runs(folder: Path) -> dict[str, Path]:
@@ -30,72 +50,141 @@ def find_runs(folder: Path) -> dict[str, Path]:
     Raises:
       UserError: there is no finished run.
     """
-    if (folder / SUMMARY).exists():
+    if (folder / files.SUMMARY).exists():
         return {folder.name: folder}
-    finished = [path.parent for path in folder.glob(f"*/{SUMMARY}")]
+    finished = [path.parent for path in folder.glob(f"*/{files.SUMMARY}")]
     if not finished:
         raise UserError(
-            f"{folder} holds no finished run; give the folder of a run or of a comparison."
+            f"{folder} holds no finished run; give the folder of a run, a comparison or a table."
         )
-    # A run's config is only written when it first starts.
-    finished.sort(key=lambda run: (run / files.CONFIG).stat().st_mtime_ns)
-    return {run.name: run for run in finished}
+
+    def started(run: Path) -> int:  # a run's config is only written when it first starts
+        config = run / files.CONFIG
+        return (config if config.exists() else run).stat().st_mtime_ns
+
+    return {run.name: run for run in sorted(finished, key=started)}
+
+
+def read_runs(folder: Path) -> Runs:
+    """Reads everything that is sound in the finished runs of `folder`.
+
+    Raises:
+      UserError: there is no finished run, or nothing in the runs is sound.
+    """
+    runs, damage = Runs(), []
+    for name, path in find_runs(folder).items():
+        try:
+            runs.summaries[name] = files.read_summary(path)
+        except UserError as error:
+            damage.append(error)
+            continue
+        runs.paths[name] = path
+        runs.metrics[name], damaged = files.read_sound_metrics(path)
+        if damaged:
+            runs.notes.append(f"{name}: damaged lines of {files.METRICS} left out: {damaged}.")
+        try:
+            recipe = read_recipe(path, {})
+        except UserError as error:
+            runs.notes.append(str(error))
+            recipe = Recipe({}, {})
+        # The runs of a comparison differ in their methods.
+        found = {k: v for k, v in recipe.found.items() if not k.startswith(("method.", "compare"))}
+        runs.recipes[name] = Recipe(found, {})
+    if not runs.summaries:
+        raise damage[0]
+    if not any(runs.metrics.values()):
+        for path in runs.paths.values():
+            files.read_metrics(path)  # names the damaged line, if there is one
+    runs.notes += [*map(str, damage), *_list_differences(runs), *_list_unfinished(folder)]
+    return runs
+
+
+def _list_differences(runs: Runs) -> list[str]:
+    differences = find_differences(list(runs.recipes.values()))
+    found = zip(runs.recipes, differences, strict=True)
+    return [f"{name} was trained with another recipe: {text}." for name, text in found if text]
+
+
+def _list_unfinished(folder: Path) -> list[str]:
+    begun = sorted(path.parent for path in folder.glob(f"*/{files.CONFIG}"))
+    unfinished = [run.name for run in begun if not (run / files.SUMMARY).exists()]
+    return [f"{name} isn't finished, and is left out." for name in unfinished]
 
 
 def write(folder: Path) -> str:
-    """Writes report.md and curves.png of the finished runs in `folder` into it.
+    """Writes report.md, report.html and curves.png of the finished runs in `folder` into it.
 
     Returns:
       The table and the files' paths, as text.
 
     Raises:
-      UserError: there is no finished run.
+      UserError: there is no finished run, or nothing in the runs is sound.
     """
-    runs = find_runs(folder)
-    summaries = {name: files.read_json(path / SUMMARY) for name, path in runs.items()}
-    table, metrics = format_table(summaries), {n: files.read_metrics(p) for n, p in runs.items()}
-    heading = f"# {folder.absolute().name}\n\n{describe(summaries, runs)}"
-    if not any(metrics.values()):  # a probe, which isn't trained step by step
-        (folder / TABLE).write_text(f"{heading}\n\n{table}\n")
-        teachers = "".join(f"\n  {path / TEACHER}" for path in runs.values())
-        return f"\n{table}\n\nreport: {folder / TABLE}\nteacher: {teachers}"
-    # In the file, a list, and relative paths: they stay right in a copy of the folder.
-    listed = "".join(
-        f"- {_best(name, metrics[name], (path / BEST).relative_to(folder))}\n"
-        for name, path in runs.items()
-    )
-    (folder / TABLE).write_text(f"{heading}\n\n{table}\n\n{listed}\n![learning curves]({CURVES})\n")
-    plot_curves(summaries, metrics, folder / CURVES)
-    best = "\n".join(_best(name, metrics[name], path / BEST) for name, path in runs.items())
-    students = "".join(f"\n  {path / STUDENT}" for path in runs.values())
-    return (
-        f"\n{table}\n\n{best}\ncurves: {folder / CURVES}\nreport: {folder / TABLE}\n"
-        f"students: {students}"
-    )
+    runs = read_runs(folder)
+    table = Table(list_scores(runs.summaries))
+    is_trained = any(runs.metrics.values())  # a probe isn't trained step by step
+    blocks: list[document.Block] = [Paragraph(describe(runs.summaries, runs.paths)), table]
+    if is_trained:
+        # In the files, relative paths: they stay right in a copy of the folder.
+        best = [_best(runs, name, path.relative_to(folder)) for name, path in runs.paths.items()]
+        blocks += [Items(best), Picture(_plot(runs), CURVES, "learning curves")]
+        blocks += _describe_costs(runs)
+    if runs.notes:
+        blocks += [Heading("Notes"), Items(runs.notes)]
+    document.write_document(folder, folder.absolute().name, blocks)
+    text = "".join(f"\n{note}" for note in runs.notes)
+    text = f"\n{table.markdown()}\n{text}" + ("\n" if text else "")
+    reports = f"report: {folder / document.MARKDOWN}\npage: {folder / document.PAGE}"
+    if not is_trained:
+        teachers = "".join(f"\n  {path / files.TEACHER}" for path in runs.paths.values())
+        return f"{text}\n{reports}\nteacher: {teachers}"
+    best = "\n".join(_best(runs, name, path) for name, path in runs.paths.items())
+    students = "".join(f"\n  {path / files.STUDENT}" for path in runs.paths.values())
+    return f"{text}\n{best}\ncurves: {folder / CURVES}\n{reports}\nstudents: {students}"
 
 
-def _first(lines: Iterable[dict[str, Any]], *names: str) -> str:
-    """The first of `names` that any line has; the last one if none is there."""
-    found = {name for line in lines for name in names if name in line}
-    return next((name for name in names if name in found), names[-1])
+def _plot(runs: Runs) -> Any:
+    metrics = {_label(name): lines for name, lines in runs.metrics.items()}
+    tops = [_get(summary, "teacher", "top1") for summary in runs.summaries.values()]
+    return figures.plot_runs(metrics, next((top1 for top1 in tops if top1 is not None), None))
+
+
+def _describe_costs(runs: Runs) -> list[document.Block]:
+    costs = {}
+    for name, summary in runs.summaries.items():
+        batch_size = runs.recipes[name].found.get("batch_size")
+        costs[_label(name)] = [cost.read_cost(summary, runs.metrics[name], batch_size)]
+    # The table of scores has the rest.
+    lines = cost.list_costs(costs, ("speed", "hours", "extra", "devices"))
+    if len(lines[0]) == 1:
+        return []
+    return [Heading("Cost"), Table(lines), Items(cost.explain(lines), small=True)]
 
 
 def describe(summaries: dict[str, dict[str, Any]], runs: dict[str, Path]) -> str:
-    """What was trained and measured: data, seeds, teacher and date, in a paragraph."""
+    """What was trained and measured: data, seeds, teacher and date, in a paragraph.
+
+    Args:
+      summaries: the contents of each run's summary.json, by the run's name; fields may be missing.
+      runs: the folders of the same runs.
+    """
 
     def values(*keys: str) -> str:
         found = dict.fromkeys(str(_get(summary, *keys)) for summary in summaries.values())
         return ", ".join(name for name in found if name != "None")
 
-    finished = max((path / SUMMARY).stat().st_mtime for path in runs.values())
-    date = time.strftime("%Y-%m-%d", time.localtime(finished))
-    teacher = values("teacher", "model")
-    taught = f" Teacher: {teacher}, {values('teacher', 'weights')}." if teacher else ""
+    finished = max((path / files.SUMMARY).stat().st_mtime for path in runs.values())
     network = "Network" if values("method") == "probe" else "Student"
-    return (
-        f"Trained on {values('train')}, measured on {values('test')}. {network}: "
-        f"{values('student', 'model')}.{taught} Seed {values('seed')}. Finished on {date}."
-    )
+    sentences = {
+        f"Trained on {values('train')}, measured on {values('test')}.": values("train"),
+        f"{network}: {values('student', 'model')}.": values("student", "model"),
+        f"Teacher: {values('teacher', 'model')}, {values('teacher', 'weights')}.": values(
+            "teacher", "model"
+        ),
+        f"Seed {values('seed')}.": values("seed"),
+        f"Finished on {time.strftime('%Y-%m-%d', time.localtime(finished))}.": "always",
+    }
+    return " ".join(sentence for sentence, is_known in sentences.items() if is_known)
 
 
 def _get(summary: dict[str, Any], *keys: str) -> Any:
@@ -105,9 +194,10 @@ def _get(summary: dict[str, Any], *keys: str) -> Any:
     return value
 
 
-def _best(name: str, lines: list[dict[str, Any]], path: Path) -> str:
-    """The best evaluation of a run, whose student is in the file `path`."""
-    score = _first(lines, "eval_top1", "eval_probe_top1")
+def _best(runs: Runs, name: str, folder: Path) -> str:
+    """The best evaluation of a run, whose best student is in `folder`."""
+    lines = runs.metrics[name]
+    score = first_key(lines, "eval_top1", "eval_probe_top1")
     best = max(
         (line for line in lines if score in line),
         key=lambda line: (line[score], -line["step"]),
@@ -115,12 +205,17 @@ def _best(name: str, lines: list[dict[str, Any]], path: Path) -> str:
     )
     if best is None:
         return f"{name}: no evaluation"
-    top1 = f"{100 * best[score]:.2f}"
+    top1, path = f"{100 * best[score]:.2f}", folder / files.BEST
     return f"{name}: best evaluation {top1}% at step {best['step']}, in {path}"
 
 
 def format_table(summaries: dict[str, dict[str, Any]]) -> str:
-    """A Markdown table: a row for the teacher, then one for each run.
+    """`list_scores` as a Markdown table."""
+    return document.format_markdown(list_scores(summaries))
+
+
+def list_scores(summaries: dict[str, dict[str, Any]]) -> list[list[str]]:
+    """A table of scores: the header, a row for the teacher, then one for each run.
 
     Args:
       summaries: the contents of each run's summary.json, by the run's name.
@@ -133,7 +228,7 @@ def format_table(summaries: dict[str, dict[str, Any]]) -> str:
         (alone,) = summaries.values()
         rows.append((_get(alone, "student", "model") or "student", alone["student"]))
     else:
-        rows += [(_label(s["method"]), s["student"]) for s in summaries.values()]
+        rows += [(_label(s.get("method", name)), s["student"]) for name, s in summaries.items()]
     # A teacher without a classifier, or of other classes, has no scores.
     scored = [row for _, row in rows if _SCORES.keys() & row.keys()]
     scores = {k: v for k, v in _SCORES.items() if scored and all(k in row for row in scored)}
@@ -142,72 +237,11 @@ def format_table(summaries: dict[str, dict[str, Any]]) -> str:
     lines = [["", *scores.values(), "parameters", "MFLOPs"]]
     for name, row in rows:
         cells = [f"{100 * row[score]:.2f}" if score in row else "" for score in scores]
-        mflops = row["flops"] / 1e6
-        cells += [f"{row['parameters']:,}", f"{mflops:,.{1 if mflops < 1000 else 0}f}"]
+        cells.append(f"{row['parameters']:,}" if "parameters" in row else "")
+        cells.append(cost.format_mflops(row["flops"]) if "flops" in row else "")
         lines.append([name, *cells])
-    return format_markdown(lines)
+    return lines
 
 
 def _label(method: str) -> str:
     return "cross-entropy alone" if method == "none" else method
-
-
-def format_markdown(lines: list[list[str]]) -> str:
-    """A Markdown table with aligned columns; the first line is the header."""
-    widths = [max(len(cell) for cell in column) for column in zip(*lines, strict=True)]
-
-    def row(cells: list[str]) -> str:
-        first = cells[0].ljust(widths[0])
-        rest = (cell.rjust(width) for cell, width in zip(cells[1:], widths[1:], strict=True))
-        return f"| {' | '.join([first, *rest])} |"
-
-    rule = ["-" * widths[0], *("-" * (width - 1) + ":" for width in widths[1:])]
-    return "\n".join([row(lines[0]), row(rule), *map(row, lines[1:])])
-
-
-def plot_curves(
-    summaries: dict[str, dict[str, Any]], metrics: dict[str, list[dict[str, Any]]], path: Path
-) -> None:
-    """Plots training loss and evaluation accuracy against the step.
-
-    Args:
-      summaries: the contents of each run's summary.json, by the run's name.
-      metrics: the lines of each run's metrics.jsonl, by the run's name.
-      path: path of the figure.
-    """
-    from matplotlib.figure import Figure
-    from matplotlib.ticker import LogLocator, NullFormatter, ScalarFormatter
-
-    figure = Figure(figsize=(10, 4), layout="constrained")
-    loss_axes, top1_axes = figure.subplots(1, 2, sharex=True)
-    every = list(itertools.chain(*metrics.values()))
-    loss, top1 = _first(every, "label_loss", "loss"), _first(every, "eval_top1", "eval_probe_top1")
-    for name, lines in metrics.items():
-        for axes, key, scale in (
-            (loss_axes, loss, 1),
-            (top1_axes, top1, 100),
-        ):
-            points = [(line["step"], scale * line[key]) for line in lines if key in line]
-            # A single evaluation has no line to show.
-            marker = "o" if len(points) == 1 else None
-            axes.plot(*zip(*points, strict=True), label=_label(name), linewidth=1.5, marker=marker)
-    teachers = [s["teacher"]["top1"] for s in summaries.values() if "top1" in s.get("teacher", {})]
-    if teachers:
-        label = "teacher (test split)"
-        top1_axes.axhline(
-            100 * teachers[0], color="black", linestyle="--", linewidth=1, label=label
-        )
-    loss_axes.set(xlabel="step", ylabel=f"{_LOSSES[loss]} (training)", yscale="log")
-    # Plain numbers also between powers of ten, of which the default labels none.
-    low, high = loss_axes.get_ylim()
-    subs = (1, 2, 5) if high > 10 * low else (1, 1.5, 2, 3, 4, 5, 6, 7, 8, 9)
-    loss_axes.yaxis.set_major_locator(LogLocator(subs=subs))
-    loss_axes.yaxis.set_major_formatter(ScalarFormatter())
-    loss_axes.yaxis.set_minor_formatter(NullFormatter())
-    top1_axes.set(xlabel="step", ylabel="top-1 % (evaluation split)")
-    for axes in (loss_axes, top1_axes):
-        axes.set_xlim(left=0)
-        axes.grid(alpha=0.3)
-        if axes.lines:
-            axes.legend()
-    figure.savefig(path, dpi=120)

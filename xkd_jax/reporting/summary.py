@@ -18,12 +18,9 @@ from xkd_jax.experiment import Experiment, load_split
 from xkd_jax.methods.base import apply
 from xkd_jax.model import Model
 from xkd_jax.probing.monitor import create_monitor
-from xkd_jax.weights import load_weights, save_weights, write_file
+from xkd_jax.reporting.files import BEST, STUDENT, SUMMARY, write_file
+from xkd_jax.weights import load_weights, save_weights
 
-SUMMARY = "summary.json"
-STUDENT = "student.safetensors"
-TEACHER = "teacher.safetensors"  # of a probe
-BEST = "best.safetensors"
 _teachers: dict[Any, dict[str, Any]] = {}  # scores, by everything that they depend on
 _EVALUATED = ("eval_top1", "eval_probe_top1")  # what the best student is chosen by, if measured
 
@@ -47,6 +44,8 @@ def finish(experiment: Experiment, student_variables: Any, folder: Path) -> dict
         "steps": experiment.total_steps,
         "train": f"{config.data.name} {config.data.train}",
         "test": f"{measured.name} {measured.test}",
+        "devices": f"{len(jax.devices())} {jax.devices()[0].device_kind}",
+        "extra_parameters": count_extra(experiment),
         "student": {"model": config.student.model}
         | describe(experiment.distiller.student, student_variables, test, experiment)
         | create_monitor(experiment)(student_variables),
@@ -63,6 +62,12 @@ def finish(experiment: Experiment, student_variables: Any, folder: Path) -> dict
         # Written last and atomically: a run with a summary is complete.
         write_file(folder / SUMMARY, (json.dumps(summary, indent=2) + "\n").encode())
     return summary
+
+
+def count_extra(experiment: Experiment) -> int:
+    """The number of parameters that only training needs: the method's, such as projectors."""
+    params = experiment.distiller.state_shapes.params
+    return sum(count_parameters(tree) for part, tree in params.items() if part != "student")
 
 
 def describe_teacher(experiment: Experiment, test: data.Split) -> dict[str, Any]:

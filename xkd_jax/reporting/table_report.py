@@ -1,26 +1,58 @@
-"""The report of a table: mean, deviation and paired gain of each cell over its seeds."""
+"""The report of a table: statistics of each cell over its seeds, figures and cost."""
 
 import csv
 import io
 import json
 import math
 import statistics
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
-from xkd_jax.errors import UserError
-from xkd_jax.reporting.files import read_json
-from xkd_jax.reporting.report import TABLE, format_markdown
-from xkd_jax.reporting.summary import SUMMARY
-from xkd_jax.table import Table, label
-from xkd_jax.weights import write_file
+from xkd_jax.reporting import cost, figures, report
+from xkd_jax.reporting.document import (
+    Block,
+    Heading,
+    Items,
+    Paragraph,
+    Picture,
+    Table,
+    drop_empty,
+    write_document,
+)
+from xkd_jax.reporting.files import SUMMARY, read_json, write_file
+from xkd_jax.reporting.statistics import Difference, Rival, compare_with_best, subtract
+from xkd_jax.reporting.table_runs import (
+    CELLS,
+    CHOSEN,
+    DONE,
+    FAILED,
+    TUNING,
+    CellRuns,
+    TableRuns,
+    get_top1,
+    read_table,
+)
+from xkd_jax.table import Table as TableRecipe
 
-CELLS = "table.json"  # the names of the cells, the baseline and the seeds
-CHOSEN = "chosen.json"  # the fields that a cell has chosen on the evaluation split
-FAILED = "failed.txt"  # why a run has no summary
+__all__ = ["CELLS", "CHOSEN", "FAILED", "describe", "read_top1", "write"]
+
+CSV = "table.csv"
+GAINS, CURVES = "gains.png", "curves.png"
+_NOTES = {
+    "top-1 %": "top-1: test split, after the last epoch; the mean over seeds, and the sample "
+    "standard deviation.",
+    "best eval %": "best eval: for comparison, each run's highest top-1 on the evaluation split "
+    "over all epochs, averaged over seeds; this maximum is optimistic.",
+    "published %": "published: the top-1 that the publication reports.",
+    "gain": "gain: mean difference from {baseline} over shared seeds, in percentage points, with "
+    "its 95% interval (Student's t on paired differences).",
+    "vs best": "vs best: mean difference from the best other cell over shared seeds. "
+    "* p < 0.05 in a two-sided paired t-test, after Holm's correction over the cells.",
+}
+_COST_FIELDS = ("speed", "hours", "parameters", "extra", "flops", "devices")
 
 
-def describe(table: Table, folder: Path) -> None:
+def describe(table: TableRecipe, folder: Path) -> None:
     """Writes what `write` needs to know about the table."""
     facts = {
         "cells": {name: dict(cell.fields) for name, cell in table.cells.items()},
@@ -34,61 +66,219 @@ def describe(table: Table, folder: Path) -> None:
 def read_top1(folder: Path) -> float:
     """A run's top-1 on its test split, in [0, 1]; without labels its probe's; NaN without both."""
     path = folder / SUMMARY
-    student = read_json(path)["student"] if path.exists() else {}
-    return student.get("top1", student.get("probe_top1", math.nan))
+    return get_top1(read_json(path)) if path.exists() else math.nan
 
 
 def write(folder: Path) -> str:
-    """Writes report.md and table.csv of the table in `folder`; returns the Markdown table.
+    """Writes report.md, report.html, table.csv and the figures of the table in `folder`.
+
+    Returns:
+      The table of results as Markdown.
 
     Raises:
-      UserError: there is no table.
+      UserError: there is no table, or it has no runs yet.
     """
-    if not (folder / CELLS).exists():
-        raise UserError(f"{folder} holds no table; python -m xkd_jax.sweep makes one.")
-    facts = read_json(folder / CELLS)
-    lines = [["", "runs", "top-1 %", "deviation", "gain", "95% interval", "chosen"]]
-    baseline = _scores(folder / facts["baseline"], facts["seeds"])
-    for name, fields in facts["cells"].items():
-        scores, is_base = _scores(folder / name, facts["seeds"]), name == facts["baseline"]
-        chosen, new = folder / name / CHOSEN, {}
-        if chosen.exists():
-            new = {k: v for k, v in read_json(chosen)["fields"].items() if k not in fields}
-        lines.append([name, *_row(scores, baseline, len(facts["seeds"]), is_base), label(new)])
-    table = format_markdown(lines)
-    write_file(folder / TABLE, f"# {folder.absolute().name}\n\n{table}\n".encode())
-    text = io.StringIO()
-    csv.writer(text).writerows(lines)
-    write_file(folder / "table.csv", text.getvalue().encode())
-    return table
+    table = read_table(folder)
+    rivals = compare_with_best({name: cell.scores for name, cell in table.cells.items()})
+    gains = _gains(table)
+    results = Table(list_results(table, gains, rivals), _best_row(table))
+    write_file(folder / CSV, _format_csv(table, gains, rivals).encode())
+    notes = [
+        note.format(baseline=table.baseline)
+        for title, note in _NOTES.items()
+        if title in results.lines[0]
+    ]
+    blocks: list[Block] = [Paragraph(_summarise(folder, table)), results, Items(notes, small=True)]
+    if gains:
+        picture = figures.plot_gains(gains, table.baseline)
+        blocks += [Heading("Gains"), Picture(picture, GAINS, "gains over the baseline")]
+    blocks += _draw_curves(table)
+    costs = {name: [run.cost for run in cell.done.values()] for name, cell in table.cells.items()}
+    lines = cost.list_costs({name: runs for name, runs in costs.items() if runs}, _COST_FIELDS)
+    if len(lines[0]) > 1:
+        blocks += [Heading("Cost of a run"), Table(lines), Items(cost.explain(lines), small=True)]
+    blocks += [Heading("Runs"), Table(_list_runs(table))]
+    if table.notes:
+        blocks.append(Items(table.notes))
+    write_document(folder, folder.absolute().name, blocks)
+    return results.markdown()
 
 
-def _scores(folder: Path, seeds: list[int]) -> dict[int, float]:
-    """The top-1 of each finished run by seed, in percent."""
-    scores = {seed: 100 * read_top1(folder / f"seed{seed}") for seed in seeds}
-    return {seed: score for seed, score in scores.items() if not math.isnan(score)}
+def list_results(
+    table: TableRuns, gains: Mapping[str, Difference], rivals: Mapping[str, Rival]
+) -> list[list[str]]:
+    """The table of results as text, without columns that are empty.
+
+    Args:
+      table: the runs.
+      gains: the gain of each cell over the baseline.
+      rivals: the comparison of each cell with the best other one.
+    """
+    lines = [["", "runs", *_NOTES]]
+    lines[0].insert(3, "deviation")
+    lines[0].insert(lines[0].index("vs best"), "95% interval")
+    lines[0] += ["chosen", "left out"]
+    for name, cell in table.cells.items():
+        gain, rival = gains.get(name), rivals.get(name)
+        has_interval = gain is not None and not math.isnan(gain.low)
+        lines.append(
+            [
+                name,
+                f"{len(cell.done)} of {len(cell.runs)}",
+                *_format_scores(cell),
+                _percent(cell.paper),
+                "" if gain is None else f"{gain.mean:+.2f}",
+                f"{gain.low:+.2f} to {gain.high:+.2f}" if gain and has_interval else "",
+                _format_rival(rival),
+                cell.chosen,
+                _left_out(cell),
+            ]
+        )
+    return drop_empty(lines)
 
 
-def _row(scores: dict[int, float], baseline: dict[int, float], seeds: int, is_base: bool) -> Any:
-    """Runs, mean, deviation, gain and its interval, as text."""
-    if not scores:
-        return [f"0 of {seeds}", "", "", "", ""]
-    values = list(scores.values())
-    deviation = f"{statistics.stdev(values):.2f}" if len(values) > 1 else ""
-    row = [f"{len(values)} of {seeds}", f"{statistics.mean(values):.2f}", deviation]
-    gains = [score - baseline[seed] for seed, score in scores.items() if seed in baseline]
-    if is_base or not gains:
-        return [*row, "", ""]
-    gain = statistics.mean(gains)
-    return [*row, f"{gain:+.2f}", _interval(gains)]
+def _draw_curves(table: TableRuns) -> list[Block]:
+    """The learning curves, if there was more than one evaluation."""
+    curves = {
+        name: [run.curve for run in cell.done.values() if run.curve]
+        for name, cell in table.cells.items()
+    }
+    curves = {name: runs for name, runs in curves.items() if runs}
+    if max((len(curve) for runs in curves.values() for curve in runs), default=0) < 2:
+        return []
+    text = (
+        "Mean top-1 on the evaluation split, with a band of one standard deviation over seeds; "
+        f"grey: {table.baseline}."
+    )
+    picture = figures.plot_cells(curves, table.baseline)
+    return [
+        Heading("Learning curves"),
+        Paragraph(text),
+        Picture(picture, CURVES, "learning curves"),
+    ]
 
 
-def _interval(gains: list[float]) -> str:
-    """The 95% interval of the mean of paired differences, by Student's t."""
-    if len(gains) < 2:
+def _gains(table: TableRuns) -> dict[str, Difference]:
+    """The paired gain of every cell that shares seeds with the baseline."""
+    baseline = table.cells[table.baseline].scores if table.baseline in table.cells else {}
+    found = {
+        name: subtract(cell.scores, baseline)
+        for name, cell in table.cells.items()
+        if name != table.baseline
+    }
+    return {name: gain for name, gain in found.items() if gain is not None}
+
+
+def _best_evaluation(cell: CellRuns) -> float | None:
+    """The mean over seeds of the best evaluation of each run, in percent."""
+    best = [max(run.curve.values()) for run in cell.done.values() if run.curve]
+    return statistics.mean(best) if best else None
+
+
+def _mean(cell: CellRuns) -> float | None:
+    return statistics.mean(cell.scores.values()) if cell.scores else None
+
+
+def _deviation(cell: CellRuns) -> float | None:
+    return statistics.stdev(cell.scores.values()) if len(cell.scores) > 1 else None
+
+
+def _percent(value: float | None) -> str:
+    return "" if value is None else f"{value:.2f}"
+
+
+def _format_scores(cell: CellRuns) -> list[str]:
+    return [_percent(value) for value in (_mean(cell), _deviation(cell), _best_evaluation(cell))]
+
+
+def _format_rival(rival: Rival | None) -> str:
+    if rival is None:
         return ""
-    from scipy.stats import t  # takes half a second to import
+    return f"{rival.difference.mean:+.2f}{' *' if rival.is_significant else ''}"
 
-    half = t.ppf(0.975, len(gains) - 1) * statistics.stdev(gains) / len(gains) ** 0.5
-    mean = statistics.mean(gains)
-    return f"{mean - half:+.2f} to {mean + half:+.2f}"
+
+def _left_out(cell: CellRuns) -> str:
+    """The states of the runs that are left out, such as "1 failed, 2 missing"."""
+    states = [run.state for run in cell.runs.values() if run.state != DONE]
+    counts = {state: states.count(state) for state in states}
+    # Tuning is the whole cell's.
+    return ", ".join(s if s == TUNING else f"{count} {s}" for s, count in counts.items())
+
+
+def _best_row(table: TableRuns) -> int | None:
+    """The row with the highest mean, among those with the most runs."""
+    ranks = [(len(cell.scores), _mean(cell) or 0.0) for cell in table.cells.values()]
+    best = max(ranks)
+    return ranks.index(best) if best[0] else None
+
+
+def _summarise(folder: Path, table: TableRuns) -> str:
+    """What was trained and measured, and how much of the table is there."""
+    paths, summaries = {}, {}
+    for name, cell in table.cells.items():
+        for seed, run in cell.done.items():
+            key = f"{name}/seed{seed}"
+            paths[key], summaries[key] = folder / key, run.summary
+    total = sum(len(cell.runs) for cell in table.cells.values())
+    text = f"{len(paths)} of {total} runs are complete and included."
+    if not paths:
+        return text
+    tops = {summary.get("teacher", {}).get("top1") for summary in summaries.values()} - {None}
+    if tops:
+        text = (
+            f"The teacher's top-1 is {', '.join(f'{100 * t:.2f}%' for t in sorted(tops))}. {text}"
+        )
+    return f"{report.describe(summaries, paths)} {text}"
+
+
+def _list_runs(table: TableRuns) -> list[list[str]]:
+    """The top-1 of every run, or its state; a column for each seed."""
+    seeds = next(iter(table.cells.values())).runs
+    lines = [["", *(f"seed {seed}" for seed in seeds)]]
+    for name, cell in table.cells.items():
+        runs = cell.runs.values()
+        shown = (_percent(run.top1) if run.state == DONE else run.state for run in runs)
+        lines.append([name, *shown])
+    return lines
+
+
+def _format_csv(
+    table: TableRuns, gains: Mapping[str, Difference], rivals: Mapping[str, Rival]
+) -> str:
+    """Everything about the cells, a line each."""
+    columns = ["cell", "runs", "top-1 %", "deviation", "best evaluation %", "published %"]
+    columns += ["gain", "low", "high", "best other", "difference", "p (Holm)", "significant"]
+    columns += ["images/s", "hours", "parameters", "extra parameters", "FLOPs", "devices"]
+    text = io.StringIO()
+    writer = csv.writer(text)
+    writer.writerow([*columns, "chosen", "left out"])
+    for name, cell in table.cells.items():
+        gain, rival = gains.get(name), rivals.get(name)
+        row = [name, f"{len(cell.done)} of {len(cell.runs)}", *_format_scores(cell)]
+        row.append(_percent(cell.paper))
+        row += _numbers(gain.mean, gain.low, gain.high) if gain else [""] * 3
+        if rival:
+            row += [rival.name, *_numbers(rival.difference.mean, rival.p)]
+            row.append("yes" if rival.is_significant else "no")
+        else:
+            row += [""] * 4
+        row += _format_costs([run.cost for run in cell.done.values()])
+        writer.writerow([*row, cell.chosen, _left_out(cell)])
+    return text.getvalue()
+
+
+def _format_costs(costs: list[cost.Cost]) -> list[str]:
+    """The means of a cell's costs, in full."""
+    row = []
+    for field in _COST_FIELDS:
+        mean = cost.mean_cost(costs, field)
+        if field in ("speed", "hours") and mean is not None:
+            row += _numbers(mean)
+        else:
+            row.append("" if mean is None else str(mean))
+    return row
+
+
+def _numbers(*values: float) -> list[str]:
+    """Numbers with four significant digits; NaN is empty."""
+    return ["" if math.isnan(value) else f"{value:.4g}" for value in values]
