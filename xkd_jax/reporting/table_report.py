@@ -26,6 +26,7 @@ def describe(table: Table, folder: Path) -> None:
         "cells": {name: dict(cell.fields) for name, cell in table.cells.items()},
         "paper": {name: cell.paper for name, cell in table.cells.items() if cell.paper is not None},
         "baseline": table.baseline,
+        "baselines": {name: table.baseline_of(name) for name in table.cells},
         "seeds": list(table.seeds),
     }
     write_file(folder / CELLS, (json.dumps(facts, indent=2) + "\n").encode())
