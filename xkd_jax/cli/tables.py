@@ -42,7 +42,7 @@ def run(table: Table, config: Config, workdir: Path, shard: tuple[int, int] = (1
     for name in names:
         if not all((workdir / name / f"seed{seed}" / SUMMARY).exists() for seed in table.seeds):
             with _naming(name):
-                create_experiment(_with(config, table.cells[name].fields))
+                create_experiment(with_fields(config, table.cells[name].fields))
     workdir.mkdir(parents=True, exist_ok=True)
     table_report.describe(table, workdir)
     sweep = _Sweep(table, config, workdir, sum(table.count(table.cells[name]) for name in names))
@@ -68,7 +68,7 @@ def check_fields(table: Table, config: Config, names: Sequence[str]) -> None:
             if table.baseline_of(name) not in table.cells:
                 raise UserError(f"its baseline, {table.baseline_of(name)}, is not in the table.")
             for fields in (cell.fields, *sum(cell.stages, ())):
-                validate(_with(config, {**cell.fields, **fields}))
+                validate(with_fields(config, {**cell.fields, **fields}))
 
 
 @contextlib.contextmanager
@@ -80,8 +80,8 @@ def _naming(cell: str) -> Iterator[None]:
         raise UserError(f"cell {cell}: {error}") from error
 
 
-def _with(config: Config, fields: Fields) -> Config:
-    """The config with other values of some fields.
+def with_fields(config: Config, fields: Fields) -> Config:
+    """A copy of the config with other values of some fields.
 
     Raises:
       UserError: there is no such field, or a value has another type.
@@ -140,14 +140,14 @@ class _Sweep:
         path = self.workdir / name / table_report.CHOSEN
         write_file(path, (json.dumps(chosen, indent=2) + "\n").encode())
         for seed in self.table.seeds:
-            config = _with(self.config, {**fields, "seed": seed})
+            config = with_fields(self.config, {**fields, "seed": seed})
             self._train(config, self.workdir / name / f"seed{seed}")
 
     def _try(self, name: str, text: str, fields: Fields) -> float:
         """The mean top-1 of an alternative on the evaluation split; `text` is its label."""
         scores = []
         for seed in self.table.tuning_seeds:
-            config = _with(self.config, {**fields, "seed": seed})
+            config = with_fields(self.config, {**fields, "seed": seed})
             config.data.test = config.data.eval  # the test split is not for choices
             folder = self.workdir / name / "tuning" / f"{text},seed={seed}"
             self._train(config, folder)
