@@ -208,6 +208,10 @@ def test_a_cell_that_cannot_work_is_named_before_training(tmp_path):
         run(packaged, stages=(({"method.logits.weight": -1.0},),))
     with pytest.raises(UserError, match=r"^cell b: its baseline, c, is not in the table"):
         run(packaged, baseline="c")
+    compare = recipe()
+    compare.compare = ("none",)
+    with pytest.raises(UserError, match="has no effect in a table"):
+        tables.run(Table({"a": Cell({})}, "a"), compare, tmp_path / "new")
     assert not (tmp_path / "new").exists()
 
 

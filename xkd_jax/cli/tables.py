@@ -62,6 +62,11 @@ def check_fields(table: Table, config: Config, names: Sequence[str]) -> None:
     Raises:
       UserError: names the first cell that can't work.
     """
+    if config.compare:
+        raise UserError(
+            f"compare={config.compare} has no effect in a table, whose cells name their methods; "
+            "set compare=()."
+        )
     for name in names:
         cell = table.cells[name]
         with _naming(name):
