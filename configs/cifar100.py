@@ -16,6 +16,11 @@ from xkd_jax.config import Config, default_config
 from xkd_jax.configs import common
 
 
+def teacher_weights(model: str) -> str:
+    """The file of a fine-tuned teacher."""
+    return f"{model}_cifar100.safetensors"
+
+
 def get_config(variant: str = "") -> Config:
     common.check_variant(variant, ("smoke", *common.TABLE_1))
     config = default_config()
@@ -34,7 +39,7 @@ def get_config(variant: str = "") -> Config:
     config.views.mask_patch = 16
     if variant in common.TABLE_1:
         common.paper_pair(config, variant)
-        config.teacher.weights = f"{config.teacher.model}_cifar100.safetensors"
+        config.teacher.weights = teacher_weights(config.teacher.model)
     if variant == "smoke":
         common.smoke(
             config, epochs=1, batch_size=8, log_every=2, train="train[:64]", test="test[:64]"

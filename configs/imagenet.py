@@ -19,6 +19,11 @@ from xkd_jax.configs import common
 from xkd_jax.methods import IMAGENET
 
 
+def teacher_weights(model: str) -> str:
+    """timm's weights or, for the widened ResNets, which timm lacks, a file."""
+    return f"{model}.safetensors" if model.startswith("resnet") else f"timm:{model}"
+
+
 def get_config(variant: str = "") -> Config:
     pairs = (*common.TABLE_2, *common.TABLE_3)
     common.check_variant(variant, ("smoke", *pairs))
@@ -41,9 +46,7 @@ def get_config(variant: str = "") -> Config:
     config.views.mask_patch = 16
     if variant in pairs:
         common.paper_pair(config, variant)
-        model = config.teacher.model
-        widened = model.startswith("resnet")
-        config.teacher.weights = f"{model}.safetensors" if widened else f"timm:{model}"
+        config.teacher.weights = teacher_weights(config.teacher.model)
     if variant == "smoke":
         common.smoke(config, epochs=1, log_every=2, train="train[:64]", test="validation[:32]")
         common.untrained_teacher(config, "vit_tiny_patch16_224", img_size=64, depth=2)

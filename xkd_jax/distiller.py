@@ -95,11 +95,14 @@ class Distiller:
         """
         if images is not None:
             ops.check_images(images)
-        # Runs once: on a CPU, XLA's optimisations would take longer than the first training steps.
+        return self._init(key)
+
+    @functools.cached_property
+    def _init(self) -> Any:
+        # Runs once a run: on a CPU, XLA's optimisations would take longer than the first steps.
         options = {"xla_backend_optimization_level": 0} if jax.default_backend() == "cpu" else None
         init = functools.partial(_init, self)
-        init = jax.jit(init, out_shardings=self.shardings.state, compiler_options=options)
-        return init(key)
+        return jax.jit(init, out_shardings=self.shardings.state, compiler_options=options)
 
     def step(
         self, state: TrainState, images: Any, labels: Any, index: Any = None

@@ -44,11 +44,14 @@ class Experiment(Inputs):
       evaluation: the split of the learning curves.
       learning_rate_fn: the student's learning rate as a function of the step.
       total_steps: number of steps of the run, including the method's first phase.
+      compiled_steps: the compiled training step, by whether it donates the state. It doesn't depend
+        on the seed: experiments that `dataclasses.replace` makes for other seeds share it.
     """
 
     evaluation: data.Split
     learning_rate_fn: Callable[[Any], Any]
     total_steps: int
+    compiled_steps: dict[bool, jax.stages.Compiled] = dataclasses.field(default_factory=dict)
 
 
 def create_experiment(config: Config) -> Experiment:

@@ -1,6 +1,6 @@
 """A table of results: its cells, how each is tuned, and over how many seeds it is measured.
 
-A recipe for `python -m xkd_jax.sweep` has, beside `get_config(variant)`, a `get_table(variant)`
+A recipe for `python -m xkd_jax.sweep` has, besides `get_config(variant)`, a `get_table(variant)`
 that returns a `Table`.
 """
 
@@ -21,20 +21,22 @@ class Cell:
       stages: what is chosen on the evaluation split, one stage after the other: the alternatives of
         a stage are tried with the fields that the stages before it have chosen.
       paper: the published top-1 in percent, if there is one.
+      baseline: the cell that this one is compared with, seed by seed; None for the table's.
     """
 
     fields: Fields
     stages: tuple[tuple[Fields, ...], ...] = ()
     paper: float | None = None
+    baseline: str | None = None
 
 
 @dataclasses.dataclass(frozen=True)
 class Table:
-    """Cells that are trained alike.
+    """Cells that are trained with the same budget.
 
     Attributes:
-      cells: by name.
-      baseline: the cell that the others are compared with, seed by seed.
+      cells: by name, which is also the name of the cell's folder.
+      baseline: the cell that the others are compared with, seed by seed, unless they name another.
       seeds: of the runs that are measured on the test split.
       tuning_seeds: of the runs that are measured on the evaluation split, to choose among
         alternatives.
@@ -44,6 +46,10 @@ class Table:
     baseline: str
     seeds: tuple[int, ...] = (0, 1, 2, 3, 4)
     tuning_seeds: tuple[int, ...] = (0,)
+
+    def baseline_of(self, name: str) -> str:
+        """The cell that the cell `name` is compared with; its own name if it is a baseline."""
+        return self.cells[name].baseline or self.baseline
 
     def count(self, cell: Cell) -> int:
         """The number of runs of a cell, at most."""

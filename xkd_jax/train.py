@@ -93,7 +93,7 @@ class Stepper:
     """
 
     def __init__(self, experiment: Experiment, state: TrainState, donate: bool = True):
-        """Copies the teacher and the data to the devices and compiles the step.
+        """Copies the teacher and the data to the devices and compiles the step, if it is new.
 
         Args:
           experiment: the experiment to train.
@@ -107,7 +107,9 @@ class Stepper:
         self._teacher = experiment.teacher_arrays()
         self._resident = self.loader.arrays
         arrays = state, self._teacher, self._resident
-        self.compiled = compile_step(experiment, *arrays, donate)
+        if donate not in experiment.compiled_steps:
+            experiment.compiled_steps[donate] = compile_step(experiment, *arrays, donate)
+        self.compiled = experiment.compiled_steps[donate]
         self._sizes = memory.parts(*arrays)
 
     def __call__(self, state: TrainState, batch: Any) -> tuple[TrainState, dict[str, jax.Array]]:

@@ -381,7 +381,8 @@ def test_unwritable_workdir(tmp_path):
 def test_recipes_are_valid(path):
     recipe = runpy.run_path(str(path))
     validate(recipe["get_config"]())
-    assert "--config configs/" + path.name in " ".join(recipe["__doc__"].split())
+    name = path.relative_to(recipes.FOLDER).as_posix()
+    assert f"--config configs/{name}" in " ".join(recipe["__doc__"].split())
     validate(recipe["get_config"]("smoke"))
     with pytest.raises(UserError, match="unknown variant 'smoek'; did you mean smoke"):
         recipe["get_config"]("smoek")

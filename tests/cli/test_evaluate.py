@@ -88,7 +88,8 @@ def test_two_classes_have_an_equal_error_rate(tmp_path, capsys):
         "resnet18", num_classes=2, image_size=32, class_names=("dark", "light"),
         layers=(1, 1, 1, 1), width=0.0625, stem="cifar",
     )  # fmt: skip
-    model = dataclasses.replace(model, variables=model.init(jax.random.key(0)))
+    variables = jax.tree.map(lambda leaf: rng.uniform(0.1, 1, leaf.shape), model.shapes)
+    model = dataclasses.replace(model, variables=variables)
     model.save(tmp_path / "two.safetensors")
     code = evaluate.main(
         [str(tmp_path / "two.safetensors"), "--data", f"folder:{tmp_path / 'photos'}",

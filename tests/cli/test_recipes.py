@@ -54,9 +54,16 @@ def test_unknown_names_are_refused(name, sentence):
         recipes.locate(name)
 
 
+def test_tables_are_in_a_folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    found = f"{ROOT}/xkd_jax/configs/tables/table1.py:smoke"
+    assert recipes.locate("tables/table1:smoke") == found
+    assert recipes.locate("configs/tables/table1.py:smoke") == found
+
+
 def test_helpers_are_not_recipes():
-    assert {"quickstart", "imagenet"} < set(recipes.names())
-    assert not {"common", "__init__"} & set(recipes.names())
+    assert {"quickstart", "imagenet", "tables/ablation"} < set(recipes.names())
+    assert not {"common", "__init__", "tables/common"} & set(recipes.names())
 
 
 @pytest.mark.parametrize(
@@ -94,4 +101,5 @@ def test_packaged_weights(tmp_path, monkeypatch):
 
 def test_recipes_are_installed_with_the_package():
     setuptools = pytest.importorskip("setuptools")
-    assert "xkd_jax.configs" in setuptools.find_packages(str(ROOT), include=["xkd_jax*"])
+    found = setuptools.find_packages(str(ROOT), include=["xkd_jax*"])
+    assert {"xkd_jax.configs", "xkd_jax.configs.tables"} < set(found)

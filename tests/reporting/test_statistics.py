@@ -48,7 +48,8 @@ def test_holm():
 
 def test_each_cell_is_compared_with_the_best_other_one():
     c = {seed: score - 0.7 - 0.1 * (seed % 2) for seed, score in B.items()}
-    found = compare_with_best({"a": A, "b": B, "c": c, "lucky": {0: 99.0}})
+    cells = {"a": A, "b": B, "c": c, "lucky": {0: 99.0}}
+    found = compare_with_best(cells, dict.fromkeys(cells, "none"))
     assert {name: rival.name for name, rival in found.items()} == {"a": "b", "b": "a", "c": "a"}
     p = {
         pair: stats.ttest_rel(list(one.values()), list(other.values())).pvalue
@@ -61,3 +62,9 @@ def test_each_cell_is_compared_with_the_best_other_one():
     assert found["c"].p == pytest.approx(expected["ca"])
     assert found["c"].is_significant == (expected["ca"] < 0.05)
     assert found["b"].difference.mean == pytest.approx(-found["a"].difference.mean)
+
+
+def test_cells_are_compared_within_their_group():
+    cells = {"a": A, "b": B, "other": {seed: score + 50 for seed, score in A.items()}}
+    found = compare_with_best(cells, {"a": "small", "b": "small", "other": "large"})
+    assert {name: rival.name for name, rival in found.items()} == {"a": "b", "b": "a"}

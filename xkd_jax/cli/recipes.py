@@ -9,8 +9,9 @@ _HELPERS = ("__init__", "common")  # modules there that are not recipes
 
 
 def names() -> list[str]:
-    """The installed recipes: names such as "quickstart", sorted."""
-    return sorted(path.stem for path in FOLDER.glob("*.py") if path.stem not in _HELPERS)
+    """The installed recipes: names such as "quickstart" and "tables/table1", sorted."""
+    paths = (path for path in FOLDER.rglob("*.py") if path.stem not in _HELPERS)
+    return sorted(path.relative_to(FOLDER).with_suffix("").as_posix() for path in paths)
 
 
 def locate(recipe: str) -> str:
@@ -18,7 +19,7 @@ def locate(recipe: str) -> str:
 
     Args:
       recipe: as --config takes it: a path, or "quickstart", "quickstart.py:smoke" or
-        "configs/quickstart.py". An existing file takes precedence over an installed recipe.
+        "configs/tables/table1.py". An existing file takes precedence over an installed recipe.
 
     Raises:
       UserError: there is neither such a file nor such a recipe.

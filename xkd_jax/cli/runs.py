@@ -6,7 +6,7 @@ import json
 import os
 import signal
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -81,8 +81,15 @@ def configure_jax() -> None:
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
 
 
-def train_one(config: Config, folder: Path) -> signal.Signals | None:
+def train_one(
+    config: Config, folder: Path, create: Callable[[Config], Experiment] = create_experiment
+) -> signal.Signals | None:
     """Trains and evaluates the run in `folder`, which exists, and resumes it if it was interrupted.
+
+    Args:
+      config: the run's.
+      folder: the run's.
+      create: `create_experiment`, or a function that reuses parts of an earlier experiment.
 
     Returns:
       The signal that stopped it early, if any.
@@ -92,7 +99,7 @@ def train_one(config: Config, folder: Path) -> signal.Signals | None:
     """
     try:
         with lock.hold(folder) if processes.is_first() else contextlib.nullcontext():
-            return _train(config, folder)
+            return _train(config, folder, create)
     except OSError as error:
         raise UserError(
             f"training stopped because a file can't be read or written ({error}); checkpoints "
@@ -100,7 +107,9 @@ def train_one(config: Config, folder: Path) -> signal.Signals | None:
         ) from error
 
 
-def _train(config: Config, folder: Path) -> signal.Signals | None:
+def _train(
+    config: Config, folder: Path, create: Callable[[Config], Experiment]
+) -> signal.Signals | None:
     if processes.is_first() and not (folder / files.CONFIG).exists():
         write_file(folder / files.CONFIG, (json.dumps(used(config), indent=2) + "\n").encode())
     if config.probe.pool:
@@ -109,7 +118,7 @@ def _train(config: Config, folder: Path) -> signal.Signals | None:
         say(probe.describe(job, folder))
         probe.run(job, folder)
         return None
-    experiment = create_experiment(config)
+    experiment = create(config)
     _check_data(experiment, folder)
     say(summary.headline(experiment, folder))
     state, stopped = train.run(experiment, folder)

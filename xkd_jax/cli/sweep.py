@@ -6,6 +6,7 @@ FOLDER/CELL/seed0, a run for a choice in FOLDER/CELL/tuning.
 """
 
 import runpy
+import shlex
 import sys
 from collections.abc import Sequence
 
@@ -17,13 +18,22 @@ from xkd_jax.cli.command import guard
 from xkd_jax.errors import UserError
 
 _SHARD = flags.DEFINE_string("shard", "1/1", "I/N: only every Nth cell, beginning with the Ith.")
+_COMMANDS = flags.DEFINE_bool(
+    "commands", False, "Print one command for each cell instead, for the jobs of a cluster."
+)
 _USAGE = """\
-usage: xkd-jax sweep --config TABLE [--config.FIELD=VALUE ...] [--workdir FOLDER] [--shard I/N]
+usage: xkd-jax sweep --config TABLE [--config.FIELD=VALUE ...] [--workdir FOLDER]
+                     [--shard I/N | --commands]
 
 Trains all cells of a table with all seeds; the same command again resumes. A field's value applies
 to all cells that don't set it themselves.
 
+  --shard I/N   only every Nth cell, beginning with the Ith
+  --commands    print one command for each cell instead, for the jobs of a cluster
+
 examples:
+  xkd-jax sweep --config tables/table1 --workdir runs/table1
+  xkd-jax sweep --config tables/table1:gpu --config.data.dir=DIR --workdir W --commands
   xkd-jax sweep --config dinov2_cifar100:few25 --config.data.dir=DIR --workdir runs/few25
   xkd-jax sweep --config dinov2_cifar100:few25 --config.data.dir=DIR --workdir W --shard 2/4"""
 
@@ -35,7 +45,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if any(argument in ("-h", "--help") for argument in arguments):
         print(_USAGE)
         return 0
-    config, workdir = command.parse(arguments)
+    config, workdir = command.parse(list(arguments))
     path, _, variant = config_flags.get_config_filename(flags.FLAGS["config"]).partition(":")
     get_table = runpy.run_path(path).get("get_table")
     table = get_table(variant) if get_table else None
@@ -44,7 +54,25 @@ def main(argv: Sequence[str] | None = None) -> int:
     shard = parse_shard(_SHARD.value)
     from xkd_jax.cli import tables  # `--help` needs no JAX
 
+    if _COMMANDS.value:
+        if shard != (1, 1):
+            raise UserError("--commands prints a command for each cell; leave out --shard.")
+        tables.check_fields(table, config, list(table.cells))
+        print("\n".join(commands(arguments, list(table.cells))))
+        return 0
     return tables.run(table, config, workdir, shard)
+
+
+def commands(arguments: Sequence[str], names: Sequence[str]) -> list[str]:
+    """A shell command for each cell, followed by the cell's name as a comment.
+
+    Args:
+      arguments: of the whole table's command line.
+      names: the cells.
+    """
+    kept = [argument for argument in arguments if not argument.startswith("--commands")]
+    line = shlex.join(["python", "-m", "xkd_jax.sweep", *kept])
+    return [f"{line} --shard={i}/{len(names)}  # {name}" for i, name in enumerate(names, 1)]
 
 
 def parse_shard(text: str) -> tuple[int, int]:

@@ -13,7 +13,7 @@ VERBS = {
     "train": ("train what a recipe describes, or resume it", "xkd-jax train --config quickstart"),
     "sweep": (
         "train a table: cells times seeds, choices included",
-        "xkd-jax sweep --config dinov2_cifar100:few25 --workdir runs/few25",
+        "xkd-jax sweep --config tables/table1 --workdir runs/table1",
     ),
     "predict": (
         "classify images with a trained student",

@@ -17,8 +17,8 @@ from xkd_jax.errors import UserError
 from xkd_jax.evaluate import create_eval_step, create_logits_step, evaluate
 from xkd_jax.prediction import load_student
 from xkd_jax.probing.features import compute
+from xkd_jax.reporting.document import Table
 from xkd_jax.reporting.logger import say
-from xkd_jax.reporting.report import format_markdown
 from xkd_jax.teacher.classes import Names, match_classes
 from xkd_jax.weights import write_file
 
@@ -135,9 +135,11 @@ def format_scores(result: Evaluation) -> str:
     if len(result.class_names) == 2:
         shown.pop("top5")  # always 100%
     cells = [f"{100 * summary[name]:.2f}" for name in shown]
-    table = format_markdown(
-        [["", "images", *shown.values()], [summary["data"], f"{summary['images']:,}", *cells]]
-    )
+    lines = [
+        ["", "images", *shown.values()],
+        [summary["data"], f"{summary['images']:,}", *cells],
+    ]
+    table = Table(lines).markdown()
     shares = result.scores.per_class
     worst = [i for i in np.argsort(shares, kind="stable") if shares[i] < 1][:5]
     if not worst:

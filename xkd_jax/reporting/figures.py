@@ -103,7 +103,7 @@ def plot_runs(metrics: Mapping[str, Sequence[Mapping[str, Any]]], teacher: float
 
 
 def plot_gains(gains: Mapping[str, Difference], baseline: str) -> Figure:
-    """The paired gain of each cell over the baseline, with its 95% interval."""
+    """The paired gain of each cell over `baseline`, with its 95% interval."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(8, 1 + 0.3 * len(gains)), layout="constrained")
@@ -131,16 +131,16 @@ def band(curves: Sequence[Curve]) -> tuple[list[int], list[float], list[float]]:
     return steps, [statistics.mean(v) for v in values], deviations
 
 
-def plot_cells(cells: Mapping[str, Sequence[Curve]], baseline: str) -> Figure:
+def plot_cells(cells: Mapping[str, Sequence[Curve]], baselines: Mapping[str, str]) -> Figure:
     """Mean learning curves with a band of one deviation over seeds, one panel for each cell.
 
     Args:
       cells: the curves of each cell's runs, at least one.
-      baseline: the cell that all panels show in grey, if it is among the cells.
+      baselines: the cell that each cell's panel shows in grey, if it is among the cells.
     """
     from matplotlib.figure import Figure
 
-    panels = [name for name in cells if name != baseline] or list(cells)
+    panels = [name for name in cells if name != baselines[name]] or list(cells)
     columns = min(_COLUMNS, len(panels))
     rows = math.ceil(len(panels) / columns)
     figure = Figure(figsize=(10, 0.5 + 2.4 * rows) if columns > 1 else (6, 4), layout="constrained")
@@ -149,6 +149,7 @@ def plot_cells(cells: Mapping[str, Sequence[Curve]], baseline: str) -> Figure:
         if name is None:
             axes.set_visible(False)
             continue
+        baseline = baselines[name]
         if baseline in cells and name != baseline:
             _draw_band(axes, cells[baseline], "0.55")
         _draw_band(axes, cells[name], "C0")

@@ -74,11 +74,12 @@ class Rival:
         return self.p < 1 - CONFIDENCE
 
 
-def compare_with_best(cells: Mapping[str, Scores]) -> dict[str, Rival]:
-    """Compares each cell with the best of the others, by the mean of all its scores.
+def compare_with_best(cells: Mapping[str, Scores], groups: Mapping[str, str]) -> dict[str, Rival]:
+    """Compares each cell with the best other one of its group, by the mean of all its scores.
 
     Args:
       cells: the scores of each cell by seed.
+      groups: of each cell, such as its student.
 
     Returns:
       By cell; without cells that share fewer than two seeds with every other one.
@@ -88,7 +89,9 @@ def compare_with_best(cells: Mapping[str, Scores]) -> dict[str, Rival]:
         means = {
             other: statistics.mean(theirs.values())
             for other, theirs in cells.items()
-            if other != name and len(scores.keys() & theirs.keys()) > 1
+            if other != name
+            and groups[other] == groups[name]
+            and len(scores.keys() & theirs.keys()) > 1
         }
         best = max(means, key=lambda other: means[other], default=None)
         difference = subtract(scores, cells[best]) if best is not None else None

@@ -46,7 +46,8 @@ _NOTES = {
     "published %": "published: the top-1 that the publication reports.",
     "gain": "gain: mean difference from {baseline} over shared seeds, in percentage points, with "
     "its 95% interval (Student's t on paired differences).",
-    "vs best": "vs best: mean difference from the best other cell over shared seeds. "
+    "vs best": "vs best: mean difference from the best other cell of the same baseline over shared "
+    "seeds. "
     "* p < 0.05 in a two-sided paired t-test, after Holm's correction over the cells.",
 }
 _COST_FIELDS = ("speed", "hours", "parameters", "extra", "flops", "devices")
@@ -58,6 +59,7 @@ def describe(table: TableRecipe, folder: Path) -> None:
         "cells": {name: dict(cell.fields) for name, cell in table.cells.items()},
         "paper": {name: cell.paper for name, cell in table.cells.items() if cell.paper is not None},
         "baseline": table.baseline,
+        "baselines": {name: table.baseline_of(name) for name in table.cells},
         "seeds": list(table.seeds),
     }
     write_file(folder / CELLS, (json.dumps(facts, indent=2) + "\n").encode())
@@ -79,18 +81,19 @@ def write(folder: Path) -> str:
       UserError: there is no table, or it has no runs yet.
     """
     table = read_table(folder)
-    rivals = compare_with_best({name: cell.scores for name, cell in table.cells.items()})
+    scores = {name: cell.scores for name, cell in table.cells.items()}
+    rivals = compare_with_best(scores, table.baselines)
     gains = _gains(table)
     results = Table(list_results(table, gains, rivals), _best_row(table))
     write_file(folder / CSV, _format_csv(table, gains, rivals).encode())
     notes = [
-        note.format(baseline=table.baseline)
+        note.format(baseline=_name_baseline(table))
         for title, note in _NOTES.items()
         if title in results.lines[0]
     ]
     blocks: list[Block] = [Paragraph(_summarise(folder, table)), results, Items(notes, small=True)]
     if gains:
-        picture = figures.plot_gains(gains, table.baseline)
+        picture = figures.plot_gains(gains, _name_baseline(table))
         blocks += [Heading("Gains"), Picture(picture, GAINS, "gains over the baseline")]
     blocks += _draw_curves(table)
     costs = {name: [run.cost for run in cell.done.values()] for name, cell in table.cells.items()}
@@ -148,9 +151,9 @@ def _draw_curves(table: TableRuns) -> list[Block]:
         return []
     text = (
         "Mean top-1 on the evaluation split, with a band of one standard deviation over seeds; "
-        f"grey: {table.baseline}."
+        f"grey: {_name_baseline(table)}."
     )
-    picture = figures.plot_cells(curves, table.baseline)
+    picture = figures.plot_cells(curves, table.baselines)
     return [
         Heading("Learning curves"),
         Paragraph(text),
@@ -158,13 +161,18 @@ def _draw_curves(table: TableRuns) -> list[Block]:
     ]
 
 
+def _name_baseline(table: TableRuns) -> str:
+    """The name of the cell that all others are compared with, or a description of several."""
+    names = set(table.baselines.values())
+    return names.pop() if len(names) == 1 else "the same student without distillation"
+
+
 def _gains(table: TableRuns) -> dict[str, Difference]:
-    """The paired gain of every cell that shares seeds with the baseline."""
-    baseline = table.cells[table.baseline].scores if table.baseline in table.cells else {}
+    """The paired gain of every cell that shares seeds with its baseline."""
     found = {
-        name: subtract(cell.scores, baseline)
+        name: subtract(cell.scores, table.cells[cell.baseline].scores)
         for name, cell in table.cells.items()
-        if name != table.baseline
+        if name != cell.baseline and cell.baseline in table.cells
     }
     return {name: gain for name, gain in found.items() if gain is not None}
 

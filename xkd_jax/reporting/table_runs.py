@@ -53,12 +53,14 @@ class CellRuns:
     Attributes:
       runs: by seed.
       fields: the values that the cell sets, before and after its choices.
+      baseline: the cell that this one is compared with; its own name if it is a baseline.
       chosen: the label of what was chosen on the evaluation split.
       paper: the published top-1 in percent, if there is one.
     """
 
     runs: dict[int, Run]
     fields: dict[str, Any]
+    baseline: str = ""
     chosen: str = ""
     paper: float | None = None
 
@@ -79,13 +81,16 @@ class TableRuns:
 
     Attributes:
       cells: by name.
-      baseline: the cell that the others are compared with.
       notes: sentences about what the table leaves out.
     """
 
     cells: dict[str, CellRuns]
-    baseline: str
     notes: list[str]
+
+    @property
+    def baselines(self) -> dict[str, str]:
+        """The cell that each cell is compared with."""
+        return {name: cell.baseline for name, cell in self.cells.items()}
 
 
 def get_top1(summary: Mapping[str, Any]) -> float:
@@ -109,11 +114,12 @@ def read_table(folder: Path) -> TableRuns:
             f"{folder / CELLS} was written by another version of xkd_jax; run the sweep again, "
             "which rewrites it and keeps the finished runs."
         )
-    table = TableRuns({}, facts["baseline"], [])
+    table = TableRuns({}, [])
     recipes: dict[tuple[str, int], Recipe] = {}
     for name, fields in facts["cells"].items():
         cell, found = _read_cell(folder / name, fields, facts["seeds"])
         cell.paper = facts.get("paper", {}).get(name)
+        cell.baseline = facts.get("baselines", {}).get(name, facts["baseline"])
         table.cells[name] = cell
         recipes |= {(name, seed): recipe for seed, recipe in found.items()}
     if all(run.state == "missing" for cell in table.cells.values() for run in cell.runs.values()):

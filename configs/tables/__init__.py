@@ -1,0 +1,1 @@
+"""The paper's tables and its ablation: recipes for `python -m xkd_jax.sweep`."""
