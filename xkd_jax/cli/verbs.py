@@ -28,6 +28,10 @@ VERBS = {
         "write the table and curves of finished runs",
         "xkd-jax report runs/quickstart",
     ),
+    "analysis": (
+        "measure transferability and robustness of finished runs",
+        "xkd-jax analysis transferability runs/quickstart",
+    ),
 }
 
 

@@ -7,6 +7,7 @@ width d, D = H * d; the student's tapped map has C channels.
 """
 
 import dataclasses
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -220,6 +221,16 @@ def _block_numbers(out: Outputs) -> list[int]:
     return [int(name[5:]) for name in out if name.startswith("block") and name[5:].isdigit()]
 
 
+class Projected(NamedTuple):
+    """The student's features in the teacher's two spaces, and the teacher's own."""
+
+    teacher_qkv: tuple[jax.Array, ...]  # Q_T, K_T, V_T, each [N, H, T, d]
+    student_qkv: tuple[jax.Array, ...]  # Q_S, K_S, V_S, each [N, H, T, d]
+    bias: jax.Array | float  # of the teacher's scores, see `attention`
+    teacher_tokens: jax.Array  # h_T [N, T, D]
+    student_tokens: jax.Array  # h'_S [N, T, D]
+
+
 @dataclasses.dataclass(frozen=True)
 class CAKD(Method):
     """The paper's method.
@@ -344,6 +355,19 @@ class CAKD(Method):
     @override
     def init_adversary(self, key, teacher_out, student_out):
         return self._modules(teacher_out)[2].init(key, teacher_out["tokens"].astype(jnp.float32))
+
+    def project(self, params: Tree, teacher_out: Outputs, student_out: Outputs) -> Projected:
+        """The projections after training, without dropout and without g; arguments as `loss`."""
+        pca, gl, _ = self._modules(teacher_out)
+        features = self._student_map(teacher_out, student_out)
+        teacher_qkv, teacher_tokens = teacher_taps(teacher_out, self.teacher_block)
+        return Projected(
+            teacher_qkv,
+            apply(pca, params["pca"], features),
+            teacher_bias(teacher_out, self.teacher_block),
+            teacher_tokens,
+            apply(gl, params["gl"], features, train=False),
+        )
 
     @override
     def loss(self, params, state, teacher_out, student_out, batch, key, progress, adversary=None):
