@@ -22,7 +22,7 @@ class Accuracy(NamedTuple):
     """The accuracy of one network on one version of the test images.
 
     Attributes:
-      model: a run's name, or "teacher of" one.
+      model: a run's name, "teacher", or, if there are several, "teacher of" a run.
       corruption: `CLEAN`, `NOISY` or a key of `CORRUPTIONS`.
       severity: 1 to 5; 0 for the first two.
       top1: in [0, 1].
@@ -82,6 +82,8 @@ def _models(runs: list[Finished]) -> dict[str, Model]:
         if teacher is not None and teacher.num_classes == run.student.num_classes:
             name = teachers.setdefault((teacher.fingerprint, teacher.class_order), run.name)
             models[f"teacher of {name}"] = teacher
+    if len(models) == 1:
+        models = {"teacher": model for model in models.values()}
     return models | {run.name: run.student for run in runs}
 
 
