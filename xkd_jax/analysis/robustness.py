@@ -83,7 +83,7 @@ def _models(runs: list[Finished]) -> dict[str, Model]:
             name = teachers.setdefault((teacher.fingerprint, teacher.class_order), run.name)
             models[f"teacher of {name}"] = teacher
     if len(models) == 1:
-        models = {"teacher": model for model in models.values()}
+        models = {"teacher": models.popitem()[1]}
     return models | {run.name: run.student for run in runs}
 
 

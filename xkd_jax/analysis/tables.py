@@ -120,7 +120,7 @@ def _plot_similarities(rows: list[Similarity], path: Path) -> None:
     used = {row.mapping: _COLOURS[row.mapping] for row in rows}
     handles = [figure.axes[1].bar(0, 0, color=colour, label=name) for name, colour in used.items()]
     line = figure.axes[1].plot([], [], "k:", label="the teacher's mean, whatever the image")
-    figure.legend(handles=[*handles, *line], loc="outside lower center", ncols=4, fontsize=8)
+    figure.legend(handles=[*handles, *line], loc="outside lower center", ncols=2, fontsize=8)
     figure.savefig(path, dpi=120)
 
 
