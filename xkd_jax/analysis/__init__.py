@@ -1,1 +1,1 @@
-"""Analysis of networks and compiled steps: error rates, FLOPs, memory, collectives."""
+"""Analysis of trained networks and compiled steps: transferability, robustness, FLOPs, memory."""

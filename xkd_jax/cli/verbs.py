@@ -40,6 +40,10 @@ VERBS = {
         "report finished runs or a table: Markdown and an HTML page",
         "xkd-jax report runs/quickstart",
     ),
+    "analysis": (
+        "measure transferability and robustness of finished runs",
+        "xkd-jax analysis transferability runs/quickstart",
+    ),
 }
 
 

@@ -7,6 +7,7 @@ width d, D = H * d; the student's tapped map has C channels.
 """
 
 import dataclasses
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -17,6 +18,7 @@ from xkd_jax import backend
 from xkd_jax.errors import UserError, unknown
 from xkd_jax.methods.align import level_grid, level_map, match_stage, resize_map
 from xkd_jax.methods.base import Method, Outputs, PairError, Tree, apply, weighted_sum
+from xkd_jax.methods.taps import block_numbers, block_prefix, teacher_bias, teacher_taps
 
 TILE = 4  # each tile of 4x4 tokens shares one linear layer
 
@@ -196,39 +198,14 @@ def judge(
     return loss, {"discriminator": loss, "discriminator_accuracy": accuracy}
 
 
-def teacher_taps(out: Outputs, block: int) -> tuple[tuple[jax.Array, ...], jax.Array]:
-    """(Q_T, K_T, V_T), each [N, H, T, d], and h_T [N, T, D], all float32 without gradient.
+class Projected(NamedTuple):
+    """The student's features in the teacher's two spaces, and the teacher's own."""
 
-    Args:
-      out: a Transformer's outputs; the tokens exclude class and distillation tokens.
-      block: -1 taps the last block and the network's final tokens, after the last LayerNorm if that
-        precedes the pooling; -2 taps the block before it, and so on, with its tokens standardised
-        without a learned scale.
-    """
-    prefix = _block_prefix(out, block)
-    if block == -1:
-        tokens = out["tokens"]
-    else:
-        tokens = out[prefix.removesuffix("_")].astype(jnp.float32)
-        tokens = jax.nn.standardize(tokens, epsilon=1e-6)
-    taps = (*(out[f"{prefix}{name}"] for name in ("query", "key", "value")), tokens)
-    *qkv, tokens = (jax.lax.stop_gradient(tap.astype(jnp.float32)) for tap in taps)
-    return tuple(qkv), tokens
-
-
-def teacher_bias(out: Outputs, block: int) -> jax.Array | float:
-    """The bias of the scores of a Swin's block, for `attention`, without gradient; else 0."""
-    bias = out.get(f"{_block_prefix(out, block)}bias")
-    return 0.0 if bias is None else jax.lax.stop_gradient(bias)
-
-
-def _block_prefix(out: Outputs, block: int) -> str:
-    """What the names of a block's taps begin with; the last block's have short names."""
-    return "" if block == -1 else f"block{max(_block_numbers(out)) + 1 + block:02d}_"
-
-
-def _block_numbers(out: Outputs) -> list[int]:
-    return [int(name[5:]) for name in out if name.startswith("block") and name[5:].isdigit()]
+    teacher_qkv: tuple[jax.Array, ...]  # Q_T, K_T, V_T, each [N, H, T, d]
+    student_qkv: tuple[jax.Array, ...]  # Q_S, K_S, V_S, each [N, H, T, d]
+    bias: jax.Array | float  # of the teacher's scores, see `attention`
+    teacher_tokens: jax.Array  # h_T [N, T, D]
+    student_tokens: jax.Array  # h'_S [N, T, D]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -247,7 +224,7 @@ class CAKD(Method):
       adversary_every: the 5 in Algorithm 1's "e % 5 = 0".
       adversary_clock: what e counts, "step" or "epoch".
       student_stage: where the student is tapped; see `align.choose_stage`.
-      teacher_block: where the teacher is tapped; see `teacher_taps`.
+      teacher_block: where the teacher is tapped; see `taps.teacher_taps`.
     """
 
     multi_view: bool = True
@@ -286,20 +263,20 @@ class CAKD(Method):
             raise UserError(f"adversary_every={self.adversary_every} must be at least 1.")
 
     def _check_block(self, teacher_out: Outputs) -> None:
-        blocks = len(_block_numbers(teacher_out))
+        blocks = len(block_numbers(teacher_out))
         if not -blocks <= self.teacher_block <= -1:
             raise UserError(
                 f"teacher_block={self.teacher_block} doesn't exist; this teacher has the blocks "
                 f"-1 (the last) to -{blocks} (the first)."
             )
-        prefix = _block_prefix(teacher_out, self.teacher_block)
+        prefix = block_prefix(teacher_out, self.teacher_block)
         if "stage1" not in teacher_out:
             return
         last = teacher_out["query"].shape
         if teacher_out[f"{prefix}query"].shape != last:
             count = sum(
                 teacher_out[f"block{number:02d}_query"].shape == last
-                for number in _block_numbers(teacher_out)
+                for number in block_numbers(teacher_out)
             )
             raise UserError(
                 f"teacher_block={self.teacher_block} is in an earlier stage of this Swin, which "
@@ -338,7 +315,7 @@ class CAKD(Method):
             "x".join(map(str, grid))
             for grid in (level_grid(student_out, stage), teacher_out["grid"])
         )
-        block = max(_block_numbers(teacher_out)) + 1 + self.teacher_block
+        block = max(block_numbers(teacher_out)) + 1 + self.teacher_block
         return (
             f"the student is tapped at {stage}, {of_student}, and the teacher at block {block}, "
             f"{of_teacher} tokens: {why}"
@@ -361,6 +338,19 @@ class CAKD(Method):
     @override
     def init_adversary(self, key, teacher_out, student_out):
         return self._modules(teacher_out)[2].init(key, teacher_out["tokens"].astype(jnp.float32))
+
+    def project(self, params: Tree, teacher_out: Outputs, student_out: Outputs) -> Projected:
+        """The projections after training, without dropout and without g; arguments as `loss`."""
+        pca, gl, _ = self._modules(teacher_out)
+        features = self._student_map(teacher_out, student_out)
+        teacher_qkv, teacher_tokens = teacher_taps(teacher_out, self.teacher_block)
+        return Projected(
+            teacher_qkv,
+            apply(pca, params["pca"], features),
+            teacher_bias(teacher_out, self.teacher_block),
+            teacher_tokens,
+            apply(gl, params["gl"], features, train=False),
+        )
 
     @override
     def loss(self, params, state, teacher_out, student_out, batch, key, progress, adversary=None):

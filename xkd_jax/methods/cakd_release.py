@@ -17,6 +17,7 @@ from xkd_jax.errors import UserError
 from xkd_jax.methods import cakd
 from xkd_jax.methods.base import Outputs, apply, weighted_sum
 from xkd_jax.methods.logits import mean_squared_distance
+from xkd_jax.methods.taps import teacher_taps
 from xkd_jax.models.layers import normalize_batch
 
 
@@ -133,7 +134,7 @@ class CAKDRelease(cakd.CAKD):
     @override
     def loss(self, params, state, teacher_out, student_out, batch, key, progress, adversary=None):
         pca, gl, class_token = self._release_modules(teacher_out)
-        (query, keys, value), teacher_tokens = cakd.teacher_taps(teacher_out, self.teacher_block)
+        (query, keys, value), teacher_tokens = teacher_taps(teacher_out, self.teacher_block)
         features = self._student_map(teacher_out, student_out)
         q, k, v = apply(pca, params["pca"], features)
         teacher_scores, scores = mean_scores(query, keys), mean_scores(q, k)
