@@ -12,7 +12,12 @@ from typing import Any
 
 import numpy as np
 from jax.extend import core
-from onnx import NodeProto, TensorProto, helper, numpy_helper
+from onnx import (  # pyright: ignore[reportMissingImports]
+    NodeProto,
+    TensorProto,
+    helper,
+    numpy_helper,
+)
 
 from xkd_jax.errors import UserError
 

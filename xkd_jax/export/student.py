@@ -112,7 +112,7 @@ def _timm(model: Model, folder: Path, options: Options) -> Path:
 
 def _onnx(model: Model, folder: Path, options: Options) -> Path:
     try:
-        from xkd_jax.export.onnx import write_onnx
+        from xkd_jax.export.onnx_file import write_onnx
     except ImportError as error:
         raise UserError(
             "--to onnx needs the package onnx; install it with pip install 'xkd_jax[export]'."

@@ -6,7 +6,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from onnx import TensorProto, checker, helper
+from onnx import TensorProto, checker, helper  # pyright: ignore[reportMissingImports]
 
 from xkd_jax import __version__, backend
 from xkd_jax.export.onnx_graph import OPSET, Graph, Node
