@@ -346,6 +346,7 @@ def test_strong_augmentation_changes_both_networks_views_alike(probed):
     assert not np.allclose(strong, plain, atol=0.01)
 
 
+@pytest.mark.slow
 def test_the_average_is_evaluated_and_saved_where_there_is_one():
     states = run(change(tiny_experiment("none"), ema_decay=0.75), 3).states
     # The average doesn't depend on the initialisation.

@@ -44,7 +44,8 @@ def create_eval_step(
         pixels = ops.to_float(images)
         if noisy:
             pixels = corruptions.noisy(key, pixels)
-        pixels = _crop(pixels, model, crop_pct)
+        if crop_pct:
+            pixels = ops.resize_crop(pixels, model.image_size, crop_pct)
         logits, _ = model.forward(variables, model.preprocess(pixels))
         best = jax.lax.top_k(logits, min(5, logits.shape[-1]))[1]
         hits = (best == labels[:, None]) & valid[:, None]
@@ -59,26 +60,6 @@ def create_eval_step(
         return counts
 
     return eval_step
-
-
-def create_logits_step(model: Model, crop_pct: float = 0.0) -> Callable[..., jax.Array]:
-    """A jitted step(variables, images uint8 [N, H, W, 3]) -> logits [N, K].
-
-    Args:
-      model: the network.
-      crop_pct: `data.Split.crop_pct` of the split.
-    """
-
-    @jax.jit
-    def step(variables: Any, images: jax.Array) -> jax.Array:
-        pixels = _crop(ops.to_float(images), model, crop_pct)
-        return model.forward(variables, model.preprocess(pixels))[0]
-
-    return step
-
-
-def _crop(pixels: jax.Array, model: Model, crop_pct: float) -> jax.Array:
-    return ops.resize_crop(pixels, model.image_size, crop_pct) if crop_pct else pixels
 
 
 def evaluate(

@@ -16,6 +16,7 @@ from xkd_jax.distributed.sharding import create_mesh
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 
 
+@pytest.mark.slow
 def test_a_run_is_measured_with_and_without_its_projectors(tmp_path):
     write_run(tmp_path / "cakd")
     (run,) = load_runs([tmp_path / "cakd"])

@@ -23,6 +23,7 @@ def shared(view, index, images):
     return fixed.shared_view(PIPELINE, keys, images, True)
 
 
+@pytest.mark.slow
 def test_a_view_depends_on_its_number_and_the_image_alone():
     images = jnp.asarray(images_of(16, 12, 12))
     whole, transformed = shared(0, INDEX, images)

@@ -108,6 +108,7 @@ def test_the_hubs_config_beside_a_file(run, resnet, tmp_path):
     )
 
 
+@pytest.mark.slow
 def test_a_forced_network_is_a_warning(run, resnet, tmp_path):
     config = {"architecture": "resnet18d", "pretrained_cfg": {"input_size": [3, 64, 64]}}
     (tmp_path / "config.json").write_text(json.dumps(config))

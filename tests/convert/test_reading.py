@@ -120,6 +120,7 @@ def stated(tmp_path, **config):
     return read_checkpoint(tmp_path / "w.safetensors")
 
 
+@pytest.mark.slow
 def test_a_stated_network_is_not_overridden(tmp_path):
     theirs = checkpoint("efficientnet_b0", architecture="tf_efficientnet_b0")
     assert message(theirs) == (

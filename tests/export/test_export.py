@@ -10,6 +10,7 @@ import pytest
 from numpy.testing import assert_allclose
 
 from xkd_jax.cli import export as command
+from xkd_jax.errors import UserError
 from xkd_jax.export import student
 from xkd_jax.model import create_model
 
@@ -110,8 +111,10 @@ def test_normalised_images_are_the_default(tmp_path):
     assert_close(found, model(images))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("uint8", [False, True])
 def test_stablehlo_is_read_back_and_computes_the_same(tmp_path, uint8):
+    pytest.importorskip("flatbuffers", reason="needs the extra export")
     model = create("resnet8", 32, {})
     file, _ = student.export(model, "stablehlo", tmp_path, student.Options(uint8=uint8))
     exported = jax.export.deserialize(bytearray(file.read_bytes()))
@@ -183,6 +186,15 @@ def test_what_cannot_be_exported_is_refused(tmp_path, capsys, name, args, option
     assert message in err
     assert len(err.splitlines()) == 1
     assert not out.exists()
+
+
+@pytest.mark.parametrize(("target", "package"), [("onnx", "onnx"), ("stablehlo", "flatbuffers")])
+def test_a_missing_package_is_named(tmp_path, monkeypatch, target, package):
+    monkeypatch.setattr(student.importlib.util, "find_spec", lambda name: None)
+    model = create_model("resnet8", num_classes=5, image_size=32)
+    with pytest.raises(UserError, match=f"--to {target} needs the package {package}; pip install"):
+        student.export(model, target, tmp_path / "out", student.Options())
+    assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.slow

@@ -229,6 +229,7 @@ def test_linear_projector_has_16_heads_of_a_sixteenth_of_the_channels(channels, 
     assert [x.shape for x in shapes] == [(2, 16, 15, width)] * 3
 
 
+@pytest.mark.slow
 def test_the_adversary_judges_score_maps():
     teacher, student = outputs()
     params, adversary = all_params(CAKDRelease())

@@ -119,6 +119,7 @@ def test_each_phase_freezes_the_other_phases_parts():
     assert FT(first_epochs=7).first_phase == 7
 
 
+@pytest.mark.slow
 def test_the_translator_outlasts_the_published_first_phase():
     """30 epochs of 781 steps: weight decay alone would shrink its norm by a factor of 350."""
     method, outs = FT(), PAIRS["CNN to CNN"]()

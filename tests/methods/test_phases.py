@@ -157,6 +157,7 @@ def test_in_a_sum_the_student_is_trained_if_one_method_trains_it():
         assert not bool(moves["method"]["a"]["then"])
 
 
+@pytest.mark.slow
 def test_the_label_term_reads_the_logits_that_the_method_names():
     @dataclasses.dataclass(frozen=True)
     class Second(Method):

@@ -11,7 +11,10 @@ import pytest
 from tests.parity import goldens, specimen
 from tests.parity.pairs import two_at_a_time
 from xkd_jax.models import MODELS
+from xkd_jax.models.efficientnet import EfficientNet
 from xkd_jax.models.inception import InceptionV3
+from xkd_jax.models.mobilenetv2 import MobileNetV2
+from xkd_jax.models.xception import Xception
 
 read = functools.cache(goldens.read)
 
@@ -51,12 +54,15 @@ def first_of_each(kind):
     return set(firsts.values())
 
 
+LARGE = {InceptionV3, MobileNetV2, EfficientNet, Xception}  # they take 3 to 12 s each
+
+
 def marks(name):
-    """By default one network of each class, in CI one for each set of arguments as well.
+    """By default one network of each smaller class, in CI one for each set of arguments.
 
     The others only differ in numbers.
     """
-    if name in CLASSES and MODELS[name].network is not InceptionV3:  # which takes 12 s
+    if name in CLASSES and MODELS[name].network not in LARGE:
         return ()
     return pytest.mark.slow if name in CLASSES | KINDS else pytest.mark.exhaustive
 

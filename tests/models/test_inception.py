@@ -101,6 +101,7 @@ def test_training_pass():
         jax.eval_shape(lambda: model.apply(variables, x, train=True, mutable=["batch_stats"]))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("module", "side"),
     [(MixedA(), 5), (MixedB(), 5), (MixedC(), 7), (MixedD(), 5), (MixedE(), 5), (AuxHead(5), 17)],

@@ -120,6 +120,7 @@ def test_nothing_changes(family, monkeypatch):
     )
 
 
+@pytest.mark.slow
 def test_nothing_changes_where_blocks_are_scanned(monkeypatch):
     monkeypatch.setattr(scan, "pays", lambda depth, train: True)
     model = tiny_vit(remat=True, drop_path_rate=0.5, depth=4)

@@ -1,6 +1,7 @@
 """Exports a student: its weights or its inference pass, and how images are prepared for it."""
 
 import dataclasses
+import importlib.util
 import json
 import re
 from collections.abc import Callable
@@ -111,12 +112,9 @@ def _timm(model: Model, folder: Path, options: Options) -> Path:
 
 
 def _onnx(model: Model, folder: Path, options: Options) -> Path:
-    try:
-        from xkd_jax.export.onnx_file import write_onnx
-    except ImportError as error:
-        raise UserError(
-            "--to onnx needs the package onnx; install it with pip install 'xkd_jax[export]'."
-        ) from error
+    _need("onnx", "onnx")
+    from xkd_jax.export.onnx_file import write_onnx
+
     path = folder / "model.onnx"
     write_onnx(model, path, preparation(model, options), options.fold, options.uint8)
     return path
@@ -124,6 +122,7 @@ def _onnx(model: Model, folder: Path, options: Options) -> Path:
 
 def _stablehlo(model: Model, folder: Path, options: Options) -> Path:
     """For `jax.export.deserialize`: images [N, H, W, 3] to logits [N, K], on any platform."""
+    _need("stablehlo", "flatbuffers")  # which JAX serializes with
     variables = model.variables
 
     def forward(images: jax.Array) -> jax.Array:
@@ -138,6 +137,14 @@ def _stablehlo(model: Model, folder: Path, options: Options) -> Path:
     path = folder / "model.stablehlo"
     write_file(path, bytes(exported.serialize()))
     return path
+
+
+def _need(target: str, package: str) -> None:
+    """Checks that a package of the extra `export` is installed."""
+    if importlib.util.find_spec(package) is None:
+        raise UserError(
+            f"--to {target} needs the package {package}; pip install 'xkd_jax[export]' brings it."
+        )
 
 
 def normalized(model: Model, images: jax.Array) -> jax.Array:

@@ -19,12 +19,15 @@ from xkd_jax.model import Model
 from xkd_jax.weights import npy_header
 
 
-def create_feature_step(model: Model, crop_pct: float = 0.0) -> Callable[..., jax.Array]:
-    """A jitted step(variables, images uint8 [N, H, W, 3]) -> `pooled` [N, D], float32.
+def create_feature_step(
+    model: Model, crop_pct: float = 0.0, name: str = "pooled"
+) -> Callable[..., jax.Array]:
+    """A jitted step(variables, images uint8 [N, H, W, 3]) -> features [N, D], float32.
 
     Args:
       model: the network.
       crop_pct: `data.Split.crop_pct` of the split.
+      name: of the features in `out`: "pooled", or "logits".
     """
 
     @jax.jit
@@ -33,7 +36,7 @@ def create_feature_step(model: Model, crop_pct: float = 0.0) -> Callable[..., ja
         if crop_pct:
             pixels = ops.resize_crop(pixels, model.image_size, crop_pct)
         _, out = model.forward(variables, model.preprocess(pixels))
-        return out["pooled"].astype(jnp.float32)
+        return out[name].astype(jnp.float32)
 
     return step
 

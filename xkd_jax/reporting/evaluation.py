@@ -14,9 +14,9 @@ from xkd_jax.analysis.eer import equal_error_rate
 from xkd_jax.data.encoded import open_split
 from xkd_jax.distributed import sharding
 from xkd_jax.errors import UserError
-from xkd_jax.evaluate import create_eval_step, create_logits_step, evaluate
+from xkd_jax.evaluate import create_eval_step, evaluate
 from xkd_jax.prediction import load_student
-from xkd_jax.probing.features import compute
+from xkd_jax.probing.features import compute, create_feature_step
 from xkd_jax.reporting.document import Table
 from xkd_jax.reporting.logger import say
 from xkd_jax.teacher.classes import Names, match_classes
@@ -70,7 +70,8 @@ def measure(student: str, data: tuple[str, str, str], crop_pct: float, noisy: bo
         raise UserError(f"{reason}; evaluate it on images of its own classes.")
     model = dataclasses.replace(model, class_order=order)
     mesh, labels = sharding.create_mesh(), np.asarray(split.labels)
-    logits = compute(create_logits_step(model, split.crop_pct), model.variables, split, mesh)
+    step = create_feature_step(model, split.crop_pct, "logits")
+    logits = compute(step, model.variables, split, mesh)
     more = {}
     if split.num_classes == 2 and np.ptp(labels):
         more["eer"] = equal_error_rate(logits[:, 1] - logits[:, 0], labels)
