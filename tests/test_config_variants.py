@@ -1,6 +1,7 @@
-"""The variants of recipes that reproduce the paper's tables: built and checked, never trained."""
+"""Recipes and their variants, such as the paper's tables: built and checked, never trained."""
 
 import functools
+import runpy
 
 import jax
 import jax.numpy as jnp
@@ -8,6 +9,7 @@ import pytest
 
 from xkd_jax import config as configs
 from xkd_jax.analysis.flops import count_flops
+from xkd_jax.cli import recipes
 from xkd_jax.configs import (
     cifar100,
     cifar100_published,
@@ -21,6 +23,7 @@ from xkd_jax.methods import check_pair, create_method
 from xkd_jax.methods.base import apply
 from xkd_jax.model import create_model
 
+PATHS = [recipes.FOLDER / f"{name}.py" for name in recipes.names()]
 ROWS = [
     *((cifar100, variant) for variant in common.TABLE_1),
     *((imagenet, variant) for variant in dict.fromkeys(common.TABLE_2 + common.TABLE_3)),
@@ -120,3 +123,19 @@ def test_crd_with_logits_has_the_published_weights(variant):
     method = create_method(config.compare[1], config.method)
     assert method.label_weight == 1
     assert {name: part.weight for name, part in method.parts} == {"crd": 0.8, "logits": 1.0}
+
+
+@pytest.mark.parametrize("path", PATHS, ids=lambda path: path.stem)
+def test_recipes_are_valid(path):
+    recipe = runpy.run_path(str(path))
+    configs.validate(recipe["get_config"]())
+    name = path.relative_to(recipes.FOLDER).as_posix()
+    assert f"--config configs/{name}" in " ".join(recipe["__doc__"].split())
+    configs.validate(recipe["get_config"]("smoke"))
+    with pytest.raises(UserError, match="unknown variant 'smoek'; did you mean smoke"):
+        recipe["get_config"]("smoek")
+
+
+def test_default_config_is_locked():
+    with pytest.raises(AttributeError, match="epoch"):
+        configs.default_config().epoch = 3
