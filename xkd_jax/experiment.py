@@ -44,14 +44,22 @@ class Experiment(Inputs):
       evaluation: the split of the learning curves.
       learning_rate_fn: the student's learning rate as a function of the step.
       total_steps: number of steps of the run, including the method's first phase.
-      compiled_steps: the compiled training step, by whether it donates the state. It doesn't depend
-        on the seed: experiments that `dataclasses.replace` makes for other seeds share it.
+      compiled_steps: the compiled training step, by whether it donates the state.
     """
 
     evaluation: data.Split
     learning_rate_fn: Callable[[Any], Any]
     total_steps: int
-    compiled_steps: dict[bool, jax.stages.Compiled] = dataclasses.field(default_factory=dict)
+    # Not an argument: `dataclasses.replace` must not keep the step for other parts.
+    compiled_steps: dict[bool, jax.stages.Compiled] = dataclasses.field(
+        default_factory=dict, init=False
+    )
+
+    def with_seed(self, config: Config) -> "Experiment":
+        """The experiment with another seed, which shares the compiled step."""
+        other = dataclasses.replace(self, config=config)
+        other.compiled_steps.update(self.compiled_steps)
+        return other
 
 
 def create_experiment(config: Config) -> Experiment:

@@ -185,7 +185,8 @@ class _Sweep:
         if self.experiment is None or _seedless(config) != _seedless(self.experiment.config):
             self.experiment = None  # frees the memory of its networks first
             self.experiment = create_experiment(config)
-        return dataclasses.replace(self.experiment, config=config)
+        self.experiment = self.experiment.with_seed(config)
+        return self.experiment
 
 
 def _seedless(config: Config) -> Config:
