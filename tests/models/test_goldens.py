@@ -46,29 +46,22 @@ def differences(name):
     }
 
 
-def first_of_each(kind):
-    """The first network for each value of `kind`, a function of a `Variant`."""
-    firsts = {}
-    for name, variant in MODELS.items():
-        firsts.setdefault(kind(variant), name)
-    return set(firsts.values())
-
-
 LARGE = {InceptionV3, MobileNetV2, EfficientNet, Xception}  # they take 3 to 12 s each
 
 
 def marks(name):
-    """By default one network of each smaller class, in CI one for each set of arguments.
+    """By default one network of each smaller class, in CI one of each class.
 
-    The others only differ in numbers.
+    CI compares one network for each set of arguments with timm itself; the others only differ in
+    numbers.
     """
     if name in CLASSES and MODELS[name].network not in LARGE:
         return ()
-    return pytest.mark.slow if name in CLASSES | KINDS else pytest.mark.exhaustive
+    return pytest.mark.slow if name in CLASSES else pytest.mark.exhaustive
 
 
-CLASSES = first_of_each(lambda variant: variant.network)
-KINDS = first_of_each(lambda v: (v.network, v.args.get("block"), frozenset(v.args)))
+# The first network of each class.
+CLASSES = set({MODELS[name].network: name for name in reversed(MODELS)}.values())
 
 
 @pytest.mark.parametrize("name", [pytest.param(name, marks=marks(name)) for name in MODELS])
