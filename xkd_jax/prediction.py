@@ -15,7 +15,7 @@ from xkd_jax.data.encoded import CROP_PCT
 from xkd_jax.data.listing import list_all_images
 from xkd_jax.errors import UserError
 from xkd_jax.model import Model, load
-from xkd_jax.reporting.summary import STUDENT
+from xkd_jax.reporting.files import STUDENT
 from xkd_jax.weights import load_weights
 
 _BATCH = 64
@@ -79,6 +79,7 @@ def _batches(
 ) -> Iterator[tuple[Sequence[Path], np.ndarray, dict[int, str]]]:
     """Batches of paths, images and faults by row; all batches of images have the same size."""
     count = min(_BATCH, len(files))
+    # Not `examples.in_threads`, which decodes ahead without limit: a folder may not fit in memory.
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         for start in range(0, len(files), count):
             paths = files[start : start + count]

@@ -4,12 +4,16 @@ import dataclasses
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
-from xkd_jax.config import Config, default_config
-from xkd_jax.configs import common, quickstart
+from xkd_jax.config import Config
+from xkd_jax.configs import cifar100_published, common, quickstart
 from xkd_jax.table import Cell, Fields, Table, grid, scaled
 
 FORMS = ("smoke", "gpu", "paper")  # besides the default, on the packaged data set
 Results = Mapping[str, Mapping[str, float | None]]  # published top-1 by method, by pair
+
+
+# Between Transformers, with a ViT as the teacher.
+TRANSFORMERS = ("none", "logits", "irg", "deit", "minilm", "cakd")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -180,16 +184,10 @@ def packaged_config() -> Config:
 
 def gpu_config() -> Config:
     """CIFAR-100 at 32 x 32 with the schedule of cifar100_published.py."""
-    config = default_config()
-    config.epochs = 240
-    config.data.name = "tfds:cifar100"
-    config.optimizer.learning_rate = 0.05
-    config.optimizer.weight_decay = 5e-4
-    config.schedule.boundaries = (150, 180, 210)
+    config = cifar100_published.protocol()
     config.method.review.weight = 0.6
     config.method.dkd.non_target_weight = 2.0
     config.eval_every = 10
-    config.checkpoint_every = 5000
     return config
 
 
@@ -304,11 +302,30 @@ def smoke(cells: Mapping[str, Cell]) -> Table:
     return Table({baseline: cell, name: other}, baseline, seeds=(0, 1))
 
 
+def gpu_results(
+    methods: Iterable[str], students: Iterable[str], cross: Iterable[str]
+) -> dict[str, dict[str, float | None]]:
+    """The cells of the GPU's form: CNNs, Transformers that teach CNNs, and Transformers.
+
+    Args:
+      methods: between CNNs.
+      students: the CNNs that Transformers teach.
+      cross: the methods for them.
+    """
+    pairs = ("resnet56-resnet20", "resnet32x4-resnet8x4")
+    return {
+        **{pair: published(pair, methods) for pair in pairs},
+        **{f"{t}-{s}": unpublished(cross) for t in ("vit", "swin") for s in students},
+        "vit-vit_tiny": unpublished(TRANSFORMERS),
+        "swin-vit_tiny": unpublished(("logits", "irg", "deit", "cakd")),
+    }
+
+
 def published(pair: str, methods: Iterable[str]) -> dict[str, float | None]:
     """The results in `PUBLISHED` for a pair, None for methods without one."""
     return {method: PUBLISHED[pair].get(method) for method in methods}
 
 
-def unpublished(methods: Iterable[str]) -> dict[str, None]:
+def unpublished(methods: Iterable[str]) -> dict[str, float | None]:
     """Results without published numbers."""
     return dict.fromkeys(methods)

@@ -53,20 +53,12 @@ PAPER = {
     },
     "swin_l-resnet152": {"cakd": 91.20},
 }  # fmt: skip
-# Published numbers of the CNN teachers: see common.PUBLISHED.
 _CNN = ("none", "logits", "fitnet", "at", "rkd", "irg", "ofd", "crd", "review", "london")
-_CROSS = common.unpublished(("logits", "rkd", "irg", "cakd"))
-GPU = {
-    "resnet56-resnet20": common.published("resnet56-resnet20", _CNN),
-    "resnet32x4-resnet8x4": common.published("resnet32x4-resnet8x4", _CNN),
-    **{f"{t}-{s}": _CROSS for t in ("vit", "swin") for s in ("resnet20", "resnet8x4")},
-    "vit-vit_tiny": common.unpublished(("none", "logits", "irg", "deit", "minilm", "cakd")),
-    "swin-vit_tiny": common.unpublished(("logits", "irg", "deit", "cakd")),
-}
+GPU = common.gpu_results(_CNN, ("resnet20", "resnet8x4"), ("logits", "rkd", "irg", "cakd"))
 PACKAGED = {
     "vit-resnet": common.unpublished(quickstart.METHODS),
     "vit-resnetx2": common.unpublished(("none", "logits", "rkd", "irg", "cakd")),
-    "vit-transformer": common.unpublished(("none", "logits", "irg", "deit", "minilm", "cakd")),
+    "vit-transformer": common.unpublished(common.TRANSFORMERS),
 }
 
 

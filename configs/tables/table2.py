@@ -54,18 +54,12 @@ PAPER = {
     "swin_l-resnet152": {"cakd": None},
 }  # fmt: skip
 _CNN = ("none", "logits", "at", "ft", "ab", "ofd", "afd", "irg", "review", "london")
-_CROSS = common.unpublished(("none", "logits", "rkd", "irg", "cakd"))
-GPU = {
-    "resnet56-resnet20": common.published("resnet56-resnet20", _CNN),
-    "resnet32x4-resnet8x4": common.published("resnet32x4-resnet8x4", _CNN),
-    **{f"{t}-{s}": _CROSS for t in ("vit", "swin") for s in ("resnet18", "resnet50")},
-    "vit-vit_tiny": common.unpublished(("none", "logits", "irg", "deit", "minilm", "cakd")),
-    "swin-vit_tiny": common.unpublished(("logits", "irg", "deit", "cakd")),
-}
+_CROSS = ("none", "logits", "rkd", "irg", "cakd")
+GPU = common.gpu_results(_CNN, ("resnet18", "resnet50"), _CROSS)
 PACKAGED = {
     "vit-bottleneck": common.unpublished((*_CNN, "rkd", "cakd")),
-    "vit-resnetx2": _CROSS,
-    "vit-transformer": GPU["vit-vit_tiny"],
+    "vit-resnetx2": common.unpublished(_CROSS),
+    "vit-transformer": common.unpublished(common.TRANSFORMERS),
 }
 
 

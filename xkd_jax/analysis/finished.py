@@ -22,8 +22,8 @@ from xkd_jax.methods.cakd import CAKD
 from xkd_jax.methods.combine import Sum
 from xkd_jax.model import Model, load
 from xkd_jax.reporting import files
+from xkd_jax.reporting.files import STUDENT
 from xkd_jax.reporting.report import find_runs
-from xkd_jax.reporting.summary import STUDENT
 
 
 @dataclasses.dataclass(frozen=True, eq=False)

@@ -4,6 +4,7 @@ import sys
 from argparse import Namespace
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from xkd_jax.cli.command import Parser, guard
 from xkd_jax.errors import UserError
@@ -47,13 +48,11 @@ def transferability(argv: Sequence[str]) -> int:
     if not (options.runs or options.student):
         raise UserError("there is nothing to analyse; give a run, or --teacher and --student.")
     folder = _output(options)
-    from xkd_jax.analysis import finished, tables  # `--help` needs no JAX
+    from xkd_jax.analysis import tables  # `--help` needs no JAX
     from xkd_jax.analysis import transferability as analysis
-    from xkd_jax.cli.runs import configure_jax
     from xkd_jax.distributed.sharding import create_mesh
 
-    configure_jax()
-    runs = finished.load_runs(options.runs, options.data_dir)
+    runs = _load(options)
     pairs = [pair for run in runs if (pair := analysis.pair_of(run)) is not None]
     if options.student:
         split = options.data, options.data_dir, options.train, options.test, options.image_size
@@ -79,14 +78,11 @@ def robustness(argv: Sequence[str]) -> int:
     parser.add_argument("--corruptions", nargs="+", default=[], metavar="NAME", help=names)
     options = parser.parse_args(argv)
     folder = _output(options)
-    from xkd_jax.analysis import finished, tables
     from xkd_jax.analysis import robustness as analysis
-    from xkd_jax.cli.runs import configure_jax
+    from xkd_jax.analysis import tables
     from xkd_jax.distributed.sharding import create_mesh
 
-    configure_jax()
-    runs = finished.load_runs(options.runs, options.data_dir)
-    rows = analysis.measure(runs, create_mesh(), options.images, options.corruptions)
+    rows = analysis.measure(_load(options), create_mesh(), options.images, options.corruptions)
     folder.mkdir(parents=True, exist_ok=True)
     print(tables.write_robustness(rows, folder))
     return 0
@@ -105,6 +101,15 @@ def _add_runs(parser: Parser, nargs: str) -> None:
         "--images", type=int, default=2000, help="at most, of each split; 0: all (default: 2000)"
     )
     parser.add_argument("--data_dir", default="", help="the TFDS folder, if the data have moved")
+
+
+def _load(options: Namespace) -> Any:
+    """The finished runs that are named."""
+    from xkd_jax.analysis.finished import load_runs
+    from xkd_jax.cli.runs import configure_jax
+
+    configure_jax()
+    return load_runs(options.runs, options.data_dir)
 
 
 def _output(options: Namespace) -> Path:

@@ -15,8 +15,8 @@ from xkd_jax.config import Config, used, validate
 from xkd_jax.errors import UserError
 from xkd_jax.experiment import RANDOM, Experiment, create_experiment
 from xkd_jax.reporting import table_report
+from xkd_jax.reporting.files import SUMMARY
 from xkd_jax.reporting.nan_guard import Diverged
-from xkd_jax.reporting.summary import SUMMARY
 from xkd_jax.table import Cell, Fields, Table, label
 from xkd_jax.weights import write_file
 

@@ -101,14 +101,13 @@ def convert(
     classes = old_classes if num_classes is None else num_classes
     if not classes:
         state, places = _without_head(model, args, state, places, changes)
-    flat, done, wrong = _put(
-        state, places, family_of(model), classes, classes != old_classes, antialias
-    )
+    new_head = classes != old_classes
+    flat, done, wrong = _put(state, places, family_of(model), classes, new_head, antialias)
     if wrong:
         raise misfit_error(checkpoint, model, state, places, wrong)
-    used = {k: state[k] for k, p in places.items() if not (p.in_head and classes != old_classes)}
+    used = {k: state[k] for k, p in places.items() if not (p.in_head and new_head)}
     changes += done + _check_finite(checkpoint.name, used, allow_not_finite)
-    if classes != old_classes:
+    if new_head:
         known.pop("class_names", None)
     metadata = {"source": checkpoint.name, **_statistics(model, old_classes)}
     metadata |= {**_record(known, changes), "model": model, "args": args}
