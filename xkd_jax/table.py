@@ -40,16 +40,23 @@ class Table:
       seeds: of the runs that are measured on the test split.
       tuning_seeds: of the runs that are measured on the evaluation split, to choose among
         alternatives.
+      flat: a cell's only run is in the cell's own folder, as in a comparison of methods; otherwise
+        there is a folder for each seed in it.
     """
 
     cells: Mapping[str, Cell]
     baseline: str
     seeds: tuple[int, ...] = (0, 1, 2, 3, 4)
     tuning_seeds: tuple[int, ...] = (0,)
+    flat: bool = False
 
     def baseline_of(self, name: str) -> str:
         """The cell that the cell `name` is compared with; its own name if it is a baseline."""
         return self.cells[name].baseline or self.baseline
+
+    def folder(self, name: str, seed: int) -> str:
+        """The folder of a measured run, below the table's."""
+        return name if self.flat else f"{name}/seed{seed}"
 
     def count(self, cell: Cell) -> int:
         """The number of runs of a cell, at most."""

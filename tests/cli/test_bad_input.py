@@ -13,7 +13,7 @@ from PIL import Image
 
 from tests import tiny
 from xkd_jax import train as loop
-from xkd_jax.cli import runs
+from xkd_jax.cli import run_folder, runs
 from xkd_jax.config import used
 from xkd_jax.errors import UserError
 from xkd_jax.experiment import create_experiment
@@ -387,7 +387,7 @@ def test_a_run_resumes_with_the_same_data_only(photos, tmp_path):
             (root / old).rename(root / new)
         config.data.update(name=f"folder:{root}", **names)
         config.update(image_size=28, batch_size=4)
-        runs._check_data(create_experiment(config), tmp_path / "run")
+        run_folder._check_data(create_experiment(config), tmp_path / "run")
 
     check()
     check()

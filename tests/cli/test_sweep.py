@@ -5,7 +5,7 @@ import math
 
 import pytest
 
-from xkd_jax.cli import report, sweep, tables
+from xkd_jax.cli import report, runs, sweep, tables
 from xkd_jax.config import default_config
 from xkd_jax.errors import UserError
 from xkd_jax.reporting import table_report
@@ -45,7 +45,7 @@ def test_a_table_is_trained_once(tmp_path, capsys):
         "broken": Cell({"optimizer.learning_rate": 1e30, "optimizer.clip_norm": 0.0}),
     }
     table = Table(cells, "none", seeds=(0, 1))
-    assert tables.run(table, recipe(), tmp_path) == 0
+    assert tables.run(table, recipe(), tmp_path) == 1  # a run has failed
     tuned = json.loads((tmp_path / "none" / table_report.CHOSEN).read_text())
     best = max(tuned["evaluation_top1"], key=tuned["evaluation_top1"].get)
     assert f"learning_rate={tuned['fields']['optimizer.learning_rate']:g}" in best
@@ -56,7 +56,9 @@ def test_a_table_is_trained_once(tmp_path, capsys):
     assert [json.loads(path.read_text())["seed"] for path in summaries] == [0, 1]
     assert "Non-finite" in (tmp_path / "broken" / "seed0" / table_report.FAILED).read_text()
     before = [path.stat().st_mtime_ns for path in (*tuning, *summaries)]
-    assert tables.run(table, recipe(), tmp_path) == 0
+    capsys.readouterr()
+    assert tables.run(table, recipe(), tmp_path) == 1
+    assert "seed0 has failed before; remove" in capsys.readouterr().err
     assert before == [path.stat().st_mtime_ns for path in (*tuning, *summaries)]
     capsys.readouterr()
     assert report.main([str(tmp_path)]) == 0
@@ -92,3 +94,29 @@ def test_wrong_tables_are_refused_before_training(tmp_path):
     assert not (tmp_path / "new").exists()
     with pytest.raises(UserError, match="--shard is '3/2'"):
         sweep.parse_shard("3/2")
+
+
+def test_tables_and_comparisons_in_each_others_folders(tmp_path):
+    (tmp_path / "a").mkdir()
+    (tmp_path / "a" / "config.json").write_text("{}")
+    with pytest.raises(UserError, match="holds a comparison; choose another --workdir"):
+        tables.run(Table({"a": Cell({})}, "a"), recipe(), tmp_path)
+    (tmp_path / table_report.CELLS).write_text("{}")
+    config = recipe()
+    config.compare = ("none",)
+    with pytest.raises(UserError, match="holds a table; choose another --workdir"):
+        runs.run(config, tmp_path)
+
+
+@pytest.mark.slow
+def test_a_comparison_goes_on_after_a_method_that_diverges(tmp_path, capsys):
+    config = recipe()
+    config.compare = ("logits", "none")
+    config.teacher.weights = "packaged:quickstart_teacher"
+    config.method.logits.weight = 1e38
+    assert runs.run(config, tmp_path) == 1
+    assert "Non-finite" in (tmp_path / "logits" / table_report.FAILED).read_text()
+    said = capsys.readouterr()
+    assert "run 2 of 2" in said.err
+    assert "none/student.safetensors" in said.out
+    assert "logits isn't finished, and is left out" in said.out

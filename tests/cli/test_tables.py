@@ -14,7 +14,7 @@ import pytest
 
 from tests.cli.test_sweep import recipe
 from tests.runs import finish, timeless, wait_for_step
-from xkd_jax.cli import runs, tables
+from xkd_jax.cli import run_folder, tables
 from xkd_jax.configs.tables import common
 from xkd_jax.errors import UserError
 from xkd_jax.experiment import (
@@ -257,7 +257,7 @@ def test_seeds_share_the_compiled_step(tmp_path):
     assert len([name for name in lowered if "experiment_step" in name]) == 1
     # What is shared doesn't change the result.
     (tmp_path / "alone").mkdir()
-    runs.train_one(with_teacher(1), tmp_path / "alone")
+    run_folder.train_one(with_teacher(1), tmp_path / "alone")
     assert timeless(tmp_path / "alone") == timeless(tmp_path / "logits" / "seed1")
 
 
@@ -270,7 +270,7 @@ def test_a_killed_table_resumes_and_reports(start, tmp_path):
     process.send_signal(signal.SIGTERM)
     code, out, err = finish(process)
     assert code == 0, err
-    assert "stopped by SIGTERM; run the same command again to resume" in out
+    assert "stopped by SIGTERM; everything is saved" in err
     assert not (second / "summary.json").exists()
     done = (first / "summary.json").stat().st_mtime_ns
     code, out, err = finish(start(*command, program=PROGRAM))

@@ -116,7 +116,7 @@ def test_comparison_has_a_folder_for_each_method(start, tmp_path):
     (folder / "none" / "summary.json").unlink()
     code, again, err = finish(start("--config", f"{TINY}:none", "--workdir", folder, *changes))
     assert code == 0, err
-    assert "logits is complete" in err
+    assert "1 of 2 runs are complete" in err
     assert again == out
 
 

@@ -106,7 +106,7 @@ def _add_runs(parser: Parser, nargs: str) -> None:
 def _load(options: Namespace) -> Any:
     """The finished runs that are named."""
     from xkd_jax.analysis.finished import load_runs
-    from xkd_jax.cli.runs import configure_jax
+    from xkd_jax.cli.run_folder import configure_jax
 
     configure_jax()
     return load_runs(options.runs, options.data_dir)

@@ -1,28 +1,13 @@
-"""Run folders: trains one run, or a comparison of several methods, and writes the report."""
+"""Trains what a config describes, one run or a comparison of several methods, and reports it."""
 
-import contextlib
-import itertools
-import json
-import os
 import signal
-import tempfile
-from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
 
-import jax
-
-from xkd_jax import train
-from xkd_jax.cli import lock
-from xkd_jax.config import Config, default_config, for_method, used, validate
-from xkd_jax.distributed import processes, sharding
-from xkd_jax.errors import UserError
-from xkd_jax.experiment import Experiment, create_experiment
-from xkd_jax.probing import probe
-from xkd_jax.reporting import files, report, summary
+from xkd_jax.cli import run_folder, tables
+from xkd_jax.config import Config, validate
+from xkd_jax.distributed import processes
+from xkd_jax.reporting import report
 from xkd_jax.reporting.logger import say
-from xkd_jax.reporting.recipe import FREE
-from xkd_jax.weights import write_file
 
 
 def run(config: Config, workdir: Path) -> int:
@@ -33,192 +18,26 @@ def run(config: Config, workdir: Path) -> int:
       workdir: the run's folder; a comparison has a subfolder for each method.
 
     Returns:
-      The process's exit code: 0 when done or after SIGTERM, 130 after Ctrl-C.
+      The process's exit code: 0 when done or after SIGTERM, 130 after Ctrl-C, 1 if a method of a
+      comparison has failed.
 
     Raises:
       UserError: any wrong input.
     """
     validate(config)
-    configure_jax()
-    runs = {workdir: config}
     if config.compare:
-        runs = {workdir / name: for_method(config, name) for name in config.compare}
-        if (workdir / files.CONFIG).exists():
-            raise UserError(f"{workdir} holds a single run; choose another --workdir.")
-    if processes.is_first():
-        for folder in runs:
-            lock.check(folder)
-    # Check all runs before the first one starts.
-    left = {folder: alone for folder, alone in runs.items() if not is_complete(alone, folder)}
-    for folder in sorted(runs.keys() - left.keys()):
-        say(f"{folder} is complete.")
-    with _removed_if_refused([folder for folder in left if not folder.exists()]):
-        for folder, alone in left.items():
-            _make(folder)
-            create = probe.create_probe if alone.probe.pool else create_experiment
-            create(alone)
-    for folder, alone in left.items():
-        stopped = train_one(alone, folder)
+        return tables.run(*tables.comparison(config), workdir)
+    run_folder.configure_jax()
+    if run_folder.is_complete(config, workdir):
+        say(f"{workdir} is complete.")
+    else:
+        new = [] if workdir.exists() else [workdir]
+        with run_folder.removed_if_refused(new):
+            run_folder.check(workdir, config)
+        stopped = run_folder.train_one(config, workdir)
         if stopped:
-            say(
-                f"stopped by {stopped.name}; everything is saved in {workdir}: run the same "
-                "command again to resume."
-            )
+            say(run_folder.how_to_resume(stopped, workdir))
             return 130 if stopped == signal.SIGINT else 0
     if processes.is_first():
         print(report.write(workdir))
     return 0
-
-
-def configure_jax() -> None:
-    """Turns 64-bit mode off and the compilation cache on."""
-    if jax.config.read("jax_enable_x64"):  # other numbers would be drawn, and float64 weights saved
-        say("JAX's 64-bit mode is switched off for this run (JAX_ENABLE_X64).")
-        jax.config.update("jax_enable_x64", False)
-    # Saves about a minute of compilation when the same networks are trained again.
-    cache = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "xkd_jax"
-    jax.config.update("jax_compilation_cache_dir", str(cache))
-    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
-
-
-def train_one(
-    config: Config, folder: Path, create: Callable[[Config], Experiment] = create_experiment
-) -> signal.Signals | None:
-    """Trains and evaluates the run in `folder`, which exists, and resumes it if it was interrupted.
-
-    Args:
-      config: the run's.
-      folder: the run's.
-      create: `create_experiment`, or a function that reuses parts of an earlier experiment.
-
-    Returns:
-      The signal that stopped it early, if any.
-
-    Raises:
-      UserError: any wrong input; or a file can't be read or written, such as on a full disk.
-    """
-    try:
-        with lock.hold(folder) if processes.is_first() else contextlib.nullcontext():
-            return _train(config, folder, create)
-    except OSError as error:
-        raise UserError(
-            f"training stopped because a file can't be read or written ({error}); checkpoints "
-            "are kept: fix the cause, then run the same command again to resume."
-        ) from error
-
-
-def _train(
-    config: Config, folder: Path, create: Callable[[Config], Experiment]
-) -> signal.Signals | None:
-    if processes.is_first() and not (folder / files.CONFIG).exists():
-        write_file(folder / files.CONFIG, (json.dumps(used(config), indent=2) + "\n").encode())
-    if config.probe.pool:
-        job = probe.create_probe(config)
-        _check_data(job, folder)
-        say(probe.describe(job, folder))
-        probe.run(job, folder)
-        return None
-    experiment = create(config)
-    _check_data(experiment, folder)
-    say(summary.headline(experiment, folder))
-    state, stopped = train.run(experiment, folder)
-    if stopped and int(state.step) < experiment.total_steps:
-        return stopped
-    if experiment.train.num_classes:
-        say(f"evaluating on {config.data.test!r}, the test split ...")
-    variables = sharding.to_host(train.student_variables(state), experiment.mesh)
-    summary.finish(experiment, variables, folder)
-    return stopped
-
-
-def _check_data(experiment: Experiment | probe.Probe, folder: Path) -> None:
-    """Refuses to resume a run with other data than it began with; a moved folder is the same data.
-
-    Raises:
-      UserError: names the first thing that differs.
-    """
-    path, splits = folder / files.DATA, {"train": experiment.train, "eval": experiment.evaluation}
-    here = {name: split.identity for name, split in splits.items()}
-    if not path.exists():
-        if processes.is_first():
-            write_file(path, (json.dumps(here, indent=2) + "\n").encode())
-        return
-    there = files.read_json(path)
-    for name, split in here.items():
-        difference = _data_difference(there.get(name, {}), split)
-        if difference:
-            raise UserError(
-                f"the run in {folder} began with other data: data.{name}: {difference}; restore "
-                "the data, or choose another --workdir."
-            )
-
-
-def _data_difference(there: dict[str, Any], here: dict[str, Any]) -> str:
-    """What differs between two identities of a split, in words; "" if nothing does."""
-    names = there.get("class_names", []), here["class_names"]
-    for label, (before, now) in enumerate(itertools.zip_longest(*names)):
-        if before != now:
-            return f"class {label} was {before!r} and is {now!r} now"
-    if there.get("examples") != here["examples"]:
-        return f"there were {there.get('examples'):,} images and are {here['examples']:,} now"
-    if there.get("digest") != here["digest"]:
-        return "the images' names or labels have changed"
-    return ""
-
-
-@contextlib.contextmanager
-def _removed_if_refused(folders: list[Path]) -> Iterator[None]:
-    """Removes the new `folders`, and new ones above them, if the runs are refused."""
-    above = {parent for folder in folders for parent in folder.parents if not parent.exists()}
-    try:
-        yield
-    except UserError:
-        for folder in sorted({*folders, *above}, key=lambda path: len(path.parts), reverse=True):
-            with contextlib.suppress(OSError):  # not made, or not empty
-                folder.rmdir()
-        raise
-
-
-def _make(folder: Path) -> None:
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=folder):
-            pass
-    except OSError as error:
-        raise UserError(
-            f"{folder} can't be written ({error.strerror}); choose another --workdir."
-        ) from error
-
-
-def is_complete(config: Config, folder: Path) -> bool:
-    """Whether the run in `folder` is finished.
-
-    Raises:
-      UserError: the folder contains another run.
-    """
-    path = folder / files.CONFIG
-    if path.exists():
-        there, here = files.read_json(path), json.loads(json.dumps(used(config)))
-        default = json.loads(json.dumps(default_config().to_dict()))
-        differences = list(_differences(there, here, default))
-        if differences:
-            more = f" (and {len(differences) - 3} more)" if len(differences) > 3 else ""
-            raise UserError(
-                f"{folder} holds another run: {'; '.join(differences[:3])}{more}; choose another "
-                "--workdir."
-            )
-    return (folder / files.SUMMARY).exists()
-
-
-def _differences(there: Any, here: Any, default: Any, name: str = ""):
-    """Yields a phrase for every field in which two configs differ.
-
-    A field that is missing there, because it is newer than the run, had what is its default now.
-    """
-    if isinstance(there, dict) and isinstance(here, dict):
-        default = default if isinstance(default, dict) else {}
-        for field in sorted(there.keys() | here.keys()):
-            inner, usual = f"{name}.{field}" if name else field, default.get(field)
-            yield from _differences(there.get(field, usual), here.get(field), usual, inner)
-    elif there != here and name not in FREE:
-        yield f"{name} is {there!r} there and {here!r} here"

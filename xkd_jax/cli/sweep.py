@@ -60,6 +60,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         tables.check_fields(table, config, list(table.cells))
         print("\n".join(commands(arguments, list(table.cells))))
         return 0
+    command.start_processes()
     return tables.run(table, config, workdir, shard)
 
 

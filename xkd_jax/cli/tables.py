@@ -1,24 +1,38 @@
-"""Trains the cells of a table: choices on the evaluation split first, then every seed."""
+"""Trains the cells of a table: choices on the evaluation split first, then every seed.
+
+A comparison, `config.compare`, is the simplest table: a cell for each method, with one seed.
+"""
 
 import contextlib
 import copy
 import dataclasses
 import json
+import math
 import signal
-import sys
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from xkd_jax.cli import runs
+from xkd_jax.cli import run_folder
 from xkd_jax.config import Config, used, validate
+from xkd_jax.distributed import processes
 from xkd_jax.errors import UserError
 from xkd_jax.experiment import RANDOM, Experiment, create_experiment
-from xkd_jax.reporting import table_report
-from xkd_jax.reporting.files import SUMMARY
+from xkd_jax.reporting import report, table_report
+from xkd_jax.reporting.files import CONFIG, SUMMARY
+from xkd_jax.reporting.logger import say
 from xkd_jax.reporting.nan_guard import Diverged
 from xkd_jax.table import Cell, Fields, Table, label
 from xkd_jax.weights import write_file
+
+
+def comparison(config: Config) -> tuple[Table, Config]:
+    """The table of the methods in `config.compare`, and the config for all of them."""
+    cells = {name: Cell({"method.name": name}) for name in config.compare}
+    config = copy.deepcopy(config)
+    config.compare = ()
+    baseline = "none" if "none" in cells else next(iter(cells))
+    return Table(cells, baseline, seeds=(config.seed,), flat=True), config
 
 
 def run(table: Table, config: Config, workdir: Path, shard: tuple[int, int] = (1, 1)) -> int:
@@ -31,29 +45,76 @@ def run(table: Table, config: Config, workdir: Path, shard: tuple[int, int] = (1
       shard: (I, N) for every Nth cell, beginning with the Ith.
 
     Returns:
-      The exit code: 0 when done or after SIGTERM, 130 after Ctrl-C.
+      The exit code: 0 when done or after SIGTERM, 130 after Ctrl-C, 1 if a run has failed.
 
     Raises:
       UserError: any wrong input, before the first run starts.
     """
     names = list(table.cells)[shard[0] - 1 :: shard[1]]
     check_fields(table, config, names)
-    runs.configure_jax()
-    for name in names:
-        if not all((workdir / name / f"seed{seed}" / SUMMARY).exists() for seed in table.seeds):
-            with _naming(name):
-                create_experiment(with_fields(config, table.cells[name].fields))
-    workdir.mkdir(parents=True, exist_ok=True)
-    table_report.describe(table, workdir)
+    run_folder.configure_jax()
+    _check_runs(table, config, workdir, names)
+    if processes.is_first() and not table.flat:
+        table_report.describe(table, workdir)
     sweep = _Sweep(table, config, workdir, sum(table.count(table.cells[name]) for name in names))
     try:
         for name in names:
             sweep.train_cell(name, table.cells[name])
-            print(table_report.write(workdir))
+            if processes.is_first():
+                _report(table, workdir, is_last=name == names[-1])
     except _Stopped as stop:
-        print(f"stopped by {stop.signal.name}; run the same command again to resume.")
+        say(run_folder.how_to_resume(stop.signal, workdir))
         return 130 if stop.signal == signal.SIGINT else 0
-    return 0
+    return 1 if sweep.has_failed else 0
+
+
+def _check_runs(table: Table, config: Config, workdir: Path, names: Sequence[str]) -> None:
+    """Finds errors in the cells `names` before the first run starts; makes the cells' folders.
+
+    Raises:
+      UserError: any wrong input.
+    """
+    _check_folder(table, workdir)
+    left, done = {}, 0
+    for name in names:
+        cell = table.cells[name]
+        folders = {seed: workdir / table.folder(name, seed) for seed in table.seeds}
+        if not cell.stages:
+            for seed, folder in folders.items():
+                run_folder.is_complete(with_fields(config, {**cell.fields, "seed": seed}), folder)
+        complete = [folder for folder in folders.values() if (folder / SUMMARY).exists()]
+        done += len(complete)
+        if len(complete) < len(folders):
+            left[workdir / name] = name
+    if done:
+        say(f"{done} of {len(names) * len(table.seeds)} runs are complete.")
+    with run_folder.removed_if_refused([folder for folder in left if not folder.exists()]):
+        for folder, name in left.items():
+            with _naming(table, name):
+                run_folder.check(folder, with_fields(config, table.cells[name].fields))
+
+
+def _check_folder(table: Table, workdir: Path) -> None:
+    """Refuses a folder that holds something else."""
+    if (workdir / CONFIG).exists():
+        held = "a single run"
+    elif table.flat and (workdir / table_report.CELLS).exists():
+        held = "a table"
+    elif not table.flat and any((workdir / name / CONFIG).exists() for name in table.cells):
+        held = "a comparison"
+    else:
+        return
+    raise UserError(f"{workdir} holds {held}; choose another --workdir.")
+
+
+def _report(table: Table, workdir: Path, is_last: bool) -> None:
+    """Writes the report, and prints it: a comparison's only at its end."""
+    if not table.flat:
+        print(table_report.write(workdir))
+    elif any((workdir / name / SUMMARY).exists() for name in table.cells):
+        text = report.write(workdir)
+        if is_last:
+            print(text)
 
 
 def check_fields(table: Table, config: Config, names: Sequence[str]) -> None:
@@ -69,7 +130,7 @@ def check_fields(table: Table, config: Config, names: Sequence[str]) -> None:
         )
     for name in names:
         cell = table.cells[name]
-        with _naming(name):
+        with _naming(table, name):
             if table.baseline_of(name) not in table.cells:
                 raise UserError(f"its baseline, {table.baseline_of(name)}, is not in the table.")
             for fields in (cell.fields, *sum(cell.stages, ())):
@@ -77,12 +138,12 @@ def check_fields(table: Table, config: Config, names: Sequence[str]) -> None:
 
 
 @contextlib.contextmanager
-def _naming(cell: str) -> Iterator[None]:
-    """Puts the cell's name before an error's sentence."""
+def _naming(table: Table, cell: str) -> Iterator[None]:
+    """Puts the cell's name before an error's sentence; in a comparison there are only methods."""
     try:
         yield
     except UserError as error:
-        raise UserError(f"cell {cell}: {error}") from error
+        raise UserError(str(error) if table.flat else f"cell {cell}: {error}") from error
 
 
 def with_fields(config: Config, fields: Fields) -> Config:
@@ -113,6 +174,7 @@ class _Sweep:
       passed: the number of runs that are finished or not needed.
       trained: the number of runs that were trained, of those.
       begun: when the first of them began.
+      has_failed: whether a run has failed, now or earlier.
       experiment: the last run's; other seeds share its networks and its compiled step.
     """
 
@@ -123,6 +185,7 @@ class _Sweep:
     passed: int = 0
     trained: int = 0
     begun: float = dataclasses.field(default_factory=time.monotonic)
+    has_failed: bool = False
     experiment: Experiment | None = None
 
     def train_cell(self, name: str, cell: Cell) -> None:
@@ -141,12 +204,13 @@ class _Sweep:
             tried = {describe(choice): {**fields, **choice} for choice in stage}
             found = {text: self._try(name, text, other) for text, other in tried.items()}
             fields, scores = tried[max(found, key=lambda text: found[text])], scores | found
-        chosen = {"fields": fields, "evaluation_top1": scores}
-        path = self.workdir / name / table_report.CHOSEN
-        write_file(path, (json.dumps(chosen, indent=2) + "\n").encode())
+        if cell.stages and processes.is_first():
+            chosen = {"fields": fields, "evaluation_top1": scores}
+            path = self.workdir / name / table_report.CHOSEN
+            write_file(path, (json.dumps(chosen, indent=2) + "\n").encode())
         for seed in self.table.seeds:
             config = with_fields(self.config, {**fields, "seed": seed})
-            self._train(config, self.workdir / name / f"seed{seed}")
+            self._train(config, self.workdir / self.table.folder(name, seed))
 
     def _try(self, name: str, text: str, fields: Fields) -> float:
         """The mean top-1 of an alternative on the evaluation split; `text` is its label."""
@@ -162,23 +226,31 @@ class _Sweep:
 
     def _train(self, config: Config, folder: Path) -> None:
         self.passed += 1
-        if runs.is_complete(config, folder) or (folder / table_report.FAILED).exists():
+        if run_folder.is_complete(config, folder):
+            return
+        failed = folder / table_report.FAILED
+        if failed.exists():
+            self.has_failed = True
+            say(f"{folder} has failed before; remove {failed} to train it again.")
             return
         folder.mkdir(parents=True, exist_ok=True)
-        print(f"run {self.passed} of {self.total}: {folder}", file=sys.stderr)
+        say(f"run {self.passed} of {self.total}: {folder}")
         begun = time.monotonic()
         try:
-            stopped = runs.train_one(config, folder, self._create)
+            stopped = run_folder.train_one(config, folder, self._create)
         except Diverged as error:
-            stopped = None
-            write_file(folder / table_report.FAILED, f"{error}\n".encode())
+            stopped, self.has_failed = None, True
+            say(f"{folder}: {error}")
+            if processes.is_first():
+                write_file(failed, f"{error}\n".encode())
         if stopped:
             raise _Stopped(stopped)
         self.trained += 1
         took, mean = time.monotonic() - begun, (time.monotonic() - self.begun) / self.trained
         left = time.strftime("%H:%M", time.gmtime(mean * (self.total - self.passed)))
-        top1 = f"{100 * table_report.read_top1(folder):.2f}%"
-        print(f"  top-1 {top1} after {took:.0f} s; {left} h left at most", file=sys.stderr)
+        top1 = table_report.read_top1(folder)
+        result = "no top-1" if math.isnan(top1) else f"top-1 {100 * top1:.2f}%"
+        say(f"  {result} after {took:.0f} s; {left} h left at most")
 
     def _create(self, config: Config) -> Experiment:
         """The run's experiment. The last one is kept for runs that differ only in their seed."""

@@ -1,6 +1,6 @@
 """Trains what a recipe describes: `xkd-jax train --config quickstart`.
 
-The command line alone; run folders and comparisons are in runs.py.
+The command line alone; runs.py trains.
 """
 
 import ast
@@ -75,10 +75,20 @@ def main(argv: Sequence[str] | None = None) -> int:
 
         return tpu_forecast.run(config, _COMPILE_FOR.value)
     from xkd_jax.cli import runs
+
+    start_processes()
+    return runs.run(config, workdir)
+
+
+def start_processes() -> None:
+    """Joins the other processes, if the flags or the environment name any.
+
+    Raises:
+      UserError: as for `distributed.processes.start`.
+    """
     from xkd_jax.distributed import processes
 
     processes.start(_COORDINATOR.value, _NUM_PROCESSES.value, _PROCESS_ID.value)
-    return runs.run(config, workdir)
 
 
 def parse(arguments: list[str]):
