@@ -50,7 +50,8 @@ def test_every_row_of_the_tables_is_a_valid_config(recipe, variant):
     assert config.epochs == recipe.get_config().epochs
 
 
-@pytest.mark.slow
+# tests/cli/test_tables.py checks the same pairs with every method in CI.
+@pytest.mark.exhaustive
 @pytest.mark.parametrize(("recipe", "variant"), ROWS, ids=IDS)
 def test_every_pair_of_the_tables_is_supported(recipe, variant):
     config = recipe.get_config(variant)
@@ -75,7 +76,7 @@ PRINTED = {
 }  # fmt: skip
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 @pytest.mark.parametrize("name", PRINTED)
 def test_the_image_sizes_are_those_of_the_printed_flops(name):
     sized = {table[name] for table in (common.STUDENTS, common.TEACHERS) if name in table}

@@ -207,7 +207,7 @@ def test_recognition():
     assert "does not match any known network (its first tensors are a, b)" in message(nothing)
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 @pytest.mark.parametrize("model", MODELS)
 def test_every_network_is_recognised(model):
     shapes = {name: place.torch_shape for name, place in get_places(model, {}).items()}
