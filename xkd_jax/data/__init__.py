@@ -5,6 +5,7 @@ JAX nor TensorFlow.
 """
 
 import functools
+from collections.abc import Callable
 from pathlib import Path
 
 from xkd_jax.data.examples import read, read_kept, scan
@@ -12,6 +13,7 @@ from xkd_jax.data.source import Example, Examples, Source, Split, check_classes,
 from xkd_jax.errors import UserError, unknown
 
 __all__ = [
+    "SOURCES",
     "Example",
     "Examples",
     "Source",
@@ -23,6 +25,9 @@ __all__ = [
     "scan",
 ]
 
+# Data sources that are added from outside: for "KIND:REST", a function of REST, by KIND.
+SOURCES: dict[str, Callable[[str], Source]] = {}
+
 
 def load(name: str, split: str, data_dir: str = "", size: int = 0, on_error: str = "stop") -> Split:
     """Finds a data set and decodes one split of it.
@@ -31,7 +36,8 @@ def load(name: str, split: str, data_dir: str = "", size: int = 0, on_error: str
       name: "folder:PATH" (PATH/train/CLASS/*.jpg), "leaf:PATH" (the same, but the class is the
         name of the innermost folder), "images:PATH" (PATH/**/*.jpg, without labels), "tfds:NAME"
         (an image-classification set of TensorFlow Datasets, prepared as array_record, e.g.
-        "tfds:cifar100"), "idx:FOLDER" (MNIST's file format) or "fashion_mnist_mini" (packaged).
+        "tfds:cifar100"), "idx:FOLDER" (MNIST's file format), "fashion_mnist_mini" (packaged) or a
+        kind that `SOURCES` adds.
       split: in TFDS's slicing syntax, e.g. "train", "train[45000:]", "test[:10%]".
       data_dir: TFDS's data folder; "" is TFDS's default. Other sources ignore it.
       size: resize the shorter side to this many pixels and crop the centre square; 0 keeps the
@@ -67,6 +73,8 @@ def open_source(name: str, data_dir: str = "") -> Source:
     from xkd_jax.data import folder, idx, images, packaged, tfds_source
 
     kind, _, rest = name.partition(":")
+    if kind in SOURCES:
+        return SOURCES[kind](rest)
     if name == packaged.NAME:
         return packaged.Packaged()
     if kind == "idx" and rest:
@@ -82,5 +90,5 @@ def open_source(name: str, data_dir: str = "") -> Source:
             f"the data set {name!r} lacks the part after the colon, as in 'tfds:cifar100'."
         )
     known = ("folder:PATH", "tfds:cifar10", "tfds:cifar100", "tfds:imagenet2012")
-    known += (packaged.NAME, "idx:FOLDER", "leaf:PATH", "images:PATH")
+    known += (packaged.NAME, "idx:FOLDER", "leaf:PATH", "images:PATH", *SOURCES)
     raise unknown("data set", name, known)

@@ -14,7 +14,7 @@ from flax import linen as nn
 
 from xkd_jax.errors import UserError
 
-# A network's `out`, see the README's table of keys, and `side`, of its images in pixels.
+# A network's `out`, see docs/interfaces.md, and `side`, of its images in pixels.
 Outputs = dict[str, Any]
 Tree = Any  # a pytree of arrays
 
