@@ -73,9 +73,9 @@ class CAKDRelease(cakd.CAKD):
       value_weight: weight of that of the value relations.
       token_weight: weight of L_proj2.
       adversarial_weight: weight of the generator's term, which has no gradient.
-      ramp_start: see above.
-      ramp_epochs: see above.
-      ramp_limit: see above.
+      ramp_start: the last epoch in which the ramp is 0.
+      ramp_epochs: epochs in which it would grow from 0 to 1.
+      ramp_limit: its largest value.
       logit_weight: weight of the mean squared distance of the logits.
       class_token_weight: weight of the mean squared distance between the class token and a linear
         map of the student's pooled features.
