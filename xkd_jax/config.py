@@ -28,7 +28,7 @@ Config = Any  # a ConfigDict, whose fields are only known at run time
 DTYPES = ("auto", "float32", "bfloat16")
 SMALLEST_IMAGE = 8  # pixels: below, networks have nothing left to pool
 
-_CHOICES: dict[str, Sequence[str]] = {
+CHOICES: dict[str, Sequence[str]] = {
     "optimizer.name": optim.OPTIMIZERS,
     "adversary_optimizer.name": optim.OPTIMIZERS,
     "schedule.name": optim.SCHEDULES,
@@ -39,7 +39,7 @@ _CHOICES: dict[str, Sequence[str]] = {
     "mesh.teacher": ("auto", "replicated", "fsdp"),
     "mesh.student": ("replicated", "fsdp"),
 }
-_AT_LEAST = {
+AT_LEAST = {
     "seed": 0,
     "epochs": 1,
     "batch_size": 1,
@@ -57,28 +57,47 @@ _AT_LEAST = {
 
 
 def default_config() -> Config:
-    """All fields; by default plain supervised training with the paper's optimizer."""
-    config = ConfigDict({"seed": 0, "epochs": 200, "batch_size": 64})
+    """All fields; by default plain supervised training with the paper's optimizer.
+
+    docs/config.md shows each field with the comment on its line or directly above it.
+    """
+    config = ConfigDict()
+    config.seed = 0  # of the initial weights, the order of the examples and every random view
+    config.epochs = 200  # a method's first phase comes in addition
+    config.batch_size = 64  # over all devices
     config.dtype = "auto"  # compute dtype of the networks; auto: bfloat16 on a GPU or TPU
 
     # Methods to compare, trained in turn with everything else equal; empty: only `method.name`.
     config.compare = ()
-    config.label_smoothing = 0.0
+    config.label_smoothing = 0.0  # of the cross-entropy with the labels, in [0, 1)
+    # A method, or several joined by "+", whose losses are added; "none": the labels alone.
     config.method = ConfigDict({"name": "none"})
     for name, method in METHODS.items():
         config.method[name] = ConfigDict(dataclasses.asdict(method))
 
     config.update(_network_defaults())
     config.data = _data_defaults()
-    # A labelled data set that the student's pooled features are measured on at every evaluation, by
-    # k-NN and a linear probe; "": none. For training without labels; dir: as in data.
-    config.monitor = ConfigDict({"name": "", "dir": "", "train": "train", "test": "test"})
+    config.monitor = ConfigDict(
+        {
+            # A labelled data set that the student's pooled features are measured on at every
+            # evaluation, by k-NN and a linear probe, for training without labels; "": none.
+            "name": "",
+            "dir": "",  # as data.dir
+            "train": "train",  # split to fit the probe to
+            "test": "test",  # split to measure on
+        }
+    )
     config.image_size = 0  # side of the networks' input, pixels; 0: that of the data
     config.crop_scale = (0.08, 1.0)  # "host" feed: range of a random crop's share of the area
     # Evaluation crop as a fraction of the side: 0.875 is "resize 256, crop 224". 0: 0.875 for the
     # "host" feed; resident images are resized without a crop.
     config.crop_pct = 0.0
-    config.augment = ConfigDict({"crop_padding": 4, "flip": True})
+    config.augment = ConfigDict(
+        {
+            "crop_padding": 4,  # pixels added on each side before a random crop; 0: off
+            "flip": True,  # whether half of the images are mirrored
+        }
+    )
     config.augment.update(dataclasses.asdict(Augment()))
     config.views = ConfigDict(dataclasses.asdict(MultiView()))
 
@@ -93,18 +112,26 @@ def default_config() -> Config:
     # their gradients are not computed. 0: none.
     config.freeze = 0
     config.layer_decay = 1.0  # factor of the student's learning rate per layer, top down; 1: off
-    config.ema = ConfigDict({"decay": 0.0, "warmup": False})  # EMA of the student; decay 0: off
-
-    # pool: "": off. Otherwise the job is a linear probe of the teacher (xkd_jax/probing/probe.py):
-    # "pooled", the network's own features, or a ViT's "cls", "mean" (of its patch tokens) or
-    # "both". l2: strengths to choose from.
-    config.probe = ConfigDict({"pool": "", "l2": STRENGTHS})
+    config.ema = ConfigDict(
+        {
+            "decay": 0.0,  # of the student's moving average, which is evaluated and saved; 0: off
+            "warmup": False,  # whether the decay grows up to `decay`, for short runs
+        }
+    )
+    config.probe = ConfigDict(
+        {
+            # "": off. Otherwise the job is a linear probe of the teacher: "pooled", the network's
+            # own features, or a ViT's "cls", "mean" (of its patch tokens) or "both".
+            "pool": "",
+            "l2": STRENGTHS,  # strengths of the probe's L2 penalty to choose from
+        }
+    )
     config.mesh = ConfigDict(
         {
             # "replicated"; "fsdp": large weights are sharded and gathered in every step; "auto":
             # "fsdp" above 2 GiB.
             "teacher": "auto",
-            "student": "replicated",  # or "fsdp": weights, optimizer state and EMA are sharded
+            "student": "replicated",  # "fsdp": weights, optimizer state and EMA are sharded
         }
     )
     config.update(_run_defaults())
@@ -112,26 +139,40 @@ def default_config() -> Config:
 
 
 def _network_defaults() -> ConfigDict:
-    # args: fields of the network's module. weights: a .safetensors, .pth or .bin file of this
-    # library or timm; "timm:NAME" to download it; "packaged:NAME" for weights that are installed
-    # with xkd_jax; "" for a random initialisation.
-    student = ConfigDict({"model": "resnet18", "args": {}, "weights": ""})
-    # weights: a .safetensors file of this library, whose metadata names the network, so model may
-    # be ""; "timm:NAME"; "packaged:NAME"; or "random", as a control.
-    # cache_views: each image is shown in this many fixed views in turn, one per epoch; 0: in a new
-    # view every time. cache: a folder in which the teacher's outputs for these views are stored, so
-    # that they are computed once, for all further runs too; "": computed in every step.
-    teacher = ConfigDict({"model": "", "args": {}, "weights": "", "cache": "", "cache_views": 0})
+    student = ConfigDict(
+        {
+            "model": "resnet18",  # by timm's name; `xkd-jax models` lists them
+            "args": {},  # fields of the network's module
+            # A .safetensors, .pth or .bin file of this library or timm; "timm:NAME" to download it;
+            # "packaged:NAME" for weights that are installed with xkd_jax; "": random values.
+            "weights": "",
+        }
+    )
+    teacher = ConfigDict(
+        {
+            "model": "",  # by timm's name; "": the one in the metadata of the weights
+            "args": {},  # fields of the network's module
+            # A .safetensors file of this library; "timm:NAME"; "packaged:NAME"; or "random", as a
+            # control.
+            "weights": "",
+            # A folder in which the teacher's outputs for fixed views are stored, so that they are
+            # computed once, for all further runs too; "": computed in every step.
+            "cache": "",
+            # Each image is shown in this many fixed views in turn, one per epoch; 0: in a new view
+            # every time.
+            "cache_views": 0,
+        }
+    )
     return ConfigDict({"student": student, "teacher": teacher})
 
 
 def _run_defaults() -> ConfigDict:
     return ConfigDict(
         {
-            "log_every": 50,  # steps
-            "eval_every": 1,  # epochs
-            "checkpoint_every": 1000,  # steps; the last step is always saved
-            "keep_checkpoints": 2,
+            "log_every": 50,  # steps from one line of metrics.jsonl to the next
+            "eval_every": 1,  # epochs from one evaluation to the next
+            "checkpoint_every": 1000,  # steps; the last one is always saved
+            "keep_checkpoints": 2,  # how many of the newest are kept
             # "": the run's folder. Otherwise a folder for the checkpoints of several runs, shared
             # by all processes: a path or any URI that Orbax supports, such as "gs://bucket/runs".
             "checkpoint_dir": "",
@@ -142,14 +183,15 @@ def _run_defaults() -> ConfigDict:
 def _data_defaults() -> ConfigDict:
     return ConfigDict(
         {
+            # Such as "folder:photos", "images:photos", "tfds:cifar100" or "fashion_mnist_mini".
             "name": "",
-            "dir": "",
+            "dir": "",  # the folder of TensorFlow Datasets; "": its default
             "train": "train",  # split to train on
             "eval": "test",  # split of the learning curves
             "test": "test",  # split of the final evaluation
             "noisy": False,  # also evaluate on corrupted test images
             "labels": True,  # False: ignore them, as "images:FOLDER" does, which has none
-            "on_error": "stop",  # at damaged images; or "skip", which leaves them out
+            "on_error": "stop",  # at damaged images, or "skip" them
             # "resident": stored on the device as uint8; "host": decoded and cropped batch by batch;
             # "auto": "resident" if the images all have the same size and fit.
             "feed": "auto",
@@ -165,16 +207,16 @@ def validate(config: Config) -> None:
     Raises:
       UserError: names the first invalid value and what would be valid.
     """
-    for name, _ in _fields(default_config()):
+    for name, _ in fields(default_config()):
         if not has_field(config, name):
             raise UserError(f"the config lacks {name}; a recipe starts from default_config().")
-    values: dict[str, Any] = dict(_fields(config))
-    for name, known in _CHOICES.items():
+    values: dict[str, Any] = dict(fields(config))
+    for name, known in CHOICES.items():
         if values[name] not in known:
             raise unknown(name, values[name], known)
     for name, value in values.items():
         _check_numbers(name, value)
-    for name, least in _AT_LEAST.items():
+    for name, least in AT_LEAST.items():
         if values[name] < least:
             raise UserError(f"{name} is {values[name]}, but must be at least {least}.")
     _check_images(config)
@@ -321,16 +363,16 @@ def has_field(config: Config, name: str) -> bool:
 
 def missing_field(config: Config, flag: str) -> UserError:
     """The error for an override, "a.b.c", of a field that `config` doesn't have."""
-    known = [name for name, _ in _fields(config)]
+    known = [name for name, _ in fields(config)]
     near = difflib.get_close_matches(flag, known, n=1, cutoff=0.3)
     hint = f"; did you mean {near[0]}?" if near else "."
     return UserError(f"the config has no field {flag}{hint}")
 
 
-def _fields(config: Config, prefix: str = "") -> Iterator[tuple[str, Any]]:
+def fields(config: Config, prefix: str = "") -> Iterator[tuple[str, Any]]:
     """Every field as (name, value), "a.b.c" for nested ones."""
     for name, value in config.items():
         if isinstance(value, ConfigDict):
-            yield from _fields(value, f"{prefix}{name}.")
+            yield from fields(value, f"{prefix}{name}.")
         else:
             yield prefix + name, value

@@ -33,7 +33,7 @@ class ScheduleOptions:
     """`config.schedule`.
 
     Attributes:
-      name: one of `SCHEDULES`.
+      name: how the rate falls; see `SCHEDULES`.
       boundaries: epochs at which "step" multiplies the rate by `factor`.
       factor: see `boundaries`.
       end_factor: final rate of "cosine" and "linear", as a fraction of the peak rate.
@@ -65,7 +65,7 @@ class OptimizerOptions:
     """`config.optimizer` and `config.adversary_optimizer`.
 
     Attributes:
-      name: one of `OPTIMIZERS`.
+      name: the update rule; see `OPTIMIZERS`.
       learning_rate: peak learning rate.
       momentum: momentum of "sgd", "lars" and "rmsprop".
       nesterov: whether their momentum is Nesterov's.
