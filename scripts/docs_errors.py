@@ -64,6 +64,18 @@ def sentences(source: str) -> Iterator[str]:
                 yield text
 
 
+def escape(text: str) -> str:
+    """Text as Markdown in which only code spans are special."""
+
+    def plain(part: str) -> str:
+        return re.sub(r"([*_|\\$\[])", r"\\\1", part).replace("<", "&lt;")
+
+    parts = re.split(r"(`[^`]*`)", text)
+    return "".join(
+        part.replace("|", "\\|") if part.startswith("`") else plain(part) for part in parts
+    )
+
+
 def _texts(statements: Iterable[ast.AST]) -> dict[str, ast.expr]:
     """The names that these statements assign a text or a number, once each."""
     found: dict[str, list[ast.expr]] = {}
@@ -78,7 +90,7 @@ def _markdown(node: ast.expr, names: dict[str, ast.expr]) -> str:
     """An expression that makes a string; of alternatives, the first."""
     match node:
         case ast.Constant(value=value):
-            return re.sub(r"([*_<|\\$\[])", r"\\\1", re.sub(r"\s+", " ", str(value)))
+            return escape(re.sub(r"\s+", " ", str(value)))
         case ast.JoinedStr(values=values):
             return "".join(_markdown(value, names) for value in values)
         case ast.FormattedValue(value=value):

@@ -74,7 +74,7 @@ def method_options() -> str:
             if field.name in method.imagenet:
                 meaning += f" ImageNet: `{method.imagenet[field.name]!r}`."
             rows.append(_row(field.name, getattr(method, field.name), meaning))
-        summary = _escape((inspect.getdoc(type(method)) or "").partition("\n")[0])
+        summary = docs_errors.escape((inspect.getdoc(type(method)) or "").partition("\n")[0])
         parts.append(f"## `{name}`\n\n{summary}\n\n{_table('option', rows)}")
     return "\n\n".join(parts)
 
@@ -163,18 +163,7 @@ def _sentence(text: str) -> str:
     """With a capital letter, unless it begins with a name, and a full stop."""
     if re.match(r"[a-z]+\b(?![_(.])", text):
         text = text[0].upper() + text[1:]
-    return _escape(text if text.endswith(".") else f"{text}.")
-
-
-def _escape(text: str) -> str:
-    """Text of a comment or docstring as Markdown, in which only code spans are special."""
-    parts = re.split(r"(`[^`]*`)", text)
-    return "".join(
-        part.replace("|", "\\|")
-        if part.startswith("`")
-        else re.sub(r"([*_<|\\$\[])", r"\\\1", part)
-        for part in parts
-    )
+    return docs_errors.escape(text if text.endswith(".") else f"{text}.")
 
 
 REFERENCES: dict[str, Callable[[], str]] = {
