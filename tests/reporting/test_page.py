@@ -1,16 +1,19 @@
 """The HTML page of a report: self-contained, and it renders."""
 
+import base64
 import re
 import shutil
 import subprocess
 from html.parser import HTMLParser
 
+import numpy as np
 import pytest
 
 from tests.reporting.folders import write_run
 from tests.reporting.test_table_report import SCORES, write_table
 from xkd_jax.reporting import report, table_report
 from xkd_jax.reporting.document import Items, Paragraph, Table, drop_empty, write_document
+from xkd_jax.reporting.pictures import Drawing, plot_confusion, write
 
 BROWSERS = ("chromium", "chromium-browser", "google-chrome")
 
@@ -25,7 +28,7 @@ class Tags(HTMLParser):
     def handle_starttag(self, tag, attrs):
         self.count[tag] = self.count.get(tag, 0) + 1
         self.attributes += attrs
-        if tag != "meta":
+        if tag not in ("meta", "img"):  # void elements
             self.open.append(tag)
 
     def handle_startendtag(self, tag, attrs):
@@ -50,9 +53,10 @@ def write_comparison(folder):
 
 def assert_self_contained(page):
     tags = parse(page)
-    assert not {"script", "link", "img", "iframe", "object"} & tags.count.keys()
+    assert not {"script", "link", "iframe", "object"} & tags.count.keys()
+    assert all(value.startswith("data:") for name, value in tags.attributes if name == "src")
     # References within the page only.
-    targets = [value for name, value in tags.attributes if name in ("href", "src", "xlink:href")]
+    targets = [value for name, value in tags.attributes if name in ("href", "xlink:href")]
     assert all(target.startswith("#") for target in targets)
     assert all(target.startswith("#") for target in re.findall(r"url\(['\"]?(.)", page))
     assert not re.search("https?:|@import", page)
@@ -82,6 +86,25 @@ def test_the_page_of_a_comparison_and_of_a_run_is_self_contained(tmp_path):
         scores = page.split("</table>")[0]
         assert scores.count("<tr") == rows + 1
         assert "<td>87.50</td>" in scores
+
+
+def test_the_page_contains_the_pictures_of_its_runs(tmp_path):
+    write_comparison(tmp_path)
+    folder = tmp_path / "cakd" / "pictures"
+    drawing = Drawing(plot_confusion(np.eye(3, dtype=int), ("a", "b", "c")), "<b> of 3 images")
+    write({"confusion": drawing}, folder)
+    (tmp_path / "none" / "pictures").mkdir()
+    (tmp_path / "none" / "pictures" / "captions.json").write_text("{")
+    text = report.write(tmp_path)
+    page = (tmp_path / "report.html").read_text()
+    tags = assert_self_contained(page)
+    assert (tags.count["img"], tags.count["figcaption"]) == (1, 1)
+    assert base64.b64encode((folder / "confusion.png").read_bytes()).decode() in page
+    assert "<figcaption>&lt;b&gt; of 3 images</figcaption>" in page
+    assert "<h2>Pictures of cakd</h2>" in page
+    markdown = (tmp_path / "report.md").read_text()
+    assert "![confusion](cakd/pictures/confusion.png)\n\n<b> of 3 images\n" in markdown
+    assert f"{tmp_path / 'none' / 'pictures' / 'captions.json'} is damaged" in text
 
 
 def test_text_is_escaped(tmp_path):

@@ -6,8 +6,9 @@ from pathlib import Path
 from xkd_jax.cli.command import Parser, guard
 
 _EXAMPLES = """\
-Writes report.md and report.html, a page that needs no network, with curves.png; for a table also
-table.csv and gains.png. Runs that are unfinished, damaged or of another recipe are named.
+Writes report.md and report.html, a page that needs no network, with curves.png and the pictures of
+xkd-jax analysis pictures; for a table also table.csv and gains.png. Runs that are unfinished,
+damaged or of another recipe are named.
 
 examples:
   xkd-jax report runs/quickstart

@@ -1,8 +1,10 @@
 """A report as blocks, written as Markdown and as an HTML page.
 
-The page is self-contained: its figures are inline SVG, and it needs neither scripts nor a network.
+The page is self-contained: its figures are inline SVG or PNG, and it needs neither scripts nor a
+network.
 """
 
+import base64
 import dataclasses
 import html
 from collections.abc import Sequence
@@ -35,7 +37,8 @@ tr.best { font-weight: 600; }
 .notes { color: var(--quiet); font-size: .87rem; }
 .notes p { margin: .3rem 0; }
 figure { margin: 1rem 0; }
-figure svg { max-width: 100%; height: auto; }
+figure svg, figure img { max-width: 100%; height: auto; }
+figcaption { color: var(--quiet); font-size: .87rem; }
 @media (prefers-color-scheme: dark) {
   :root { --line: #3d434b; --quiet: #9aa4b1; --head: #23272d; }
   body { background: #16191d; color: #e3e6ea; }
@@ -160,6 +163,34 @@ class Picture:
     def html(self) -> str:
         """As HTML."""
         return f"<figure>\n{figures.to_svg(self.figure, self.title)}\n</figure>"
+
+
+@dataclasses.dataclass(frozen=True)
+class Image:
+    """A PNG file, which the page contains.
+
+    Attributes:
+      path: of the file.
+      file: its path relative to the report, which Markdown shows.
+      caption: what it shows.
+    """
+
+    path: Path
+    file: str
+    caption: str
+
+    def markdown(self) -> str:
+        """As Markdown."""
+        return f"![{self.path.stem}]({self.file})\n\n{self.caption}"
+
+    def html(self) -> str:
+        """As HTML."""
+        data = base64.b64encode(self.path.read_bytes()).decode()
+        return (
+            f'<figure>\n<img alt="{html.escape(self.path.stem)}" '
+            f'src="data:image/png;base64,{data}">\n'
+            f"<figcaption>{html.escape(self.caption)}</figcaption>\n</figure>"
+        )
 
 
 def write_document(folder: Path, title: str, blocks: Sequence[Block]) -> None:

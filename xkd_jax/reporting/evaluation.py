@@ -18,11 +18,11 @@ from xkd_jax.evaluate import create_eval_step, evaluate
 from xkd_jax.prediction import load_student
 from xkd_jax.probing.features import compute, create_feature_step
 from xkd_jax.reporting.document import Table
+from xkd_jax.reporting.figures import to_png
 from xkd_jax.reporting.logger import say
+from xkd_jax.reporting.pictures import plot_confusion
 from xkd_jax.teacher.classes import Names, match_classes
 from xkd_jax.weights import write_file
-
-_SHOWN = 40  # classes in the picture of a confusion matrix that are named
 
 
 @dataclasses.dataclass(frozen=True)
@@ -95,31 +95,13 @@ def write(result: Evaluation, folder: Path) -> None:
     _write_csv(folder / "classes.csv", [["class", "images", "accuracy"], *rows])
     rows = [[name, *row] for name, row in zip(names, confusion.tolist(), strict=True)]
     _write_csv(folder / "confusion.csv", [["label / prediction", *names], *rows])
-    plot_confusion(confusion, names, folder / "confusion.png")
+    write_file(folder / "confusion.png", to_png(plot_confusion(confusion, names)))
 
 
 def _write_csv(path: Path, rows: list[list[Any]]) -> None:
     text = io.StringIO()
     csv.writer(text).writerows(rows)
     write_file(path, text.getvalue().encode())
-
-
-def plot_confusion(confusion: np.ndarray, class_names: tuple[str, ...], path: Path) -> None:
-    """Plots the share of each label's images [K, K] that every class is predicted for."""
-    from matplotlib.figure import Figure
-
-    count = len(class_names)
-    side = 3 + 0.25 * min(count, _SHOWN)
-    figure = Figure(figsize=(side + 1, side), layout="constrained")
-    axes = figure.subplots()
-    shares = confusion / np.maximum(confusion.sum(1, keepdims=True), 1)
-    picture = axes.imshow(shares, vmin=0, vmax=1, cmap="viridis")
-    figure.colorbar(picture, ax=axes, label="share of the label's images")
-    axes.set(xlabel="predicted class", ylabel="label")
-    if count <= _SHOWN:
-        axes.set_xticks(range(count), class_names, rotation=90)
-        axes.set_yticks(range(count), class_names)
-    figure.savefig(path, dpi=120)
 
 
 def format_scores(result: Evaluation) -> str:

@@ -5,11 +5,12 @@ import math
 import os
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import jax
+import numpy as np
 import tqdm
 
 from xkd_jax.distributed import processes
@@ -67,6 +68,20 @@ class RunLog:
         """Flushes and closes the files."""
         self._file.close()
         self._board.close()
+
+
+def log_images(folder: Path, step: int, images: Mapping[str, np.ndarray]) -> None:
+    """Adds images to the TensorBoard of a run, in the group "pictures".
+
+    Args:
+      folder: the run's folder.
+      step: the step that they belong to.
+      images: by name, uint8 [H, W, 3].
+    """
+    board = _summary_writer()(str(folder / "tensorboard"), max_queue=0)
+    for name, image in images.items():
+        board.add_image(f"pictures/{name}", image, step, dataformats="HWC")
+    board.close()
 
 
 def _summary_writer() -> Any:

@@ -6,8 +6,8 @@ from pathlib import Path
 from typing import Any
 
 from xkd_jax.errors import UserError
-from xkd_jax.reporting import cost, document, figures, files
-from xkd_jax.reporting.document import Heading, Items, Paragraph, Picture, Table
+from xkd_jax.reporting import cost, document, figures, files, pictures
+from xkd_jax.reporting.document import Heading, Image, Items, Paragraph, Picture, Table
 from xkd_jax.reporting.figures import first_key
 from xkd_jax.reporting.recipe import Recipe, find_differences, read_recipe
 
@@ -114,6 +114,8 @@ def _list_unfinished(folder: Path) -> list[str]:
 def write(folder: Path) -> str:
     """Writes report.md, report.html and curves.png of the finished runs in `folder` into it.
 
+    The pictures that `analysis.pictures` has drawn of the runs are part of the report.
+
     Returns:
       The table and the files' paths, as text.
 
@@ -128,7 +130,7 @@ def write(folder: Path) -> str:
         # In the files, relative paths: they stay right in a copy of the folder.
         best = [_best(runs, name, path.relative_to(folder)) for name, path in runs.paths.items()]
         blocks += [Items(best), Picture(_plot(runs), CURVES, "learning curves")]
-        blocks += _describe_costs(runs)
+        blocks += [*_describe_costs(runs), *_show_pictures(runs, folder)]
     if runs.notes:
         blocks += [Heading("Notes"), Items(runs.notes)]
     document.write_document(folder, folder.absolute().name, blocks)
@@ -141,6 +143,27 @@ def write(folder: Path) -> str:
     best = "\n".join(_best(runs, name, path) for name, path in runs.paths.items())
     students = "".join(f"\n  {path / files.STUDENT}" for path in runs.paths.values())
     return f"{text}\n{best}\ncurves: {folder / CURVES}\n{reports}\nstudents: {students}"
+
+
+def _show_pictures(runs: Runs, folder: Path) -> list[document.Block]:
+    """The pictures of all runs that have some; otherwise the command that draws them."""
+    blocks: list[document.Block] = []
+    for name, path in runs.paths.items():
+        try:
+            captions = pictures.read_captions(path)
+        except UserError as error:
+            runs.notes.append(str(error))
+            continue
+        if captions:
+            blocks.append(Heading(f"Pictures of {name}"))
+        for file, caption in captions.items():
+            blocks.append(Image(file, file.relative_to(folder).as_posix(), caption))
+    return blocks or [
+        Paragraph(
+            "Attention maps, features, views, a confusion matrix, and the images gained and lost: "
+            f"xkd-jax analysis pictures {folder} adds them to this report."
+        )
+    ]
 
 
 def _plot(runs: Runs) -> Any:
