@@ -47,6 +47,7 @@ def get_config(variant: str = "") -> Config:
     config.schedule.name = "cosine"
     config.eval_every = 7
     config.checkpoint_every = 250
+    config.pictures = True
     if variant == "smoke":
         common.smoke(config, epochs=2, log_every=10, eval_every=1, compare=("none", "cakd"))
     elif variant == "control":

@@ -176,6 +176,9 @@ def _run_defaults() -> ConfigDict:
             # "": the run's folder. Otherwise a folder for the checkpoints of several runs, shared
             # by all processes: a path or any URI that Orbax supports, such as "gs://bucket/runs".
             "checkpoint_dir": "",
+            # Whether attention maps, features and others are drawn at the end of a run or
+            # comparison, in a single process; see docs/analysis.md.
+            "pictures": False,
         }
     )
 

@@ -18,6 +18,8 @@ pytestmark = pytest.mark.usefixtures("quick_compilation")
         (["transferability"], "there is nothing to analyse; give a run, or --teacher"),
         (["transferability", "--teacher", "a"], "--teacher, --student and --data belong together"),
         (["robustness", "a", "--images", "-1"], "--images is -1, but must be at least 0"),
+        (["pictures", "nowhere"], "nowhere holds no finished run"),
+        (["pictures", "a", "--images", "-1"], "--images is -1, but must be at least 0"),
     ],
 )
 def test_wrong_input_is_refused_in_one_sentence(arguments, sentence, capsys, tmp_path, monkeypatch):

@@ -12,6 +12,7 @@ import pytest
 
 from tests.runs import ROOT, TINY, assert_same_run, final_state, finish, timeless, wait_for_step
 from xkd_jax.reporting.files import read_metrics
+from xkd_jax.reporting.pictures import NAMES
 from xkd_jax.weights import load_weights
 
 
@@ -126,6 +127,15 @@ def test_quickstart_smoke(start, tmp_path):
     assert code == 0, err
     assert "| teacher " in out
     assert "| cakd " in out
+    pictures = tmp_path / "cakd" / "pictures"
+    captions = json.loads((pictures / "captions.json").read_text())
+    assert {path.name for path in pictures.glob("*.png")} == captions.keys()
+    assert captions.keys() == {f"{name}.png" for name in NAMES}
+    assert "Attn_S" in captions["attention.png"]
+    assert "Of 9,600 test images, the student of cakd has gained" in captions["gained_lost.png"]
+    assert "This run did not train on them." in captions["views.png"]
+    # Three more are the baseline's.
+    assert (tmp_path / "report.html").read_text().count("data:image/png;base64,") == 8
 
 
 def test_a_complete_run_is_not_trained_again(start, unbroken):

@@ -126,7 +126,7 @@ def cakd_part(run: Finished) -> tuple[CAKD, Any] | None:
       UserError: the checkpoint is damaged or belongs to another teacher.
     """
     method = run.experiment.distiller.method
-    part = _find_cakd(method)
+    part = find_cakd(method)
     if part is None:
         return None
     params = _method_params(run)
@@ -135,7 +135,8 @@ def cakd_part(run: Finished) -> tuple[CAKD, Any] | None:
     return part, params["cakd"] if isinstance(method, Sum) else params
 
 
-def _find_cakd(method: Method) -> CAKD | None:
+def find_cakd(method: Method) -> CAKD | None:
+    """The cakd that a method is, or that is one of its parts."""
     parts = [part for _, part in method.parts] if isinstance(method, Sum) else [method]
     return next((part for part in parts if isinstance(part, CAKD)), None)
 
@@ -159,6 +160,16 @@ def spread(split: Split, count: int) -> Split:
     """At most `count` images of a split, evenly spaced over it; 0: all of them."""
     if not 0 < count < len(split):
         return split
-    rows = np.arange(count) * len(split) // count
+    return _take(split, np.arange(count) * len(split) // count)
+
+
+def by_class(split: Split, count: int) -> Split:
+    """At most `count` images of a split, in the order of their classes and evenly spaced in it."""
+    order = np.argsort(np.asarray(split.labels), kind="stable")
+    count = min(count, len(split))
+    return _take(split, order[np.arange(count) * len(split) // count])
+
+
+def _take(split: Split, rows: np.ndarray) -> Split:
     labels = np.asarray(split.labels)[rows]
     return dataclasses.replace(split, images=split.images[rows], labels=labels)

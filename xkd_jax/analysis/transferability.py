@@ -180,23 +180,16 @@ def create_pair_step(pair: Pair) -> Callable[..., Features]:
     [N, H, W, 3]; tokens are [N, k, D], at the positions that `key` draws.
     """
     teacher, student = pair.teacher, pair.student
-    stage = _stage(teacher.output_shapes, student.output_shapes)
-
-    def forward(model: Model, variables: Any, pixels: jax.Array, crop_pct: float) -> Outputs:
-        if crop_pct:
-            pixels = ops.resize_crop(pixels, model.image_size, crop_pct)
-        _, out = model.forward(variables, model.preprocess(pixels))
-        return out | {"side": model.image_size}
+    stage = find_stage(teacher.output_shapes, student.output_shapes)
 
     def step(
         variables: tuple[Any, Any, Any], images: jax.Array, key: jax.Array,
         crop_pct: float, kept: int,
     ) -> Features:  # fmt: skip
-        pixels = ops.to_float(images)
-        teacher_out = forward(teacher, variables[0], pixels, crop_pct)
-        student_out = forward(student, variables[1], pixels, crop_pct)
+        teacher_out = forward(teacher, variables[0], images, crop_pct)
+        student_out = forward(student, variables[1], images, crop_pct)
         features: Features = {"pooled": (teacher_out["pooled"], student_out["pooled"])}
-        tokens = {f"tokens ({stage})": _tokens(teacher_out, student_out, stage)}
+        tokens = {f"tokens ({stage})": paired_tokens(teacher_out, student_out, stage)}
         if pair.projectors:
             done = pair.projectors[0].project(variables[2], teacher_out, student_out)
             tokens["tokens by GL"] = done.teacher_tokens, done.student_tokens
@@ -210,7 +203,19 @@ def create_pair_step(pair: Pair) -> Callable[..., Features]:
     return jax.jit(step, static_argnums=(3, 4))
 
 
-def _stage(teacher_out: Outputs, student_out: Outputs) -> str:
+def forward(model: Model, variables: Any, images: jax.Array, crop_pct: float) -> Outputs:
+    """A network's outputs for uint8 images [N, H, W, 3], as methods get them.
+
+    `crop_pct` is that of the images' split.
+    """
+    pixels = ops.to_float(images)
+    if crop_pct:
+        pixels = ops.resize_crop(pixels, model.image_size, crop_pct)
+    _, out = model.forward(variables, model.preprocess(pixels))
+    return out | {"side": model.image_size}
+
+
+def find_stage(teacher_out: Outputs, student_out: Outputs) -> str:
     """The student's map that is compared with the teacher's tokens, or with a CNN's last stage."""
     if not is_transformer(teacher_out):
         return levels(student_out)[-1]
@@ -218,7 +223,9 @@ def _stage(teacher_out: Outputs, student_out: Outputs) -> str:
     return choose_stage(student_out, teacher_out["grid"], "auto", sides)
 
 
-def _tokens(teacher_out: Outputs, student_out: Outputs, stage: str) -> tuple[jax.Array, jax.Array]:
+def paired_tokens(
+    teacher_out: Outputs, student_out: Outputs, stage: str
+) -> tuple[jax.Array, jax.Array]:
     """The teacher's tokens [N, T, D] and the student's map [N, T, C], resized if grids differ."""
     last = "tokens" if is_transformer(teacher_out) else levels(teacher_out)[-1]
     teacher = level_map(teacher_out, last, standardize=False)

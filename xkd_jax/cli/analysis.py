@@ -1,4 +1,4 @@
-"""Analyses trained networks: `xkd-jax analysis transferability|robustness RUN ...`."""
+"""Analyses trained networks: `xkd-jax analysis transferability|robustness|pictures RUN ...`."""
 
 import sys
 from argparse import Namespace
@@ -13,6 +13,7 @@ _EXAMPLES = """\
 examples:
   xkd-jax analysis transferability runs/quickstart
   xkd-jax analysis robustness runs/quickstart
+  xkd-jax analysis pictures runs/quickstart
 """
 _TRANSFERABILITY = """\
 examples:
@@ -25,6 +26,11 @@ _ROBUSTNESS = """\
 examples:
   xkd-jax analysis robustness runs/quickstart
   xkd-jax analysis robustness runs/quickstart --images 1000 --corruptions gaussian_noise jpeg
+"""
+_PICTURES = """\
+examples:
+  xkd-jax analysis pictures runs/quickstart
+  xkd-jax analysis pictures runs/a --baseline runs/b
 """
 
 
@@ -88,18 +94,46 @@ def robustness(argv: Sequence[str]) -> int:
     return 0
 
 
-KINDS = {"transferability": transferability, "robustness": robustness}
+def pictures(argv: Sequence[str]) -> int:
+    """The verb's command line after "pictures"; returns the exit code."""
+    about = (
+        "Draws attention maps, features, the multi-view generator's views, test images that the "
+        "student has gained and lost, and the confusion matrix, into the folder of each run, its "
+        "report and TensorBoard."
+    )
+    parser = Parser("analysis pictures", about, _PICTURES)
+    _add_runs(parser, nargs="+", images=0, out="pictures/ in each run's folder")
+    found = "the run to compare with; default: none, of the same comparison"
+    parser.add_argument("--baseline", type=Path, metavar="RUN", help=found)
+    options = parser.parse_args(argv)
+    _output(options)
+    from xkd_jax.analysis import pictures as analysis
+    from xkd_jax.reporting import document, report
+
+    runs = _load(options)
+    baseline = options.baseline and analysis.load_baseline(options.baseline, options.data_dir)
+    for folder in analysis.draw(runs, baseline, options.images, options.out):
+        print(f"pictures: {folder}/")
+    if options.out is None:
+        for folder in options.runs:
+            report.write(folder)
+            print(f"page: {folder / document.PAGE}")
+    return 0
 
 
-def _add_runs(parser: Parser, nargs: str) -> None:
-    """The options that all kinds share."""
+KINDS = {"transferability": transferability, "robustness": robustness, "pictures": pictures}
+
+
+def _add_runs(
+    parser: Parser, nargs: str, images: int = 2000, out: str = "analysis/ in the first RUN's folder"
+) -> None:
+    """The options that all kinds share; `images` and `out` are defaults, the latter in words."""
     parser.add_argument(
         "runs", nargs=nargs, type=Path, metavar="RUN", help="the folder of a run or a comparison"
     )
-    parser.add_argument("--out", type=Path, help="default: analysis/ in the first RUN's folder")
-    parser.add_argument(
-        "--images", type=int, default=2000, help="at most, of each split; 0: all (default: 2000)"
-    )
+    parser.add_argument("--out", type=Path, help=f"default: {out}")
+    limit = f"at most, of each split; 0: all (default: {images})"
+    parser.add_argument("--images", type=int, default=images, help=limit)
     parser.add_argument("--data_dir", default="", help="the TFDS folder, if the data have moved")
 
 

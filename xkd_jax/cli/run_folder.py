@@ -6,20 +6,22 @@ import json
 import os
 import signal
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
 import jax
 
 from xkd_jax import train
+from xkd_jax.analysis import pictures as analysis
+from xkd_jax.analysis.finished import load_runs
 from xkd_jax.cli import lock
 from xkd_jax.config import Config, default_config, used
 from xkd_jax.distributed import processes, sharding
 from xkd_jax.errors import UserError
 from xkd_jax.experiment import Experiment, create_experiment
 from xkd_jax.probing import probe
-from xkd_jax.reporting import files, summary
+from xkd_jax.reporting import files, pictures, summary
 from xkd_jax.reporting.logger import say
 from xkd_jax.reporting.recipe import FREE
 from xkd_jax.weights import write_file
@@ -42,6 +44,21 @@ def configure_jax() -> None:
     cache = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "xkd_jax"
     jax.config.update("jax_compilation_cache_dir", str(cache))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
+
+
+def draw_pictures(config: Config, folders: Iterable[Path]) -> None:
+    """Draws what finished runs have learned, if `config.pictures` says so and they lack pictures.
+
+    Only in a single process: with several, every step would take all of them.
+    """
+    left = [path for path in folders if not (path / pictures.FOLDER / pictures.CAPTIONS).exists()]
+    if not config.pictures or config.probe.pool or processes.several() or not left:
+        return
+    say("drawing pictures ...")
+    try:
+        analysis.draw(load_runs(left))
+    except (UserError, OSError) as error:  # the runs are complete without them
+        say(f"there are no pictures: {error}")
 
 
 def train_one(

@@ -38,6 +38,7 @@ def run(config: Config, workdir: Path) -> int:
         if stopped:
             say(run_folder.how_to_resume(stopped, workdir))
             return 130 if stopped == signal.SIGINT else 0
+    run_folder.draw_pictures(config, [workdir])
     if processes.is_first():
         print(report.write(workdir))
     return 0

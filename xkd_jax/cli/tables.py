@@ -61,7 +61,7 @@ def run(table: Table, config: Config, workdir: Path, shard: tuple[int, int] = (1
         for name in names:
             sweep.train_cell(name, table.cells[name])
             if processes.is_first():
-                _report(table, workdir, is_last=name == names[-1])
+                _report(table, config, workdir, is_last=name == names[-1])
     except _Stopped as stop:
         say(run_folder.how_to_resume(stop.signal, workdir))
         return 130 if stop.signal == signal.SIGINT else 0
@@ -107,11 +107,15 @@ def _check_folder(table: Table, workdir: Path) -> None:
     raise UserError(f"{workdir} holds {held}; choose another --workdir.")
 
 
-def _report(table: Table, workdir: Path, is_last: bool) -> None:
-    """Writes the report, and prints it: a comparison's only at its end."""
+def _report(table: Table, config: Config, workdir: Path, is_last: bool) -> None:
+    """Writes the report, and prints it: a comparison's only at its end, with its pictures."""
     if not table.flat:
         print(table_report.write(workdir))
-    elif any((workdir / name / SUMMARY).exists() for name in table.cells):
+        return
+    finished = [workdir / name for name in table.cells if (workdir / name / SUMMARY).exists()]
+    if finished:
+        if is_last:
+            run_folder.draw_pictures(config, finished)
         text = report.write(workdir)
         if is_last:
             print(text)

@@ -41,7 +41,7 @@ VERBS = {
         "xkd-jax report runs/quickstart",
     ),
     "analysis": (
-        "measure transferability and robustness of finished runs",
+        "measure finished runs (transferability, robustness) and draw pictures",
         "xkd-jax analysis transferability runs/quickstart",
     ),
 }

@@ -66,8 +66,13 @@ def attention(
 
     `bias` is a Swin's, [1, H, T, T]; other networks, and the student's projections, have none.
     """
+    return jnp.einsum("nhqk,nhkd->nhqd", attention_weights(query, key, bias), value)
+
+
+def attention_weights(query: jax.Array, key: jax.Array, bias: jax.Array | float = 0.0) -> jax.Array:
+    """softmax(Q K^T / sqrt(d) + bias) per head: two [N, H, T, d] -> [N, H, T, T]."""
     scores = jnp.einsum("nhqd,nhkd->nhqk", query, key) / query.shape[-1] ** 0.5 + bias
-    return jnp.einsum("nhqk,nhkd->nhqd", jax.nn.softmax(scores), value)
+    return jax.nn.softmax(scores)
 
 
 def partly_replace(key: jax.Array, student: jax.Array, teacher: jax.Array) -> jax.Array:

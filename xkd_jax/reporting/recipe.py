@@ -20,6 +20,7 @@ FREE = (
     "checkpoint_every",
     "keep_checkpoints",
     "checkpoint_dir",
+    "pictures",
 )
 _SHOWN = 3  # differences that are named
 _DIGEST = "the digest of "
