@@ -14,6 +14,7 @@ from xkd_jax.data.decode import DamagedImage, eval_crop
 from xkd_jax.data.encoded import CROP_PCT
 from xkd_jax.data.listing import list_all_images
 from xkd_jax.errors import UserError
+from xkd_jax.export import runtime
 from xkd_jax.model import Model, load
 from xkd_jax.reporting.files import STUDENT
 from xkd_jax.weights import load_weights
@@ -44,7 +45,7 @@ def predict(
     """Classifies image files, decoding each batch while the previous one is classified.
 
     Args:
-      student: as for `load_student`.
+      student: as for `load_classifier`.
       files: the images.
       top: the number of classes for each image.
       crop_pct: the share of the shorter side that is cropped; 0: what the student's file says.
@@ -56,18 +57,18 @@ def predict(
     Raises:
       UserError: the student can't be read or has no classifier.
     """
-    model, recorded = load_student(student)
+    model, recorded = load_classifier(student)
     crop_pct = crop_pct or recorded or CROP_PCT
     names = model.class_names or tuple(map(str, range(model.num_classes)))
     top = min(top, model.num_classes)
 
     @jax.jit
-    def best(images: jax.Array) -> tuple[jax.Array, jax.Array]:
-        return jax.lax.top_k(jax.nn.softmax(model(images)), top)
+    def best(logits: jax.Array) -> tuple[jax.Array, jax.Array]:
+        return jax.lax.top_k(jax.nn.softmax(logits), top)
 
     pending: Any = None
     for paths, images, faults in _batches(files, model.image_size, crop_pct):
-        found = best(images)  # computed in the background
+        found = best(model(images))  # computed in the background
         if pending:
             yield from _results(names, *pending)
         pending = paths, faults, found
@@ -111,6 +112,12 @@ def _results(
         else:
             pairs = zip(labels[i], probabilities[i], strict=True)
             yield {"path": str(path), "classes": [(names[label], p) for label, p in pairs]}
+
+
+def load_classifier(name: str) -> tuple[Model | runtime.Exported, float]:
+    """As `load_student`, or from an exported .onnx or .tflite file."""
+    path = Path(name)
+    return runtime.load(path) if path.suffix in runtime.RUNTIMES else load_student(name)
 
 
 def load_student(name: str) -> tuple[Model, float]:

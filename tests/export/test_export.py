@@ -3,6 +3,7 @@
 import collections
 import dataclasses
 import json
+import re
 
 import jax
 import numpy as np
@@ -11,7 +12,7 @@ from numpy.testing import assert_allclose
 
 from xkd_jax.cli import export as command
 from xkd_jax.errors import UserError
-from xkd_jax.export import student
+from xkd_jax.export import runtime, student
 from xkd_jax.model import create_model
 
 # A network of each class, and the side of its images.
@@ -32,7 +33,8 @@ NAMES = ("cat", "dog", "emu", "fox", "gnu")
 
 def create(name, size, args):
     """With weights of usual sizes that differ by channel, BatchNorm's statistics included."""
-    model = create_model(name, num_classes=5, image_size=size, class_names=NAMES, **args)
+    args = {"num_classes": 5} | args
+    model = create_model(name, image_size=size, class_names=NAMES, **args)
     rng = np.random.default_rng(0)
 
     def fill(path, leaf):
@@ -83,6 +85,42 @@ def test_onnx_runtime_computes_the_same_logits(cnn, tmp_path, fold):
     recorded = {prop.key: json.loads(prop.value) for prop in proto.metadata_props}
     assert recorded["class_names"] == list(NAMES)
     assert json.loads(about.read_text()) == recorded | {"images": "[N, 3, H, W]"}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("uint8", [False, True])
+def test_litert_computes_the_same_logits(cnn, tmp_path, uint8):
+    pytest.importorskip("litert_converter", reason="needs LiteRT, see docs/export.md")
+    file, about = student.export(cnn, "litert", tmp_path, student.Options(0.9, uint8=uint8))
+    assert json.loads(about.read_text())["images"] == "[N, H, W, 3]"
+    exported, crop_pct = runtime.load(file)
+    assert (exported.class_names, crop_pct) == (NAMES, 0.9)
+    for count in (1, 3):
+        images = photos(cnn, count)
+        assert_close(exported(images), cnn(images))
+
+
+@pytest.mark.slow
+def test_litert_runs_a_transformer_on_one_image_at_a_time(tmp_path):
+    pytest.importorskip("litert_converter", reason="needs LiteRT, see docs/export.md")
+    args = {"img_size": 32, "depth": 1, "embed_dim": 16, "num_heads": 2}
+    model = create("vit_tiny_patch16_224", 32, args)
+    file, about = student.export(model, "litert", tmp_path, student.Options())
+    assert json.loads(about.read_text())["images"] == "[1, H, W, 3]"
+    images = photos(model, 3)
+    assert_close(runtime.load(file)[0](images), model(images))
+
+
+@pytest.mark.slow
+def test_openvino_computes_the_same_logits(cnn, tmp_path):
+    openvino = pytest.importorskip("openvino", reason="openvino isn't installed")
+    options = student.Options(fold=True, uint8=True)
+    file, _ = student.export(cnn, "onnx", tmp_path, options)
+    # Its CPU plugin may compute in bfloat16 otherwise.
+    compiled = openvino.compile_model(file, "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
+    for count in (1, 3):
+        images = photos(cnn, count)
+        assert_close(compiled(images.transpose(0, 3, 1, 2))[0], cnn(images))
 
 
 @pytest.mark.slow
@@ -171,8 +209,12 @@ def test_the_command_writes_what_it_says(tmp_path, capsys):
         ("resnet8", {}, ["--to=timm"], "timm has no resnet8; take --to onnx or --to stablehlo."),
         ("resnet50x2", {}, ["--to=timm"], "timm has no resnet50x2; take"),
         ("resnet18", {"width": 0.125}, ["--to=timm"], "has no equivalent of width=0.125; take"),
-        ("resnet8", {}, ["--to=timm", "--uint8"], "--uint8 is for --to onnx and --to stablehlo"),
-        ("resnet8", {}, ["--to=stablehlo", "--fold"], "--fold is for --to onnx; leave it out"),
+        ("resnet8", {}, ["--to=timm", "--uint8"], "--uint8 is for --to onnx, litert and"),
+        ("resnet8", {}, ["--to=stablehlo", "--fold"], "--fold is for --to onnx and --to litert;"),
+        ("resnet8", {}, ["--to=onnx", "--int8"], "--int8 needs --data, images to calibrate with"),
+        ("resnet8", {}, ["--to=litert", "--int8", "--data=x"], "--int8 is for --to onnx; leave it"),
+        ("resnet8", {}, ["--to=onnx", "--split=test"], "--split is for --int8; leave it out"),
+        ("resnet8", {}, ["--to=onnx", "--int8", "--data=folder:/nowhere"], "/nowhere"),
         ("resnet8", {}, ["--to=tflite"], "invalid choice: 'tflite'"),
     ],
 )
@@ -188,11 +230,17 @@ def test_what_cannot_be_exported_is_refused(tmp_path, capsys, name, args, option
     assert not out.exists()
 
 
-@pytest.mark.parametrize(("target", "package"), [("onnx", "onnx"), ("stablehlo", "flatbuffers")])
-def test_a_missing_package_is_named(tmp_path, monkeypatch, target, package):
-    monkeypatch.setattr(student.importlib.util, "find_spec", lambda name: None)
+@pytest.mark.parametrize(
+    ("target", "package", "source"),
+    [("onnx", "onnx", "'xkd_jax[export]'"), ("litert", "ai_edge_litert", "'xkd_jax[litert]'"),
+     ("litert", "litert_converter", "--no-deps 'litert-converter>=0.5,<0.6'"),
+     ("stablehlo", "flatbuffers", "'xkd_jax[export]'")],
+)  # fmt: skip
+def test_a_missing_package_is_named(tmp_path, monkeypatch, target, package, source):
+    monkeypatch.setattr(runtime.importlib.util, "find_spec", lambda name: name != package or None)
     model = create_model("resnet8", num_classes=5, image_size=32)
-    with pytest.raises(UserError, match=f"--to {target} needs the package {package}; pip install"):
+    message = f"--to {target} needs the package {package}; pip install {source} brings it."
+    with pytest.raises(UserError, match=re.escape(message)):
         student.export(model, target, tmp_path / "out", student.Options())
     assert not (tmp_path / "out").exists()
 
@@ -205,5 +253,7 @@ def test_a_transformer_is_refused_by_onnx(tmp_path, capsys):
     code = command.main([str(tmp_path / "s.safetensors"), "--to=onnx", f"--out={tmp_path}"])
     assert code == 2
     err = capsys.readouterr().err
-    assert "because it is made for CNNs; export a CNN, or take --to stablehlo." in err
+    assert (
+        "because it is made for CNNs; export a CNN, or take --to litert or --to stablehlo." in err
+    )
     assert len(err.splitlines()) == 1

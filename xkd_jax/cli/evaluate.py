@@ -10,6 +10,7 @@ _EXAMPLES = """\
 examples:
   xkd-jax evaluate runs/quickstart/cakd --data fashion_mnist_mini
   xkd-jax evaluate student.safetensors --data folder:photos --split val --out scores
+  xkd-jax evaluate exported/model_int8.onnx --data folder:photos --split val
   xkd-jax evaluate timm:resnet18.a1_in1k --data tfds:imagenet2012 --split validation
 """
 
@@ -19,7 +20,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     """The command line, `sys.argv[1:]` if `argv` is None; returns the exit code as `guard` says."""
     parser = Parser("evaluate", "Measures a classifier on labelled images.", _EXAMPLES)
     parser.add_argument("student", metavar="STUDENT",
-                        help="a run's folder, a .safetensors file, or timm:NAME")  # fmt: skip
+                        help="a run's folder, a .safetensors file, an exported .onnx or .tflite "
+                        "file, or timm:NAME")  # fmt: skip
     parser.add_argument("--data", required=True, help="as data.name: folder:DIR, tfds:NAME, ...")
     parser.add_argument("--split", default="test", help="such as test, val or 'train[:1000]'")
     parser.add_argument("--data_dir", default="", help="as data.dir")

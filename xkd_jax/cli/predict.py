@@ -22,7 +22,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     The exit code is 1 if an image could not be read.
     """
     parser = Parser("predict", "Prints the most probable classes of images.", _EXAMPLES)
-    parser.add_argument("student", metavar="STUDENT", help="a run's folder or a .safetensors file")
+    parser.add_argument("student", metavar="STUDENT",
+                        help="a run's folder, a .safetensors file, or an exported .onnx or "
+                        ".tflite file")  # fmt: skip
     parser.add_argument("images", metavar="IMAGES", nargs="+", type=Path,
                         help="images, and folders with images at any depth")  # fmt: skip
     parser.add_argument("--top", type=int, default=1, help="classes for each image (default: 1)")

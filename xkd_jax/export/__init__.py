@@ -1,1 +1,1 @@
-"""Students in formats of other runtimes: timm, ONNX, StableHLO."""
+"""Students in formats of other runtimes: timm, ONNX, LiteRT, StableHLO."""

@@ -103,7 +103,7 @@ class Graph:
         if name not in _RULES:
             raise UserError(
                 f"the ONNX export has no translation of {name}, because it is made for CNNs; "
-                "export a CNN, or take --to stablehlo."
+                "export a CNN, or take --to litert or --to stablehlo."
             )
         return [_RULES[name](self, shape, params, *values)]
 
@@ -119,7 +119,8 @@ class Graph:
         if where != (0, 3):
             raise UserError("the ONNX export can broadcast [N, C] over positions only.")
         axes = self.constant(np.array([2, 3]))
-        return self.add("Unsqueeze", [self.name(value), axes], shape)
+        wide = self.add("Unsqueeze", [value.name, axes], shape)
+        return dataclasses.replace(wide, factor=value.factor)
 
     def _binary(self, kind: str, equation: Any, left: Value, right: Value) -> Value:
         shape = equation.outvars[0].aval.shape

@@ -1,7 +1,6 @@
 """Exports a student: its weights or its inference pass, and how images are prepared for it."""
 
 import dataclasses
-import importlib.util
 import json
 import re
 from collections.abc import Callable
@@ -15,11 +14,11 @@ from xkd_jax import backend
 from xkd_jax.augment import ops
 from xkd_jax.convert.files import to_state, write_state
 from xkd_jax.errors import UserError
+from xkd_jax.export.runtime import CONVERTER, EXPORT, LITERT, PREPARATION, require
 from xkd_jax.model import Model
 from xkd_jax.models import cifar
 from xkd_jax.weights import write_file
 
-PREPARATION = "preprocessing.json"
 # Arguments that timm's constructors know by the same names.
 _TIMMS = {
     "depth", "drop_path_rate", "drop_rate", "embed_dim", "img_size", "init_values", "layers",
@@ -33,7 +32,7 @@ class Options:
 
     Attributes:
       crop_pct: the share of the shorter side that is cropped from the centre, to be recorded.
-      fold: whether BatchNorm becomes part of the convolutions (ONNX).
+      fold: whether BatchNorm becomes part of the convolutions in ONNX, as it always does in LiteRT.
       uint8: whether the exported function takes uint8 images and normalises them itself.
     """
 
@@ -54,10 +53,9 @@ def export(model: Model, target: str, folder: Path, options: Options) -> list[Pa
     Raises:
       UserError: the network can't be expressed in the target, or a package is missing.
     """
-    path = TARGETS[target](model, folder, options)
-    if target == "timm":
+    path, layout = TARGETS[target](model, folder, options)
+    if not layout:
         return [path, folder / "config.json"]
-    layout = "[N, 3, H, W]" if target == "onnx" else "[N, H, W, 3]"
     write_file(folder / PREPARATION, _json(preparation(model, options) | {"images": layout}))
     return [path, folder / PREPARATION]
 
@@ -80,7 +78,7 @@ def _json(value: Any) -> bytes:
     return (json.dumps(value, indent=2) + "\n").encode()
 
 
-def _timm(model: Model, folder: Path, options: Options) -> Path:
+def _timm(model: Model, folder: Path, options: Options) -> tuple[Path, str]:
     """The folder for `timm.create_model("local-dir:FOLDER", pretrained=True)`."""
     if model.name in cifar.VARIANTS or re.search(r"(_32|x\d)$", model.name):
         raise UserError(f"timm has no {model.name}; take --to onnx or --to stablehlo.")
@@ -108,21 +106,30 @@ def _timm(model: Model, folder: Path, options: Options) -> Path:
         },
     }
     write_file(folder / "config.json", _json(config))
-    return folder / "model.safetensors"
+    return folder / "model.safetensors", ""
 
 
-def _onnx(model: Model, folder: Path, options: Options) -> Path:
-    _need("onnx", "onnx")
+def _onnx(model: Model, folder: Path, options: Options) -> tuple[Path, str]:
+    require("onnx", EXPORT, "--to onnx")
     from xkd_jax.export.onnx_file import write_onnx
 
     path = folder / "model.onnx"
     write_onnx(model, path, preparation(model, options), options.fold, options.uint8)
-    return path
+    return path, "[N, 3, H, W]"
 
 
-def _stablehlo(model: Model, folder: Path, options: Options) -> Path:
+def _litert(model: Model, folder: Path, options: Options) -> tuple[Path, str]:
+    require("ai_edge_litert", LITERT, "--to litert")
+    require("litert_converter", CONVERTER, "--to litert")
+    from xkd_jax.export.litert_file import write_litert
+
+    path = folder / "model.tflite"
+    return path, "[N, H, W, 3]" if write_litert(model, path, options.uint8) else "[1, H, W, 3]"
+
+
+def _stablehlo(model: Model, folder: Path, options: Options) -> tuple[Path, str]:
     """For `jax.export.deserialize`: images [N, H, W, 3] to logits [N, K], on any platform."""
-    _need("stablehlo", "flatbuffers")  # which JAX serializes with
+    require("flatbuffers", EXPORT, "--to stablehlo")  # which JAX serializes with
     variables = model.variables
 
     def forward(images: jax.Array) -> jax.Array:
@@ -136,15 +143,7 @@ def _stablehlo(model: Model, folder: Path, options: Options) -> Path:
         exported = jax.export.export(jax.jit(forward), platforms=("cpu", "cuda", "tpu"))(images)
     path = folder / "model.stablehlo"
     write_file(path, bytes(exported.serialize()))
-    return path
-
-
-def _need(target: str, package: str) -> None:
-    """Checks that a package of the extra `export` is installed."""
-    if importlib.util.find_spec(package) is None:
-        raise UserError(
-            f"--to {target} needs the package {package}; pip install 'xkd_jax[export]' brings it."
-        )
+    return path, "[N, H, W, 3]"
 
 
 def normalized(model: Model, images: jax.Array) -> jax.Array:
@@ -154,8 +153,10 @@ def normalized(model: Model, images: jax.Array) -> jax.Array:
     return ops.normalize(ops.to_float(images), model.mean, model.std)
 
 
-TARGETS: dict[str, Callable[[Model, Path, Options], Path]] = {
+# Each writes its file and returns the layout of its images; timm's folder describes them itself.
+TARGETS: dict[str, Callable[[Model, Path, Options], tuple[Path, str]]] = {
     "timm": _timm,
     "onnx": _onnx,
+    "litert": _litert,
     "stablehlo": _stablehlo,
 }

@@ -4,18 +4,23 @@ import csv
 import dataclasses
 import io
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import jax
 import numpy as np
 
 from xkd_jax.analysis.classification import Scores, score
 from xkd_jax.analysis.eer import equal_error_rate
+from xkd_jax.augment import ops
 from xkd_jax.data.encoded import open_split
 from xkd_jax.distributed import sharding
 from xkd_jax.errors import UserError
 from xkd_jax.evaluate import create_eval_step, evaluate
-from xkd_jax.prediction import load_student
+from xkd_jax.export.runtime import Exported
+from xkd_jax.model import Model
+from xkd_jax.prediction import load_classifier
 from xkd_jax.probing.features import compute, create_feature_step
 from xkd_jax.reporting.document import Table
 from xkd_jax.reporting.figures import to_png
@@ -51,15 +56,20 @@ def measure(student: str, data: tuple[str, str, str], crop_pct: float, noisy: bo
     """Measures a classifier, whose classes are matched to the data's by name.
 
     Args:
-      student: as for `prediction.load_student`.
+      student: as for `prediction.load_classifier`.
       data: name, split and data folder, as for `data.load`.
       crop_pct: the share of the shorter side that is cropped; 0: what the student's file says.
       noisy: whether to measure on corrupted images too, as `data.noisy`.
 
     Raises:
-      UserError: the student or the data can't be read, or their classes differ.
+      UserError: the student or the data can't be read, their classes differ, or an exported student
+        is to be measured on corrupted images.
     """
-    model, recorded = load_student(student)
+    model, recorded = load_classifier(student)
+    if noisy and isinstance(model, Exported):
+        raise UserError(
+            f"--noisy needs the network itself, but {student} is exported; give its run's folder."
+        )
     crop_pct = crop_pct or recorded
     name, part, folder = data
     split = open_split(name, part, folder, model.image_size, "auto", "stop", crop_pct)
@@ -70,16 +80,30 @@ def measure(student: str, data: tuple[str, str, str], crop_pct: float, noisy: bo
         raise UserError(f"{reason}; evaluate it on images of its own classes.")
     model = dataclasses.replace(model, class_order=order)
     mesh, labels = sharding.create_mesh(), np.asarray(split.labels)
-    step = create_feature_step(model, split.crop_pct, "logits")
-    logits = compute(step, model.variables, split, mesh)
+    if isinstance(model, Exported):
+        logits = compute(_create_exported_step(model, split.crop_pct), None, split, mesh)
+    else:
+        step = create_feature_step(model, split.crop_pct, "logits")
+        logits = compute(step, model.variables, split, mesh)
     more = {}
     if split.num_classes == 2 and np.ptp(labels):
         more["eer"] = equal_error_rate(logits[:, 1] - logits[:, 0], labels)
-    if noisy:
+    if noisy and isinstance(model, Model):
         step = create_eval_step(model, split.crop_pct, noisy=True)
         more["noisy_top1"] = evaluate(step, model.variables, split, mesh)["top1"]
     about = {"student": student, "data": f"{name} {part}", "images": len(split)}
     return Evaluation(score(logits, labels), split.class_names, about, more)
+
+
+def _create_exported_step(model: Exported, crop_pct: float) -> Callable[..., jax.Array]:
+    """As `create_feature_step`."""
+
+    @jax.jit
+    def crop(images: jax.Array) -> jax.Array:
+        pixels = ops.to_float(images)
+        return ops.resize_crop(pixels, model.image_size, crop_pct) if crop_pct else pixels
+
+    return lambda variables, images: model(crop(images))
 
 
 def write(result: Evaluation, folder: Path) -> None:

@@ -3,6 +3,7 @@
 import dataclasses
 import unicodedata
 from collections.abc import Callable
+from typing import Protocol
 
 import jax
 import jax.numpy as jnp
@@ -111,8 +112,22 @@ def without_classifier(model: Model) -> Model:
     return dataclasses.replace(headless, variables=variables)
 
 
+class Classifier(Protocol):
+    """A network with named classes."""
+
+    @property
+    def num_classes(self) -> int:
+        """The number of logits; 0 without a classifier."""
+        ...
+
+    @property
+    def class_names(self) -> tuple[str, ...]:
+        """By label; empty if unknown."""
+        ...
+
+
 def match_classes(
-    teacher: Model, train: Split, names: Names, say: Callable[[str], None]
+    teacher: Classifier, train: Split, names: Names, say: Callable[[str], None]
 ) -> tuple[str, tuple[int, ...]]:
     """Whether a network's logits are those of the data's classes, compared by name.
 
