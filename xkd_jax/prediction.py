@@ -129,6 +129,8 @@ def load_student(name: str) -> tuple[Model, float]:
     Raises:
       UserError: it can't be read, or has no classifier.
     """
+    if Path(name).suffix in runtime.RUNTIMES:
+        raise UserError(f"{name} is exported already; give the run's folder or .safetensors file.")
     path = _locate_student(name)
     model = load(path)
     if not model.num_classes:

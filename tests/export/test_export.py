@@ -138,6 +138,16 @@ def test_folding_leaves_no_batch_norm(tmp_path):
 
 
 @pytest.mark.slow
+def test_relu6_is_one_operator(tmp_path):
+    onnx = pytest.importorskip("onnx", reason="needs the extra export")
+    model = create("mobilenetv2_100", *CNNS["mobilenetv2_100"])
+    file, _ = student.export(model, "onnx", tmp_path, student.Options(fold=True))
+    kinds = collections.Counter(node.op_type for node in onnx.load(file).graph.node)
+    # At this width, 11 blocks keep their number of channels and have a shortcut.
+    assert kinds == {"Conv": 52, "Clip": 35, "Add": 11, "ReduceMean": 1, "Gemm": 1, "Identity": 1}
+
+
+@pytest.mark.slow
 def test_normalised_images_are_the_default(tmp_path):
     onnxruntime = pytest.importorskip("onnxruntime", reason="needs the extra export")
     model = create("resnet8", *CNNS["resnet8"])

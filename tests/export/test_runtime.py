@@ -157,6 +157,12 @@ def test_a_tflite_file_needs_its_own_preprocessing(model, files, tmp_path, capsy
     assert f"there is no {about}, which says how to prepare" in capsys.readouterr().err
 
 
+def test_an_exported_file_is_not_exported_again(tmp_path, capsys):
+    assert export.main(["a/model.onnx", "--to=timm", f"--out={tmp_path}"]) == 2
+    err = capsys.readouterr().err
+    assert "a/model.onnx is exported already; give the run's folder or .safetensors file." in err
+
+
 def test_a_missing_runtime_is_named(tmp_path, monkeypatch, capsys):
     (tmp_path / "model.onnx").write_bytes(b"")
     monkeypatch.setattr(runtime.importlib.util, "find_spec", lambda name: None)

@@ -56,8 +56,8 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
                         help="onnx: also write model_int8.onnx, quantised to 8 bits; needs --data; "
                         "implies --fold")  # fmt: skip
     parser.add_argument("--data", default="",
-                        help="int8: images to calibrate with, as data.name: folder:DIR, tfds:NAME, "
-                        "...; labels are not read")  # fmt: skip
+                        help="int8: images to calibrate with, as data.name: images:DIR, "
+                        "folder:DIR, tfds:NAME, ...; labels are not read")  # fmt: skip
     parser.add_argument("--split", default="", help="int8: their split (default: train)")
     parser.add_argument("--data_dir", default="", help="int8: as data.dir")
     options = parser.parse_args(argv)
@@ -68,7 +68,7 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     if options.int8 and options.to != "onnx":
         parser.error("--int8 is for --to onnx; leave it out")
     if options.int8 and not options.data:
-        parser.error("--int8 needs --data, images to calibrate with, such as folder:photos")
+        parser.error("--int8 needs --data, images to calibrate with, such as images:photos")
     unused = [name for name in ("data", "split", "data_dir") if getattr(options, name)]
     if unused and not options.int8:
         parser.error(f"--{unused[0]} is for --int8; leave it out")

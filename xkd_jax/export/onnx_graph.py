@@ -78,7 +78,8 @@ class Graph:
 
         used = [v for equation in jaxpr.jaxpr.eqns for v in equation.invars]
         used += jaxpr.jaxpr.outvars
-        self._uses.update(v for v in used if not isinstance(v, core.Literal))
+        # Not a sum: JAX shares the jaxpr of a function that is called several times.
+        self._uses |= collections.Counter(v for v in used if not isinstance(v, core.Literal))
         for equation in jaxpr.jaxpr.eqns:
             results = self._apply(equation, [read(var) for var in equation.invars])
             for var, value in zip(equation.outvars, results, strict=True):
@@ -133,6 +134,13 @@ class Graph:
                 return dataclasses.replace(left, factor=factor)
             if kind == "Max" and not right.any():
                 return self.add("Relu", [self.name(left)], shape)
+            if kind == "Min" and right.size == 1 and self._is_single(equation, left):
+                relu = self._producers.get(left.name)
+                if relu is not None and relu.op_type == "Relu":  # with Min it is ReLU6
+                    relu.op_type = "Clip"
+                    limits = np.zeros((), np.float32), right.reshape(())
+                    relu.input.extend(map(self.constant, limits))
+                    return left
             if self._fold and self._is_single(equation, left) and self._absorb(kind, left, right):
                 return left
         return self.add(kind, [self.name(left), self.name(right)], shape)
