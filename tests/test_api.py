@@ -36,6 +36,7 @@ def test_the_ten_lines_of_the_readme_distil(tmp_path, monkeypatch):
     again = xkd.load("student.safetensors")
     images = names["test"].images[:4]
     np.testing.assert_allclose(again(images), names["student"](images), rtol=1e-5, atol=1e-5)
+    assert again.sources == names["teacher"].sources
 
 
 def test_importing_is_quick_and_brings_no_jax():

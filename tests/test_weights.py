@@ -4,9 +4,16 @@ import numpy as np
 import pytest
 from safetensors.numpy import save_file
 
+from tests.runs import ROOT
 from xkd_jax.errors import UserError
 from xkd_jax.models import create_model
-from xkd_jax.weights import check_weights, fingerprint, load_weights, save_weights
+from xkd_jax.weights import (
+    check_weights,
+    fingerprint,
+    list_sources,
+    load_weights,
+    save_weights,
+)
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 
@@ -34,6 +41,32 @@ def test_round_trip(tmp_path):
     assert all(isinstance(leaf, np.ndarray) for leaf in jax.tree.leaves(loaded))
     check_weights(path, loaded, expected())
     assert [p.name for p in path.parent.iterdir()] == ["w.safetensors"]
+
+
+@pytest.mark.parametrize(
+    ("metadata", "sources"),
+    [
+        ({}, [("a.safetensors", "")]),
+        ({"source": "hub/vit", "license": "mit"}, [("hub/vit", "mit")]),
+        ({"sources": []}, []),  # trained from random weights
+        ({"source": "xkd_jax", "sources": [("hub/vit", "mit")]}, [("hub/vit", "mit")]),
+        # Whoever states the licence of a trained network overrides that of its sources.
+        ({"source": "ours", "sources": [("vit", "")], "license": "mit"}, [("ours", "mit")]),
+    ],
+)
+def test_the_sources_of_weights(metadata, sources):
+    def objects(pairs):
+        return tuple({"weights": name, "license": licence} for name, licence in pairs)
+
+    if "sources" in metadata:
+        metadata = metadata | {"sources": objects(metadata["sources"])}
+    assert list_sources("a.safetensors", metadata) == objects(sources)
+
+
+def test_packaged_weights_have_the_licence_of_the_package():
+    (source,) = list_sources("packaged:quickstart_teacher", {"source": "xkd_jax, method none"})
+    assert source == {"weights": "packaged:quickstart_teacher", "license": "Apache-2.0"}
+    assert 'license = "Apache-2.0"' in (ROOT / "pyproject.toml").read_text()
 
 
 def test_a_network_round_trips(tmp_path):

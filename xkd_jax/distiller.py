@@ -23,7 +23,7 @@ from xkd_jax.methods import check_pair, create_method
 from xkd_jax.methods.base import Method, Outputs, apply
 from xkd_jax.methods.label import label_term
 from xkd_jax.methods.reads import check_logits
-from xkd_jax.model import Model
+from xkd_jax.model import Model, merge_sources
 from xkd_jax.optim import accumulate, average, layer_ids, scale_parts, select
 from xkd_jax.reporting import nan_guard
 from xkd_jax.state import TrainState, create_state, student_variables
@@ -144,7 +144,8 @@ class Distiller:
     def student_model(self, state: TrainState) -> Model:
         """The current student (its moving average, if there is one), on the host."""
         variables = sharding.to_host(student_variables(state), self.mesh)
-        return dataclasses.replace(self.student, variables=variables)
+        sources = merge_sources(self.student, self.teacher)
+        return dataclasses.replace(self.student, variables=variables, sources=sources)
 
     @property
     def optimizers(self) -> dict[str, optax.GradientTransformationExtraArgs]:

@@ -267,7 +267,10 @@ def create_student(config: Config, train: data.Split) -> Model:
     )
     # Normalised as the weights expect, not by the data's statistics.
     mean, std = (tuple(converted.metadata[name]) for name in ("mean", "std"))
-    return dataclasses.replace(model, variables=converted.variables, mean=mean, std=std)
+    sources = weights.list_sources(config.student.weights, converted.metadata)
+    return dataclasses.replace(
+        model, variables=converted.variables, mean=mean, std=std, sources=sources
+    )
 
 
 @functools.cache
@@ -321,11 +324,12 @@ def create_teacher(config: Config, train: data.Split, file: tuple[Any, dict[str,
     variables, metadata = file
     model = describe_teacher(config, train, metadata)
     if variables is None:
-        variables = jax.device_get(jax.jit(model.init)(jax.random.key(config.seed)))
+        variables, sources = jax.device_get(jax.jit(model.init)(jax.random.key(config.seed))), ()
     else:
         weights.check_weights(config.teacher.weights, variables, model.shapes, metadata["model"])
+        sources = weights.list_sources(config.teacher.weights, metadata)
     fingerprint = weights.fingerprint(variables)
-    return dataclasses.replace(model, variables=variables, fingerprint=fingerprint)
+    return dataclasses.replace(model, variables=variables, fingerprint=fingerprint, sources=sources)
 
 
 def describe_teacher(config: Config, train: data.Split, metadata: dict[str, Any]) -> Model:

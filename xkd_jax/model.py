@@ -11,6 +11,7 @@ from flax import linen as nn
 
 from xkd_jax import models, weights
 from xkd_jax.augment import ops
+from xkd_jax.convert.conversion import find_weights
 from xkd_jax.errors import UserError, unknown
 from xkd_jax.methods.base import Outputs, apply, split_static
 from xkd_jax.models import layers
@@ -31,6 +32,7 @@ class Model:
       class_names: class names by label; empty if unknown.
       fingerprint: fingerprint of `variables`, see `weights.fingerprint`; empty if not needed.
       class_order: for each label the module's logit, if the module has another order of classes.
+      sources: published weights that `variables` were made from, see `weights.list_sources`.
     """
 
     module: nn.Module
@@ -43,6 +45,7 @@ class Model:
     class_names: tuple[str, ...] = ()
     fingerprint: str = ""
     class_order: tuple[int, ...] = ()
+    sources: tuple[dict[str, str], ...] = ()
 
     def __call__(self, images: Any) -> jax.Array:
         """The logits [N, K] of images [N, H, W, 3], uint8 or float in [0, 1], of any size.
@@ -143,6 +146,7 @@ class Model:
             "image_size": self.image_size,
             "mean": list(self.mean),
             "std": list(self.std),
+            "sources": list(self.sources),
         }
 
     def save(self, path: str | os.PathLike, **metadata: Any) -> None:
@@ -159,13 +163,16 @@ def load(path: str | os.PathLike, dtype: Any = jnp.float32) -> Model:
     """The model in a .safetensors file of this library, such as a run's student.safetensors.
 
     Args:
-      path: path of the file; or "packaged:NAME" for weights that are installed with xkd_jax.
+      path: path of the file; or "packaged:NAME" for weights that are installed with xkd_jax; or
+        "timm:NAME" for timm's, which are downloaded and converted once.
       dtype: the network's compute dtype.
 
     Raises:
-      UserError: the file is missing, damaged, or wasn't written by this library.
+      UserError: the file is missing, damaged, or wasn't written by this library; or the download
+        fails.
     """
-    path = weights.locate(path)
+    name = os.fspath(path)
+    path = find_weights(name)
     variables, metadata = weights.load_weights(path)
     check_metadata(path, metadata)
     model = create_model(
@@ -179,7 +186,8 @@ def load(path: str | os.PathLike, dtype: Any = jnp.float32) -> Model:
         **metadata.get("args", {}),
     )
     weights.check_weights(path, variables, model.shapes, model.name)
-    return dataclasses.replace(model, variables=variables)
+    sources = weights.list_sources(name, metadata)
+    return dataclasses.replace(model, variables=variables, sources=sources)
 
 
 def check_metadata(path: str | os.PathLike, metadata: dict[str, Any]) -> None:
@@ -199,6 +207,12 @@ def check_metadata(path: str | os.PathLike, metadata: dict[str, Any]) -> None:
     def names(value: Any) -> bool:
         return isinstance(value, list) and all(isinstance(v, str) for v in value)
 
+    def sources(value: Any) -> bool:
+        fields = {"weights", "license"}
+        return isinstance(value, list) and all(
+            isinstance(v, dict) and v.keys() == fields and names([*v.values()]) for v in value
+        )
+
     forms = {
         "model": ("the name of a network", lambda value: isinstance(value, str)),
         "args": ("an object", lambda value: isinstance(value, dict)),
@@ -207,6 +221,8 @@ def check_metadata(path: str | os.PathLike, metadata: dict[str, Any]) -> None:
         "mean": ("three numbers", lambda value: numbers(value) and len(value) == 3),
         "std": ("three numbers", lambda value: numbers(value) and len(value) == 3),
         "class_names": ("a list of names", names),
+        "sources": ("a list of objects with weights and license", sources),
+        "license": ("a name", lambda value: isinstance(value, str)),
     }
     for entry, (form, fits) in forms.items():
         value = metadata.get(entry)
@@ -257,6 +273,12 @@ def create_model(
         args=args,
         class_names=tuple(class_names),
     )
+
+
+def merge_sources(student: Model, teacher: Model | None) -> tuple[dict[str, str], ...]:
+    """The published weights that a trained student is made from: its own and its teacher's."""
+    found = student.sources + (teacher.sources if teacher else ())
+    return tuple(source for i, source in enumerate(found) if source not in found[:i])
 
 
 def freeze(model: Model, blocks: int) -> Model:

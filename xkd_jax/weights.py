@@ -54,6 +54,24 @@ def save_weights(path: str | os.PathLike, variables: dict, metadata: dict[str, A
     write_file(Path(path), save(_flatten(variables), metadata={METADATA_KEY: text}))
 
 
+def list_sources(name: str, metadata: dict[str, Any]) -> tuple[dict[str, str], ...]:
+    """The published weights that a file's weights were made from, each with its licence.
+
+    Args:
+      name: what the file is called in a config.
+      metadata: the file's.
+
+    Returns:
+      Objects with `weights`, a name or address, and `license`, "" if it is not recorded; empty for
+      a network that was trained from random weights.
+    """
+    if "license" not in metadata and "sources" in metadata:
+        return tuple(metadata["sources"])
+    own = "Apache-2.0" if name.startswith(PACKAGED) else ""  # xkd_jax's
+    weights = name if own else metadata.get("source", name)
+    return ({"weights": weights, "license": metadata.get("license", own)},)
+
+
 def npy_header(dtype: np.dtype, shape: tuple[int, ...]) -> bytes:
     """The start of an .npy file whose rows are appended later."""
     buffer = io.BytesIO()

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
+import xkd_jax as xkd
 from tests.convert.test_conversion import TINY_RESNET, TINY_VIT, checkpoint
 from tests.tiny import get_config
 from xkd_jax import experiment
@@ -225,6 +226,7 @@ class Hub:
         side = model_args.get("img_size", 224)
         size = {"input_size": [3, side, side]}
         config["pretrained_cfg"] = {"mean": [0.4] * 3, "std": [0.3] * 3, **size}
+        config["pretrained_cfg"]["license"] = "apache-2.0"
         (folder / "config.json").write_text(json.dumps(config))
 
 
@@ -242,6 +244,26 @@ def test_download(hub, run, tmp_path):
     _, metadata = load_weights(tmp_path / "out.safetensors")
     assert metadata["source"] == "https://huggingface.co/timm/resnet18.a1_in1k"
     assert (metadata["mean"], metadata["std"]) == ([0.4] * 3, [0.3] * 3)
+    assert metadata["license"] == "apache-2.0"
+
+
+def test_load_downloads_and_converts_once(hub):
+    model = xkd.load("timm:resnet18")
+    assert (model.name, model.num_classes, model.mean) == ("resnet18", 5, (0.4, 0.4, 0.4))
+    address = "https://huggingface.co/timm/resnet18.a1_in1k"
+    assert model.sources == ({"weights": address, "license": "apache-2.0"},)
+    downloads = len(hub.downloads)
+    xkd.load("timm:resnet18.a1_in1k")
+    assert len(hub.downloads) == downloads
+
+
+def test_a_licence_that_the_file_does_not_state(run, resnet, tmp_path):
+    argv = ["--from", resnet, "--model", "resnet18", *TINY_ARGS]
+    for given in ((), ("--license", "mit")):
+        out = tmp_path / f"out{len(given)}.safetensors"
+        assert run(*argv, *given, "--out", out)[0] == 0
+        license = "mit" if given else ""
+        assert xkd.load(out).sources == ({"weights": str(resnet), "license": license},)
 
 
 def test_the_hub_fails(hub, monkeypatch):
@@ -276,6 +298,7 @@ def test_a_teacher_of_timms_in_a_config(hub):
     assert made.distiller.teacher.image_size == 28
     assert made.distiller.teacher.mean == (0.4, 0.4, 0.4)
     assert made.distiller.teacher.module.depth == 1
+    assert [source["license"] for source in made.distiller.teacher.sources] == ["apache-2.0"]
     downloads = len(hub.downloads)
     assert fetch("vit_tiny_patch16_224") == fetch("vit_tiny_patch16_224.augreg_in21k_ft_in1k")
     assert len(hub.downloads) == downloads
@@ -296,6 +319,7 @@ def test_a_student_that_starts_from_timms(hub, capsys):
         student.variables["params"]["bn1"]["bias"],
         checkpoint("resnet18", TINY_RESNET).state["bn1.bias"],
     )
+    assert [source["license"] for source in student.sources] == ["apache-2.0"]
     config.student.args = {**TINY_RESNET, "stem": "cifar"}
     wrong = r"conv1.weight has the shape \[8, 3, 7, 7\] instead of \[8, 3, 3, 3\]"
     with pytest.raises(UserError, match=wrong):

@@ -54,6 +54,7 @@ def test_a_table_is_trained_once(tmp_path, capsys):
     assert all("validation[:32]" in json.loads(path.read_text())["test"] for path in tuning)
     summaries = [tmp_path / "none" / f"seed{seed}" / SUMMARY for seed in (0, 1)]
     assert [json.loads(path.read_text())["seed"] for path in summaries] == [0, 1]
+    assert "\nSeed 1: one run." in (summaries[1].parent / "model_card.md").read_text()
     assert "Non-finite" in (tmp_path / "broken" / "seed0" / table_report.FAILED).read_text()
     before = [path.stat().st_mtime_ns for path in (*tuning, *summaries)]
     capsys.readouterr()

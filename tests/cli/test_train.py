@@ -1,5 +1,6 @@
 """The command line, as a user meets it: real processes."""
 
+import importlib.metadata
 import json
 import re
 import resource
@@ -36,6 +37,21 @@ def test_a_run_shows_progress_and_ends_with_a_table_and_a_picture(unbroken):
     summary = json.loads((folder / "summary.json").read_text())
     assert summary["steps"] == 40
     assert summary["student"]["parameters"] == 78_002
+
+
+def test_the_model_card_has_what_the_run_measured(unbroken):
+    folder, *_ = unbroken
+    summary = json.loads((folder / "summary.json").read_text())
+    card = (folder / "model_card.md").read_text()
+    top1 = rf"\| top-1 % \| +{100 * summary['student']['top1']:.2f} \| +\d+\.\d\d \|"
+    assert re.search(top1, card)
+    assert f"```\nxkd-jax train --config {TINY} --workdir {folder}\n```" in card
+    assert "Measured on fashion_mnist_mini validation[:50] (50 images)" in card
+    assert "None: all networks were trained from random weights." in card  # the teacher, too
+    assert f"jax {importlib.metadata.version('jax')}, " in card
+    assert "not recorded" not in card
+    _, metadata = load_weights(folder / "student.safetensors")
+    assert metadata["sources"] == summary["sources"] == []
 
 
 def test_the_saved_student_is_the_plain_network(unbroken):

@@ -213,6 +213,21 @@ def test_the_command_writes_what_it_says(tmp_path, capsys):
     assert config["pretrained_cfg"]["label_names"] == list(NAMES)
 
 
+def test_the_model_card_is_the_readme_of_an_exported_run(tmp_path, capsys):
+    run, out = tmp_path / "run", tmp_path / "out"
+    create("mobilenetv2_100", 32, {}).save(run / "student.safetensors", crop_pct=0.8)
+    (run / "model_card.md").write_text("the card")
+    argv = [str(run), "--to=timm", f"--out={out}"]
+    assert command.main(argv) == 0
+    assert capsys.readouterr().out.endswith(f"wrote {out / 'README.md'}\n")
+    assert (out / "README.md").read_text() == "the card"
+    (out / "README.md").write_text("of another project")
+    (out / "config.json").unlink()
+    assert command.main(argv) == 2
+    assert "README.md isn't a model card and would be overwritten" in capsys.readouterr().err
+    assert not (out / "config.json").exists()
+
+
 @pytest.mark.parametrize(
     ("name", "args", "options", "message"),
     [

@@ -41,6 +41,10 @@ def test_the_smoke_variant_makes_a_teacher(finished, tmp_path, capsys):
     assert summary["student"]["top1"] > 0.2
     assert summary["student"]["knn_top1"] > 0.2
     assert summary["probe"]["l2"] in (0.1, 0.01)
+    card = (finished / "model_card.md").read_text()
+    assert "# vit_tiny_patch16_224 with a linear classifier" in card
+    assert "None: this is random, frozen, with a classifier fitted to it." in card
+    assert "(50 images)" in card
     table = (finished / "report.md").read_text()
     assert "| k-NN % |" in table
     teacher = load(finished / "teacher.safetensors")

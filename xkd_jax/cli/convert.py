@@ -66,7 +66,7 @@ def run(options: argparse.Namespace) -> None:
     )
     for change in (*checkpoint.notes, *result.changes):
         print(f"{checkpoint.name}: {change}")
-    metadata = result.metadata
+    metadata = result.metadata | ({"license": options.license} if options.license else {})
     count = metadata["num_classes"]
     classes = f"{count} classes" if count else "no classifier"
     what = f"{metadata['model']}, {classes}, {metadata['image_size']} pixels"
@@ -129,6 +129,12 @@ def _parser() -> Parser:
         "--to_timm",
         metavar="FILE",
         help="the timm state dict to write: .safetensors, .pth or .bin",
+    )
+    parser.add_argument(
+        "--license",
+        default="",
+        metavar="NAME",
+        help="the weights' licence, for model cards, where the file states none: apache-2.0, ...",
     )
     parser.add_argument(
         "--allow_not_finite",

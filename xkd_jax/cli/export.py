@@ -26,7 +26,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     from xkd_jax.export import int8, student  # `--help` needs no JAX
     from xkd_jax.export.runtime import EXPORT, require
     from xkd_jax.prediction import load_student
+    from xkd_jax.reporting import model_card
+    from xkd_jax.reporting.files import write_file
 
+    card = model_card.find(options.student, options.out)
     model, recorded = load_student(options.student)
     how = student.Options(recorded or 1.0, options.fold or options.int8, options.uint8)
     images = None
@@ -37,6 +40,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     files = student.export(model, options.to, options.out, how)
     if images is not None:
         files.append(int8.quantize(files[0], images))
+    if card is not None:
+        files.append(options.out / model_card.README)
+        write_file(files[-1], card)
     for path in files:
         print(f"wrote {path}")
     return 0

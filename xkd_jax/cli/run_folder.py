@@ -21,7 +21,7 @@ from xkd_jax.distributed import processes, sharding
 from xkd_jax.errors import UserError
 from xkd_jax.experiment import Experiment, create_experiment
 from xkd_jax.probing import probe
-from xkd_jax.reporting import files, pictures, summary
+from xkd_jax.reporting import files, model_card, pictures, summary
 from xkd_jax.reporting.logger import say
 from xkd_jax.reporting.recipe import FREE
 from xkd_jax.weights import write_file
@@ -62,7 +62,10 @@ def draw_pictures(config: Config, folders: Iterable[Path]) -> None:
 
 
 def train_one(
-    config: Config, folder: Path, create: Callable[[Config], Experiment] = create_experiment
+    config: Config,
+    folder: Path,
+    create: Callable[[Config], Experiment] = create_experiment,
+    command: str = "",
 ) -> signal.Signals | None:
     """Trains and evaluates the run in `folder`, which exists, and resumes it if it was interrupted.
 
@@ -70,6 +73,7 @@ def train_one(
       config: the run's.
       folder: the run's.
       create: `create_experiment`, or a function that reuses parts of an earlier experiment.
+      command: the command line, for the summary and the model card.
 
     Returns:
       The signal that stopped it early, if any.
@@ -79,7 +83,7 @@ def train_one(
     """
     try:
         with lock.hold(folder) if processes.is_first() else contextlib.nullcontext():
-            return _train(config, folder, create)
+            return _train(config, folder, create, command)
     except OSError as error:
         raise UserError(
             f"training stopped because a file can't be read or written ({error}); checkpoints "
@@ -88,7 +92,7 @@ def train_one(
 
 
 def _train(
-    config: Config, folder: Path, create: Callable[[Config], Experiment]
+    config: Config, folder: Path, create: Callable[[Config], Experiment], command: str
 ) -> signal.Signals | None:
     if processes.is_first() and not (folder / files.CONFIG).exists():
         write_file(folder / files.CONFIG, (json.dumps(used(config), indent=2) + "\n").encode())
@@ -96,7 +100,8 @@ def _train(
         job = probe.create_probe(config)
         _check_data(job, folder)
         say(probe.describe(job, folder))
-        probe.run(job, folder)
+        probe.run(job, folder, command)
+        model_card.write(folder)
         return None
     experiment = create(config)
     _check_data(experiment, folder)
@@ -107,7 +112,9 @@ def _train(
     if experiment.train.num_classes:
         say(f"evaluating on {config.data.test!r}, the test split ...")
     variables = sharding.to_host(train.student_variables(state), experiment.mesh)
-    summary.finish(experiment, variables, folder)
+    summary.finish(experiment, variables, folder, command)
+    if processes.is_first():
+        model_card.write(folder)
     return stopped
 
 

@@ -61,7 +61,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         print("\n".join(commands(arguments, list(table.cells))))
         return 0
     command.start_processes()
-    return tables.run(table, config, workdir, shard)
+    line = shlex.join(["xkd-jax", "sweep", *arguments])
+    return tables.run(table, config, workdir, shard, line)
 
 
 def commands(arguments: Sequence[str], names: Sequence[str]) -> list[str]:

@@ -35,7 +35,13 @@ def comparison(config: Config) -> tuple[Table, Config]:
     return Table(cells, baseline, seeds=(config.seed,), flat=True), config
 
 
-def run(table: Table, config: Config, workdir: Path, shard: tuple[int, int] = (1, 1)) -> int:
+def run(
+    table: Table,
+    config: Config,
+    workdir: Path,
+    shard: tuple[int, int] = (1, 1),
+    command: str = "",
+) -> int:
     """Trains what is left of `table` and writes its report.
 
     Args:
@@ -43,6 +49,7 @@ def run(table: Table, config: Config, workdir: Path, shard: tuple[int, int] = (1
       config: the recipe, for all cells.
       workdir: the table's folder.
       shard: (I, N) for every Nth cell, beginning with the Ith.
+      command: the command line, for the runs' summaries and model cards.
 
     Returns:
       The exit code: 0 when done or after SIGTERM, 130 after Ctrl-C, 1 if a run has failed.
@@ -56,7 +63,8 @@ def run(table: Table, config: Config, workdir: Path, shard: tuple[int, int] = (1
     _check_runs(table, config, workdir, names)
     if processes.is_first() and not table.flat:
         table_report.describe(table, workdir)
-    sweep = _Sweep(table, config, workdir, sum(table.count(table.cells[name]) for name in names))
+    total = sum(table.count(table.cells[name]) for name in names)
+    sweep = _Sweep(table, config, workdir, total, command)
     try:
         for name in names:
             sweep.train_cell(name, table.cells[name])
@@ -175,6 +183,7 @@ class _Sweep:
       config: the recipe.
       workdir: the table's folder.
       total: the number of runs, at most.
+      command: the command line.
       passed: the number of runs that are finished or not needed.
       trained: the number of runs that were trained, of those.
       begun: when the first of them began.
@@ -186,6 +195,7 @@ class _Sweep:
     config: Config
     workdir: Path
     total: int
+    command: str
     passed: int = 0
     trained: int = 0
     begun: float = dataclasses.field(default_factory=time.monotonic)
@@ -241,7 +251,7 @@ class _Sweep:
         say(f"run {self.passed} of {self.total}: {folder}")
         begun = time.monotonic()
         try:
-            stopped = run_folder.train_one(config, folder, self._create)
+            stopped = run_folder.train_one(config, folder, self._create, self.command)
         except Diverged as error:
             stopped, self.has_failed = None, True
             say(f"{folder}: {error}")

@@ -5,6 +5,7 @@ The command line alone; runs.py trains.
 
 import ast
 import re
+import shlex
 import sys
 import textwrap
 from collections.abc import Sequence
@@ -68,6 +69,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if any(argument in ("-h", "--help") for argument in arguments):
         print(usage())
         return 0
+    command = shlex.join(["xkd-jax", "train", *arguments])
     config, workdir = parse(arguments)
     # Only now, for JAX takes a second: `--help` and a wrong command line need none of it.
     if _COMPILE_FOR.value is not None:
@@ -77,7 +79,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     from xkd_jax.cli import runs
 
     start_processes()
-    return runs.run(config, workdir)
+    return runs.run(config, workdir, command)
 
 
 def start_processes() -> None:

@@ -75,8 +75,9 @@ def _timms(config: Mapping[str, Any]) -> dict[str, Any]:
             metadata[field] = list(pretrained[field])
     if pretrained.get("input_size"):
         metadata["image_size"] = pretrained["input_size"][-1]
-    if pretrained.get("interpolation"):
-        metadata["interpolation"] = pretrained["interpolation"]
+    for field in ("interpolation", "license"):
+        if pretrained.get(field):
+            metadata[field] = pretrained[field]
     return metadata
 
 

@@ -14,6 +14,7 @@ from jax.sharding import Mesh
 
 from xkd_jax import data
 from xkd_jax.config import Config
+from xkd_jax.data.encoded import crop_share
 from xkd_jax.distributed import processes, sharding
 from xkd_jax.errors import UserError
 from xkd_jax.experiment import create_teacher, load_split, load_teacher_file
@@ -24,7 +25,7 @@ from xkd_jax.probing.linear import Linear, accuracy, choose_strength, fit_linear
 from xkd_jax.reporting import files
 from xkd_jax.reporting.files import SUMMARY, TEACHER
 from xkd_jax.reporting.logger import say
-from xkd_jax.reporting.summary import cost
+from xkd_jax.reporting.summary import cost, list_versions
 from xkd_jax.teacher.classes import without_classifier
 from xkd_jax.weights import write_file
 
@@ -135,7 +136,7 @@ def describe(job: Probe, folder: Path) -> str:
     )
 
 
-def run(job: Probe, folder: Path) -> dict[str, Any]:
+def run(job: Probe, folder: Path, command: str) -> dict[str, Any]:
     """Fits the classifier and writes teacher.safetensors and summary.json.
 
     Features that an earlier, interrupted call has computed are used.
@@ -143,6 +144,7 @@ def run(job: Probe, folder: Path) -> dict[str, Any]:
     Args:
       job: from `create_probe`.
       folder: the run's folder.
+      command: the command line, to be recorded.
 
     Raises:
       UserError: the folder has features of another teacher.
@@ -168,13 +170,20 @@ def run(job: Probe, folder: Path) -> dict[str, Any]:
         "seed": config.seed,
         "train": f"{config.data.name} {config.data.train}",
         "test": f"{config.data.name} {config.data.test}",
-        "student": {"model": teacher.name} | result | cost(teacher, teacher.variables),
+        "test_images": len(job.evaluation),
+        "crop_pct": crop_share(job.evaluation),
+        "student": {"model": teacher.name, "image_size": teacher.image_size}
+        | result
+        | cost(teacher, teacher.variables),
         "probe": {
             "weights": config.teacher.weights,
             "pool": config.probe.pool,
             "l2": strength,
             "validation_top1": {f"{value:g}": score for value, score in scores.items()},
         },
+        "sources": list(teacher.sources),
+        "command": command,
+        "versions": list_versions(),
     }
     # Written last and atomically: a run with a summary is complete.
     write_file(folder / SUMMARY, (json.dumps(summary, indent=2) + "\n").encode())

@@ -14,6 +14,7 @@ SUMMARY = "summary.json"  # written last: a run with a summary is complete
 STUDENT = "student.safetensors"
 TEACHER = "teacher.safetensors"  # of a probe
 BEST = "best.safetensors"
+CARD = "model_card.md"
 
 
 def write_file(path: Path, contents: bytes) -> None:

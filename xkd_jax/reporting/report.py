@@ -1,12 +1,13 @@
 """The report of finished runs: scores, learning curves and cost."""
 
+import contextlib
 import dataclasses
 import time
 from pathlib import Path
 from typing import Any
 
 from xkd_jax.errors import UserError
-from xkd_jax.reporting import cost, document, figures, files, pictures
+from xkd_jax.reporting import cost, document, figures, files, model_card, pictures
 from xkd_jax.reporting.document import Heading, Image, Items, Paragraph, Picture, Table
 from xkd_jax.reporting.figures import first_key
 from xkd_jax.reporting.recipe import Recipe, find_differences, read_recipe
@@ -115,6 +116,7 @@ def write(folder: Path) -> str:
     """Writes report.md, report.html and curves.png of the finished runs in `folder` into it.
 
     The pictures that `analysis.pictures` has drawn of the runs are part of the report.
+    Each run's own folder gets its model card.
 
     Returns:
       The table and the files' paths, as text.
@@ -134,6 +136,9 @@ def write(folder: Path) -> str:
     if runs.notes:
         blocks += [Heading("Notes"), Items(runs.notes)]
     document.write_document(folder, folder.absolute().name, blocks)
+    for path in runs.paths.values():
+        with contextlib.suppress(UserError):  # a note names the damaged file
+            model_card.write(path)
     text = "".join(f"\n{note}" for note in runs.notes)
     text = f"\n{table.markdown()}\n{text}" + ("\n" if text else "")
     reports = f"report: {folder / document.MARKDOWN}\npage: {folder / document.PAGE}"

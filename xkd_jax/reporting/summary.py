@@ -1,6 +1,8 @@
 """The results of a finished run: the student's file and summary.json."""
 
+import importlib.metadata
 import json
+import platform
 from pathlib import Path
 from typing import Any
 
@@ -9,14 +11,14 @@ import jax.numpy as jnp
 import numpy as np
 from jax.experimental import multihost_utils
 
-from xkd_jax import data
+from xkd_jax import __version__, data
 from xkd_jax.analysis.flops import count_flops, count_parameters
 from xkd_jax.data.encoded import crop_share
 from xkd_jax.distributed import processes, sharding
 from xkd_jax.evaluate import create_eval_step, evaluate
 from xkd_jax.experiment import Experiment, load_split
 from xkd_jax.methods.base import apply
-from xkd_jax.model import Model
+from xkd_jax.model import Model, merge_sources
 from xkd_jax.probing.monitor import create_monitor
 from xkd_jax.reporting.files import BEST, STUDENT, SUMMARY, write_file
 from xkd_jax.weights import load_weights, save_weights
@@ -25,7 +27,9 @@ _teachers: dict[Any, dict[str, Any]] = {}  # scores, by everything that they dep
 _EVALUATED = ("eval_top1", "eval_probe_top1")  # what the best student is chosen by, if measured
 
 
-def finish(experiment: Experiment, student_variables: Any, folder: Path) -> dict[str, Any]:
+def finish(
+    experiment: Experiment, student_variables: Any, folder: Path, command: str
+) -> dict[str, Any]:
     """Saves the student, evaluates it and its teacher on the test split, and writes summary.json.
 
     All processes evaluate; only the first one writes.
@@ -34,8 +38,10 @@ def finish(experiment: Experiment, student_variables: Any, folder: Path) -> dict
       experiment: the finished experiment.
       student_variables: the student's `params` and `batch_stats`, without the method's parameters.
       folder: the run's folder.
+      command: the command line that trained it, to be recorded.
     """
-    config, labelled = experiment.config, experiment.train.num_classes > 0
+    config, student = experiment.config, experiment.distiller.student
+    labelled = experiment.train.num_classes > 0
     test = load_split(config, config.data.test) if labelled else experiment.evaluation
     measured = config.monitor if config.monitor.name and not labelled else config.data
     summary = {
@@ -46,10 +52,15 @@ def finish(experiment: Experiment, student_variables: Any, folder: Path) -> dict
         "test": f"{measured.name} {measured.test}",
         "devices": f"{len(jax.devices())} {jax.devices()[0].device_kind}",
         "extra_parameters": count_extra(experiment),
-        "student": {"model": config.student.model}
-        | describe(experiment.distiller.student, student_variables, test, experiment)
+        "student": {"model": config.student.model, "image_size": student.image_size}
+        | describe(student, student_variables, test, experiment)
         | create_monitor(experiment)(student_variables),
+        "sources": list(merge_sources(student, experiment.distiller.teacher)),
+        "command": command,
+        "versions": list_versions(),
     }
+    if labelled:
+        summary |= {"test_images": len(test), "crop_pct": crop_share(experiment.evaluation)}
     if not (labelled or config.monitor.name):
         summary["test"] = "nothing, for lack of labels"
     if experiment.distiller.teacher:
@@ -62,6 +73,13 @@ def finish(experiment: Experiment, student_variables: Any, folder: Path) -> dict
         # Written last and atomically: a run with a summary is complete.
         write_file(folder / SUMMARY, (json.dumps(summary, indent=2) + "\n").encode())
     return summary
+
+
+def list_versions() -> dict[str, str]:
+    """The versions of everything that a run's numbers depend on."""
+    names = ("jax", "jaxlib", "flax", "optax", "numpy")
+    here = {"xkd_jax": __version__, "Python": platform.python_version()}
+    return here | {name: importlib.metadata.version(name) for name in names}
 
 
 def count_extra(experiment: Experiment) -> int:
@@ -128,6 +146,7 @@ def save_student(
         "std": list(student.std),
         "crop_pct": crop_share(experiment.evaluation),
         "source": f"xkd_jax, method {config.method.name}, trained on {config.data.name}",
+        "sources": list(merge_sources(student, experiment.distiller.teacher)),
     }
     save_weights(path, variables, metadata | scores)
 
