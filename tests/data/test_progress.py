@@ -30,6 +30,13 @@ def test_a_pipe_gets_a_line_every_ten_seconds_and_a_last_one(clock, capsys):
     ]
 
 
+def test_the_last_line_is_written_once(clock, capsys):
+    with Progress("features", 70, "images") as shown:
+        clock.now += 26
+        shown.update(70)
+    assert capsys.readouterr().err.splitlines() == ["features: 70/70 images in 26 s"]
+
+
 def test_a_short_task_is_silent(clock, capsys):
     with Progress("decoding", 10, "images") as shown:
         clock.now += 1.5

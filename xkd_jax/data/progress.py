@@ -44,7 +44,8 @@ class Progress:
         """Adds `count` finished items."""
         self._done += count
         self._bar.update(count)
-        if self._lines and time.monotonic() >= self._next:
+        is_last = self._done == self._total  # `__exit__` reports it
+        if self._lines and not is_last and time.monotonic() >= self._next:
             self._next = time.monotonic() + _EVERY
             self._write()
 
