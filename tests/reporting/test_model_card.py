@@ -48,6 +48,7 @@ def test_everything_recorded_is_on_the_card(tmp_path):
     assert section(text, "Seeds").startswith("Seed 0: one run.")
     assert "64 x 64 pixels from a centre crop of 0.875 of" in section(text, "Limits")
     assert "It assigns one of its 2 classes" in section(text, "Limits")
+    assert "learning curves" not in text  # of another split
     reproduce = section(text, "Reproduce")
     assert reproduce.startswith("```\nxkd-jax train --config folder\n```")
     assert reproduce.endswith("on 1 cpu, with xkd_jax 0.1.0, jax 0.10.0.")
@@ -77,6 +78,13 @@ def test_random_weights_have_no_licence(tmp_path):
     assert section(text, "Licences of the source weights").startswith("None: all networks")
     assert section(text, "Teacher") == "None."
     assert "# resnet18, trained without a teacher" in text
+
+
+def test_a_test_split_that_was_watched_is_named(tmp_path):
+    write_run(tmp_path, 0.5, data__eval="test")
+    (tmp_path / "data.json").write_text(json.dumps({"train": {"class_names": ["cat", "dog"]}}))
+    text = model_card.describe(tmp_path)
+    assert "- The learning curves are those of the same images" in section(text, "Limits")
 
 
 def test_a_damaged_config_is_named_by_the_report(tmp_path, capsys):

@@ -123,7 +123,7 @@ def describe(folder: Path) -> str:
         recipe=_describe_recipe(config, summary),
         seeds=f"Seed {summary.get('seed', UNKNOWN)}: one run. Other seeds give other numbers; "
         "their spread is not part of this card.",
-        limits=_describe_limits(summary, classes, size),
+        limits=_describe_limits(summary, _section(config, "data"), classes, size),
         command=f"```\n{command}\n```" if command else f"The command is {UNKNOWN}.",
         date=time.strftime("%Y-%m-%d", time.localtime(finished)),
         devices=summary.get("devices", "devices that were not recorded"),
@@ -251,13 +251,20 @@ def _values(options: Mapping[str, Any]) -> str:
     return ", ".join(texts) or UNKNOWN
 
 
-def _describe_limits(summary: Mapping[str, Any], classes: list[str], size: Any) -> str:
+def _describe_limits(
+    summary: Mapping[str, Any], data: Mapping[str, Any], classes: list[str], size: Any
+) -> str:
     share = summary.get("crop_pct", 1)
     crop = f" from a centre crop of {share:g} of the shorter side" if share < 1 else ""
     lines = [
         f"- The scores are those of {_name_test(summary)}, at {size} x {size} pixels{crop}. This "
         "run has measured nothing else: no other images, no other sizes."
     ]
+    if classes and "probe" not in summary and data.get("eval") == data.get("test"):
+        lines.append(
+            "- The learning curves are those of the same images: whatever was chosen by them, such "
+            "as the recipe, fits these images better than others."
+        )
     if "noisy_top1" in summary["student"]:
         lines.append("- The corruptions are synthetic, and applied to the same test images.")
     if classes:
