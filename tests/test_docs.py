@@ -68,16 +68,35 @@ def test_functions_named_after_a_link_are_in_that_file():
     assert found
 
 
-def test_the_commands_of_no_labels_are_valid_configs():
-    page = (ROOT / "docs" / "no_labels.md").read_text().replace("\\\n", " ")
-    commands = re.findall(r"python -m xkd_jax\.main --config configs/(\w+)\.py (.*)", page)
-    assert [recipe for recipe, _ in commands] == ["folder", "folder", "probe_teacher"]
+def check_training(commands: list[tuple[str, str]]) -> None:
+    """Validates recipes with the options that follow them."""
     for recipe, options in commands:
         config = importlib.import_module(f"xkd_jax.configs.{recipe}").get_config()
         for name, value in re.findall(r"--config\.([\w.]+)=(\S+)", options):
             value = int(value) if value.isdecimal() else value
             config.update_from_flattened_dict({name: value})
         validate(config)
+
+
+def test_the_commands_of_no_labels_are_valid_configs():
+    page = (ROOT / "docs" / "no_labels.md").read_text().replace("\\\n", " ")
+    commands = re.findall(r"python -m xkd_jax\.main --config configs/(\w+)\.py (.*)", page)
+    assert [recipe for recipe, _ in commands] == ["folder", "folder", "probe_teacher"]
+    check_training(commands)
+
+
+def test_the_commands_of_photos_to_onnx_are_valid(capsys):
+    page = (ROOT / "docs" / "photos_to_onnx.md").read_text().replace("\\\n", " ")
+    commands = re.findall(r"^xkd-jax (\w+) (.*)", page, re.M)
+    verbs = [verb for verb, _ in commands]
+    assert verbs == ["convert", "train", "train", "evaluate", "predict", "export"]
+    training = [re.fullmatch(r"--config (\w+) (.*)", rest).groups() for _, rest in commands[1:3]]
+    check_training(training)
+    for verb, rest in (command for command in commands if command[0] != "train"):
+        with pytest.raises(SystemExit, match="0"):
+            importlib.import_module(f"xkd_jax.cli.{verb}").main(["--help"])
+        known = set(re.findall(r"--\w+", capsys.readouterr().out))
+        assert set(re.findall(r"--\w+", rest)) <= known
 
 
 @pytest.fixture
