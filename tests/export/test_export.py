@@ -4,6 +4,7 @@ import collections
 import dataclasses
 import json
 import re
+from importlib.util import find_spec
 
 import jax
 import numpy as np
@@ -239,7 +240,13 @@ def test_the_model_card_is_the_readme_of_an_exported_run(tmp_path, capsys):
         ("resnet8", {}, ["--to=onnx", "--int8"], "--int8 needs --data, images to calibrate with"),
         ("resnet8", {}, ["--to=litert", "--int8", "--data=x"], "--int8 is for --to onnx; leave it"),
         ("resnet8", {}, ["--to=onnx", "--split=test"], "--split is for --int8; leave it out"),
-        ("resnet8", {}, ["--to=onnx", "--int8", "--data=folder:/nowhere"], "/nowhere"),
+        pytest.param(
+            "resnet8",
+            {},
+            ["--to=onnx", "--int8", "--data=folder:/nowhere"],
+            "/nowhere",
+            marks=pytest.mark.skipif(not find_spec("onnxruntime"), reason="needs onnxruntime"),
+        ),
         ("resnet8", {}, ["--to=tflite"], "invalid choice: 'tflite'"),
     ],
 )

@@ -134,4 +134,4 @@ def test_features_of_another_teacher_are_refused(finished, tmp_path):
     (tmp_path / "features").mkdir()
     (tmp_path / "features" / "teacher.json").write_text('{"fingerprint": "0"}')
     with pytest.raises(UserError, match="holds the features of another teacher than random"):
-        probe.run(job, tmp_path)
+        probe.run(job, tmp_path, command="")
