@@ -194,7 +194,7 @@ def check_step(config, mesh, chip):
 
 
 @needs_compiler
-@pytest.mark.slow
+@pytest.mark.exhaustive
 def test_a_small_pair_fits_and_sends_little():
     mesh, chip = tpu_forecast.topology("v5e:2x2")
     config = recipe("vit_tiny_patch16_224", "resnet18", 64, IMAGES * mesh.size)

@@ -100,7 +100,8 @@ def test_a_signal_saves_and_says_how_to_resume(start, unbroken, tmp_path, number
     assert_same_run(folder, unbroken[0])
 
 
-@pytest.mark.slow
+# In CI tests/distributed compares steps on several devices, and runs of several processes.
+@pytest.mark.exhaustive
 def test_four_devices_train_like_one(start, unbroken, tmp_path):
     flags = "--xla_force_host_platform_device_count=4"
     folder = tmp_path / "unbroken"
