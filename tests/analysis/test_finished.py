@@ -31,6 +31,7 @@ def test_a_run_and_its_projectors_are_loaded(tmp_path):
         np.testing.assert_array_equal(student[name], leaf)
 
 
+@pytest.mark.slow
 def test_a_baseline_has_its_configs_teacher_and_no_projectors(tmp_path):
     write_run(tmp_path / "none", "none", checkpoint=False)
     write_run(tmp_path / "cakd", checkpoint=False)

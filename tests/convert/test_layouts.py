@@ -84,6 +84,7 @@ def hugging_face_vit(args):
     return state, theirs
 
 
+@pytest.mark.slow
 def test_a_vit_of_hugging_face():
     state, theirs = hugging_face_vit(TINY_VIT)
     result = convert(Checkpoint("w", theirs, {}), "vit_tiny_patch16_224", args=TINY_VIT)
