@@ -92,7 +92,8 @@ def test_from_images_without_labels_to_a_classifier(tmp_path, capsys):
     assert summary["test"] == "fashion_mnist_mini validation[:50]"
     evaluated = [line for line in read_metrics(tmp_path / "run") if "eval_probe_top1" in line]
     assert evaluated[-1]["eval_probe_top1"] == summary["student"]["probe_top1"]
-    assert summary["student"].keys() == {"model", "probe_top1", "knn_top1", "parameters", "flops"}
+    measured = {"model", "image_size", "probe_top1", "knn_top1", "parameters", "flops"}
+    assert summary["student"].keys() == measured
     report = (tmp_path / "run" / "report.md").read_text()
     assert "linear probe %" in report
     assert "best evaluation" in report
