@@ -87,37 +87,8 @@ def default_config() -> Config:
             "test": "test",  # split to measure on
         }
     )
-    config.image_size = 0  # side of the networks' input, pixels; 0: that of the data
-    config.crop_scale = (0.08, 1.0)  # "host" feed: range of a random crop's share of the area
-    # Evaluation crop as a fraction of the side: 0.875 is "resize 256, crop 224". 0: 0.875 for the
-    # "host" feed; resident images are resized without a crop.
-    config.crop_pct = 0.0
-    config.augment = ConfigDict(
-        {
-            "crop_padding": 4,  # pixels added on each side before a random crop; 0: off
-            "flip": True,  # whether half of the images are mirrored
-        }
-    )
-    config.augment.update(dataclasses.asdict(Augment()))
-    config.views = ConfigDict(dataclasses.asdict(MultiView()))
-
-    config.optimizer = ConfigDict(dataclasses.asdict(OptimizerOptions()))
-    config.schedule = ConfigDict(dataclasses.asdict(ScheduleOptions()))
-    # The paper doesn't specify it. The learning rate is constant.
-    adversary = OptimizerOptions(name="adam", learning_rate=1e-3, weight_decay=0.0)
-    config.adversary_optimizer = ConfigDict(dataclasses.asdict(adversary))
-    config.accumulate = 1  # microbatches per batch (gradient accumulation): less memory
-    config.remat = False  # recompute the student's blocks: less memory, a third more time
-    # The embedding and this many first blocks of a ViT or DeiT keep the values of student.weights;
-    # their gradients are not computed. 0: none.
-    config.freeze = 0
-    config.layer_decay = 1.0  # factor of the student's learning rate per layer, top down; 1: off
-    config.ema = ConfigDict(
-        {
-            "decay": 0.0,  # of the student's moving average, which is evaluated and saved; 0: off
-            "warmup": False,  # whether the decay grows up to `decay`, for short runs
-        }
-    )
+    config.update(_image_defaults())
+    config.update(_optimization_defaults())
     config.probe = ConfigDict(
         {
             # "": off. Otherwise the job is a linear probe of the teacher: "pooled", the network's
@@ -136,6 +107,46 @@ def default_config() -> Config:
     )
     config.update(_run_defaults())
     return config.lock()
+
+
+def _image_defaults() -> ConfigDict:
+    config = ConfigDict()
+    config.image_size = 0  # side of the networks' input, pixels; 0: that of the data
+    config.crop_scale = (0.08, 1.0)  # "host" feed: range of a random crop's share of the area
+    # Evaluation crop as a fraction of the side: 0.875 is "resize 256, crop 224". 0: 0.875 for the
+    # "host" feed; resident images are resized without a crop.
+    config.crop_pct = 0.0
+    config.augment = ConfigDict(
+        {
+            "crop_padding": 4,  # pixels added on each side before a random crop; 0: off
+            "flip": True,  # whether half of the images are mirrored
+        }
+    )
+    config.augment.update(dataclasses.asdict(Augment()))
+    config.views = ConfigDict(dataclasses.asdict(MultiView()))
+    return config
+
+
+def _optimization_defaults() -> ConfigDict:
+    config = ConfigDict()
+    config.optimizer = ConfigDict(dataclasses.asdict(OptimizerOptions()))
+    config.schedule = ConfigDict(dataclasses.asdict(ScheduleOptions()))
+    # The paper doesn't specify it. The learning rate is constant.
+    adversary = OptimizerOptions(name="adam", learning_rate=1e-3, weight_decay=0.0)
+    config.adversary_optimizer = ConfigDict(dataclasses.asdict(adversary))
+    config.accumulate = 1  # microbatches per batch (gradient accumulation): less memory
+    config.remat = False  # recompute the student's blocks: less memory, a third more time
+    # The embedding and this many first blocks of a ViT or DeiT keep the values of student.weights;
+    # their gradients are not computed. 0: none.
+    config.freeze = 0
+    config.layer_decay = 1.0  # factor of the student's learning rate per layer, top down; 1: off
+    config.ema = ConfigDict(
+        {
+            "decay": 0.0,  # of the student's moving average, which is evaluated and saved; 0: off
+            "warmup": False,  # whether the decay grows up to `decay`, for short runs
+        }
+    )
+    return config
 
 
 def _network_defaults() -> ConfigDict:

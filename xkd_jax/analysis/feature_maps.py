@@ -40,9 +40,7 @@ def create_maps_step(pair: Pair) -> MapsStep:
 
     @functools.partial(jax.jit, static_argnums=2)
     def step(variables: Any, images: jax.Array, crop_pct: float) -> dict[str, jax.Array]:
-        pixels = ops.to_float(images)
-        if crop_pct:
-            pixels = ops.resize_crop(pixels, teacher.image_size, crop_pct)
+        pixels = ops.evaluated_pixels(images, teacher.image_size, crop_pct)
         teacher_out = forward(teacher, variables[0], images, crop_pct)
         student_out = forward(student, variables[1], images, crop_pct)
         if method is not None:

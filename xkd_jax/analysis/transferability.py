@@ -208,9 +208,7 @@ def forward(model: Model, variables: Any, images: jax.Array, crop_pct: float) ->
 
     `crop_pct` is that of the images' split.
     """
-    pixels = ops.to_float(images)
-    if crop_pct:
-        pixels = ops.resize_crop(pixels, model.image_size, crop_pct)
+    pixels = ops.evaluated_pixels(images, model.image_size, crop_pct)
     _, out = model.forward(variables, model.preprocess(pixels))
     return out | {"side": model.image_size}
 

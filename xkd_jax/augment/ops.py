@@ -275,3 +275,15 @@ def resize_crop(images: jax.Array, size: int, crop_fraction: float = 0.875) -> j
     images = resize(images, (shorter * h // min(h, w), shorter * w // min(h, w)))
     top, left = (round((side - size) / 2) for side in images.shape[1:3])
     return images[:, top : top + size, left : left + size]
+
+
+def evaluated_pixels(images: jax.Array, size: int, crop_pct: float) -> jax.Array:
+    """What is evaluated of images: in [0, 1], and cropped, unless the host has done that.
+
+    Args:
+      images: uint8 or float32 in [0, 1], [N, H, W, C].
+      size: side of the resulting square, in pixels.
+      crop_pct: `data.Split.crop_pct`; 0: the images stay as they are.
+    """
+    pixels = to_float(images)
+    return resize_crop(pixels, size, crop_pct) if crop_pct else pixels

@@ -31,14 +31,9 @@ def calibration_images(data: tuple[str, str, str], size: int, crop_pct: float) -
     count = min(IMAGES, len(split))
     rows = np.sort(np.random.default_rng(0).choice(len(split), count, replace=False))
 
-    @jax.jit
-    def crop(images: jax.Array) -> jax.Array:
-        return ops.resize_crop(ops.to_float(images), size, crop_pct)
-
-    images = [split.images[rows[i : i + _BATCH]] for i in range(0, count, _BATCH)]
-    if split.crop_pct:
-        images = [np.rint(255 * crop(some)).astype(np.uint8) for some in images]
-    return np.concatenate(images)
+    crop = jax.jit(lambda images: ops.evaluated_pixels(images, size, split.crop_pct))
+    batches = (split.images[rows[i : i + _BATCH]] for i in range(0, count, _BATCH))
+    return np.concatenate([np.rint(255 * crop(images)).astype(np.uint8) for images in batches])
 
 
 def quantize(source: Path, images: np.ndarray) -> Path:

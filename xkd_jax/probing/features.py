@@ -32,9 +32,7 @@ def create_feature_step(
 
     @jax.jit
     def step(variables: Any, images: jax.Array) -> jax.Array:
-        pixels = ops.to_float(images)
-        if crop_pct:
-            pixels = ops.resize_crop(pixels, model.image_size, crop_pct)
+        pixels = ops.evaluated_pixels(images, model.image_size, crop_pct)
         _, out = model.forward(variables, model.preprocess(pixels))
         return out[name].astype(jnp.float32)
 

@@ -98,11 +98,7 @@ def measure(student: str, data: tuple[str, str, str], crop_pct: float, noisy: bo
 def _create_exported_step(model: Exported, crop_pct: float) -> Callable[..., jax.Array]:
     """As `create_feature_step`."""
 
-    @jax.jit
-    def crop(images: jax.Array) -> jax.Array:
-        pixels = ops.to_float(images)
-        return ops.resize_crop(pixels, model.image_size, crop_pct) if crop_pct else pixels
-
+    crop = jax.jit(lambda images: ops.evaluated_pixels(images, model.image_size, crop_pct))
     return lambda variables, images: model(crop(images))
 
 
