@@ -116,7 +116,7 @@ def test_four_devices_train_like_one(start, unbroken, tmp_path):
     assert len(losses[0]) == 10
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive  # in CI the quickstart's comparison is run, and test_sweep.py's
 def test_comparison_has_a_folder_for_each_method(start, tmp_path):
     folder = tmp_path / "runs"
     changes = ["--config.compare=('none','logits')", "--config.epochs=1", "--config.data.noisy"]

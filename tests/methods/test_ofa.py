@@ -155,15 +155,13 @@ def test_a_branch_doubles_the_width_up_to_the_last_convolution(halvings):
     assert widths == {0: [], 1: [7], 3: [4, 8, 7]}[halvings]
 
 
-SLOW = ("CNN to CNN", "Swin to CNN")
-
-
 @pytest.fixture(
     scope="module",
     params=[
         "ViT to CNN",
         "CNN to ViT",
-        *(pytest.param(name, marks=pytest.mark.slow) for name in SLOW),
+        pytest.param("CNN to CNN", marks=pytest.mark.exhaustive),
+        pytest.param("Swin to CNN", marks=pytest.mark.slow),
     ],
 )
 def learnt(request):

@@ -50,14 +50,13 @@ LARGE = {InceptionV3, MobileNetV2, EfficientNet, Xception}  # they take 3 to 12 
 
 
 def marks(name):
-    """By default one network of each smaller class, in CI one of each class.
+    """By default one network of each smaller class.
 
     CI compares one network for each set of arguments with timm itself; the others only differ in
     numbers.
     """
-    if name in CLASSES and MODELS[name].network not in LARGE:
-        return ()
-    return pytest.mark.slow if name in CLASSES else pytest.mark.exhaustive
+    default = name in CLASSES and MODELS[name].network not in LARGE
+    return () if default else pytest.mark.exhaustive
 
 
 # The first network of each class.

@@ -110,11 +110,12 @@ def test_the_backward_pass_is_left_less_than_half(family):
 
 
 # Inception would take as long as all others together; EfficientNet's blocks are MobileNetV2's.
-SLOW = ("dinov2", "mobilenetv2", "xception", "cifar", "wide")
+OTHERS = ("dinov2", "mobilenetv2", "xception", "cifar", "wide")
 
 
 @pytest.mark.parametrize(
-    "family", ["deit", "resnet", *(pytest.param(name, marks=pytest.mark.slow) for name in SLOW)]
+    "family",
+    ["deit", "resnet", *(pytest.param(name, marks=pytest.mark.exhaustive) for name in OTHERS)],
 )
 def test_nothing_changes(family, monkeypatch):
     """Outputs, running statistics, gradients and dropped paths, and the names of all of them."""

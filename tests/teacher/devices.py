@@ -13,11 +13,12 @@ from tests.experiments import change, run, tiny_config
 from xkd_jax.distributed import sharding
 from xkd_jax.experiment import create_experiment
 
-STEPS = 5
+STEPS = 3
 
 
 def main(folder: str) -> None:
-    config = tiny_config("cakd")
+    config = tiny_config("fitnet")
+    config.optimizer.clip_norm = 1.0  # rounding errors grow less
     config.teacher.update(cache=folder, cache_views=2)
     eight = create_experiment(config)
     assert eight.mesh.size == 8
@@ -27,12 +28,12 @@ def main(folder: str) -> None:
     online = create_experiment(config)
     states = {name: run(e, STEPS).states[-1] for name, e in
               {"eight": eight, "alone": alone, "online": online}.items()}  # fmt: skip
-    batch = next(iter(eight.create_loader().batches(0)))
+    (outputs,) = next(iter(eight.create_loader().batches(0)))["teacher"].values()
     found = {
         "alone": difference(states["eight"], states["alone"]),
         "online": difference(states["eight"], states["online"]),
-        "shards": len(batch["teacher"]["tokens"].addressable_shards),
-        "shard": batch["teacher"]["tokens"].addressable_shards[0].data.shape,
+        "shards": len(outputs.addressable_shards),
+        "shard": outputs.addressable_shards[0].data.shape,
     }
     print(json.dumps(found), flush=True)
 

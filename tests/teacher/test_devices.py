@@ -31,7 +31,7 @@ def test_the_first_of_two_processes_writes_for_both(tmp_path):
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     arguments = [
-        f"--config={TINY}:cakd", "--config.epochs=1",
+        f"--config={TINY}:fitnet", "--config.epochs=1",
         f"--config.teacher.cache={tmp_path / 'cache'}",
         "--config.teacher.cache_views=2", f"--workdir={tmp_path / 'run'}",
         f"--coordinator=127.0.0.1:{port}", "--num_processes=2",
