@@ -138,7 +138,7 @@ def test_peaks_are_those_of_the_matrix_units():
 @pytest.mark.slow
 def test_command_line(tmp_path):
     def call(topology):
-        command = [sys.executable, "-m", "xkd_jax.main", "--config", "tests/tiny.py"]
+        command = [sys.executable, "-m", "xkd_jax.main", "--config", "tests/tiny.py:logits"]
         command += ["--compile_for", topology, "--workdir", str(tmp_path / "run")]
         return subprocess.run(
             command, cwd=Path(__file__).parents[2], capture_output=True, text=True, check=False
@@ -146,7 +146,7 @@ def test_command_line(tmp_path):
 
     done = call("v5e:2x2")
     assert done.returncode == 0, done.stderr
-    assert "cakd on v5e:2x2, 4 chips" in done.stdout
+    assert "logits on v5e:2x2, 4 chips" in done.stdout
     assert re.search(r"It fits: \d+\.\d GiB of a chip's 16 GiB", done.stdout)
     wrong = call("v5e:3x3")
     assert (wrong.returncode, len(wrong.stderr.splitlines())) == (2, 1)

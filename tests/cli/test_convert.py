@@ -365,8 +365,18 @@ def test_pytorch_files(torch, tmp_path, run):
         read_checkpoint(path)
 
 
+# The other large ViTs only have other numbers.
+LARGE = [name for name in DEFAULT_TAGS if "_large_" in name and name != "vit_large_patch16_224"]
+
+
 @pytest.mark.parity
-@pytest.mark.parametrize("model", DEFAULT_TAGS)
+@pytest.mark.parametrize(
+    "model",
+    [
+        pytest.param(name, marks=pytest.mark.exhaustive if name in LARGE else ())
+        for name in DEFAULT_TAGS
+    ],
+)
 def test_timm_loads_what_is_written(torch, tmp_path, model):
     from tests.parity.reference import timm
 

@@ -152,9 +152,9 @@ def newest_step(folder):
     return max(int(path.name) for path in (folder / "checkpoints").iterdir())
 
 
-def last_state(folder, changes):
+def last_state(folder, changes, method=METHOD):
     """The last checkpoint, restored on one device."""
-    config = tiny.get_config(METHOD)
+    config = tiny.get_config(method)
     config.update_from_flattened_dict(changes)
     experiment = create_experiment(config)
     checkpoints = Checkpoints(folder / "checkpoints", 2, experiment.distiller.teacher.fingerprint)
@@ -209,9 +209,9 @@ def one_each(environment):
 @pytest.mark.slow
 def test_sigterm_to_one_process_stops_both_at_the_same_step(one_each, tmp_path):
     unbroken, folder = tmp_path / "unbroken", tmp_path / "broken"
-    codes, said = finish(*start_two(one_each, main(unbroken, LONG)))
+    codes, said = finish(*start_two(one_each, main(unbroken, LONG, "logits")))
     assert codes == [0, 0], said
-    running = start_two(one_each, main(folder, LONG))
+    running = start_two(one_each, main(folder, LONG, "logits"))
     wait_for_step(folder, 5, *running)
     running[1].send_signal(signal.SIGTERM)
     codes, said = finish(*running)
@@ -220,11 +220,11 @@ def test_sigterm_to_one_process_stops_both_at_the_same_step(one_each, tmp_path):
     assert "run the same command again to resume" not in said[1]
     stopped_at = newest_step(folder)
     assert stopped_at == read_metrics(folder)[-1]["step"] < 32
-    codes, said = finish(*start_two(one_each, main(folder, LONG)))
+    codes, said = finish(*start_two(one_each, main(folder, LONG, "logits")))
     assert codes == [0, 0], said
     assert f"step {stopped_at + 1}/32" in said[0]
     pairs = zip(
-        *(jax.tree.leaves_with_path(last_state(run, LONG)) for run in (unbroken, folder)),
+        *(jax.tree.leaves_with_path(last_state(run, LONG, "logits")) for run in (unbroken, folder)),
         strict=True,
     )
     for (path, leaf), (_, other) in pairs:

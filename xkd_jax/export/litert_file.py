@@ -3,13 +3,16 @@
 LiteRT's own converter translates the StableHLO that JAX traces.
 """
 
+# Its packages are compiled, without types, and only an extra installs them.
+# pyright: reportAttributeAccessIssue=false, reportMissingImports=false
+
 from pathlib import Path
 
 import jax
 import jax.numpy as jnp
-from ai_edge_litert.interpreter import Interpreter  # pyright: ignore[reportMissingImports]
-from litert_converter import converter_api_ext as converter  # pyright: ignore[reportMissingImports]
-from litert_converter.mlir import ir, passmanager  # pyright: ignore[reportMissingImports]
+from ai_edge_litert.interpreter import Interpreter
+from litert_converter import converter_api_ext as converter
+from litert_converter.mlir import ir, passmanager
 
 from xkd_jax import backend
 from xkd_jax.errors import UserError
