@@ -152,6 +152,10 @@ def test_another_teacher_or_size_or_pixels_is_another_cache(tmp_path):
     assert len(folders) == 3
     assert folder not in folders
     assert dataclasses.replace(cache, views=9).store.folder == folder
+    unlabelled = dataclasses.replace(
+        cache.split, labels=np.zeros_like(cache.split.labels), class_names=()
+    )
+    assert dataclasses.replace(cache, split=unlabelled).store.folder == folder
 
 
 def test_a_folder_with_another_recipe_is_refused(tmp_path):

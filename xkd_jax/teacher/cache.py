@@ -73,11 +73,12 @@ class TeacherCache:
         """Everything that the teacher's outputs depend on; can be saved as JSON."""
         teacher, split = self.distiller.teacher, self.split
         assert teacher is not None
-        images: dict[str, Any] = dict(split.identity)
         if isinstance(split.images, EncodedImages):
-            images["random_crop"] = {"side": self.side, "scale": list(self.crop_scale)}
-        else:
-            images["pixels"] = hashlib.sha256(np.ascontiguousarray(split.images).data).hexdigest()
+            crop = {"side": self.side, "scale": list(self.crop_scale)}
+            images: dict[str, Any] = split.identity | {"random_crop": crop}
+        else:  # labels make no difference
+            pixels = hashlib.sha256(np.ascontiguousarray(split.images).data).hexdigest()
+            images = {"examples": len(split), "pixels": pixels}
         return {
             "what": "outputs of a frozen teacher, one .npy file per output and view; the first "
             "axis is the image's number in the training split",
