@@ -1,4 +1,4 @@
-"""The training steps of `step_time.py` against the same steps in PyTorch.
+"""The training steps of the quickstart against the same steps in PyTorch.
 
 python benchmarks/torch_peer.py [--steps 30]
 
@@ -22,11 +22,11 @@ from typing import Any
 import jax
 import numpy as np
 import torch  # pyright: ignore[reportMissingImports]
-from step_time import create_step
 from torch import nn  # pyright: ignore[reportMissingImports]
 from torch.nn import functional as F  # pyright: ignore[reportMissingImports]
 
 from xkd_jax.augment.multiview import MultiView
+from xkd_jax.bench.parts import whole_step
 from xkd_jax.experiment import Experiment, create_experiment
 from xkd_jax.methods.align import choose_stage
 from xkd_jax.methods.cakd import CAKD, TILE
@@ -378,7 +378,7 @@ def main() -> None:
     for method in METHODS:
         config.method.name = method
         experiment = create_experiment(config)
-        functions[method, "JAX"] = create_step(experiment)
+        functions[method, "JAX"] = whole_step(experiment).run
         peer = Peer(experiment)
         functions[method, "PyTorch"] = peer.step
         sizes |= peer.sizes

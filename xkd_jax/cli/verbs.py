@@ -40,6 +40,10 @@ VERBS = {
         "report finished runs or a table: Markdown and an HTML page",
         "xkd-jax report runs/quickstart",
     ),
+    "bench": (
+        "time a training step: against its limit, and part by part",
+        "xkd-jax bench --config quickstart",
+    ),
     "analysis": (
         "measure finished runs (transferability, robustness) and draw pictures",
         "xkd-jax analysis transferability runs/quickstart",

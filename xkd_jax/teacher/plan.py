@@ -57,7 +57,7 @@ def plan(distiller: "Distiller") -> Plan:
             "method's teacher_batch_stats=False, or teacher.cache=''."
         )
     rows, constants = {}, {}
-    for name, shape in _read_outputs(distiller).items():
+    for name, shape in read_outputs(distiller)[0].items():
         single = teacher.output_shapes[name]
         if shape.shape == (_IMAGES, *single.shape[1:]):
             rows[name] = jax.ShapeDtypeStruct(single.shape[1:], stored_dtype(shape.dtype))
@@ -76,10 +76,11 @@ def stored_dtype(dtype: Any) -> np.dtype:
     return np.dtype(np.float16) if jnp.issubdtype(dtype, jnp.floating) else np.dtype(dtype)
 
 
-def _read_outputs(distiller: "Distiller") -> dict[str, jax.ShapeDtypeStruct]:
-    """The outputs of the teacher that influence the method's loss, as shapes for `_IMAGES`.
+def read_outputs(distiller: "Distiller") -> tuple[Outputs, Outputs]:
+    """The teacher's and the student's outputs that influence the method's loss.
 
-    An output of which only the name or the shape is read doesn't count.
+    They are shapes for a batch of two images. An output of which only the name or the shape is read
+    doesn't count.
     """
     assert distiller.teacher is not None
     teacher_out = _outputs(distiller.teacher, train=False)
@@ -100,11 +101,11 @@ def _read_outputs(distiller: "Distiller") -> dict[str, jax.ShapeDtypeStruct]:
         jax.ShapeDtypeStruct((), jnp.float32), state.params["adversary"],
     ).jaxpr  # fmt: skip
     _, used = partial_eval.dce_jaxpr(jaxpr, [True] * len(jaxpr.outvars))
-    names = sorted(arrays)  # the order in which a dict is flattened
-    return {
-        name: arrays[name] for name, is_used in zip(names, used[: len(names)], strict=True)
-        if is_used
-    }  # fmt: skip
+    found, flags = [], iter(used)
+    for outputs in (arrays, of_student):
+        # A dict is flattened in the order of its sorted names.
+        found.append({name: outputs[name] for name in sorted(outputs) if next(flags)})
+    return found[0], found[1]
 
 
 def _outputs(model: Model, train: bool) -> Outputs:
