@@ -12,13 +12,24 @@ Command, one run, and the table of all methods:
     --config.teacher.weights=FILE --config.teacher.cache=runs/cache --workdir runs/table
 `:few25`, the default, has 25 labels a class and `:few100` 100, on average over the classes. Choices
 are made on the last 5,000 training images. `:smoke` takes under two minutes on two CPU cores.
+
+`:unlabelled` trains the student on 10,000 images without their labels, and `:labels10` on a tenth
+of the labels, as a table: from random weights, and from the students that `:unlabelled` has left in
+runs/unlabelled/METHOD.
 """
 
 from xkd_jax.config import Config, default_config
 from xkd_jax.configs import common
 from xkd_jax.table import Cell, Table, grid, scaled
 
-VARIANTS = {"few25": ("train[:2500]", 20), "few100": ("train[:10000]", 10)}
+VARIANTS = {
+    "few25": ("train[:2500]", 20),
+    "few100": ("train[:10000]", 10),
+    "unlabelled": ("train[:10000]", 5),
+    "labels10": ("train[:4500]", 8),
+}
+# Whose students `:labels10` compares: "pooled" is cakd's term on pooled features alone.
+UNLABELLED = ("logits", "pooled", "cakd")
 # The loss weights that are tuned together, by method: these, a third of them and three times them.
 # This teacher's features are large: cakd's terms with weights of 1 would be several times the
 # cross-entropy.
@@ -64,7 +75,12 @@ def get_config(variant: str = "") -> Config:
     config.method.crd.negatives = 1024
     config.method.review.warmup_epochs = 5
     config.eval_every = 5
-    if variant == "smoke":
+    if variant == "unlabelled":
+        config.teacher.cache_views = 2
+        config.data.labels = False
+        config.monitor.update(name="tfds:cifar100", train="train[:2500]", test="train[45000:]")
+        config.eval_every = 1
+    elif variant == "smoke":
         common.smoke(config, epochs=2, log_every=5, train="train[:640]", test="test[:500]")
         common.untrained_teacher(config, "vit_tiny_patch16_224", img_size=32, patch_size=4, depth=2)
         config.method.name = "cakd"
@@ -72,9 +88,15 @@ def get_config(variant: str = "") -> Config:
 
 
 def get_table(variant: str = "") -> Table:
-    common.check_variant(variant, ("smoke", *VARIANTS))
+    common.check_variant(variant, ("smoke", "few25", "few100", "labels10"))
     rates = grid(optimizer__learning_rate=(0.2, 0.4, 0.8))
     start = {"optimizer.learning_rate": 0.4}
+    if variant == "labels10":
+        cells = {"none": Cell({"method.name": "none"}, (rates,))}
+        for name in UNLABELLED:
+            weights = {"student.weights": f"runs/unlabelled/{name}/student.safetensors"}
+            cells[name] = Cell({"method.name": "none"} | weights, (rates,))
+        return Table(cells, "none", seeds=(0, 1))
     cells = {"none": Cell({"method.name": "none"} | start, (rates,))}
     for name, weights in WEIGHTS.items():
         stages = (scaled((1 / 3, 1.0, 3.0), **weights), rates)

@@ -15,6 +15,8 @@ import pytest
 from tests.cli.test_sweep import recipe
 from tests.runs import finish, timeless, wait_for_step
 from xkd_jax.cli import run_folder, tables
+from xkd_jax.config import validate
+from xkd_jax.configs import dinov2_cifar100
 from xkd_jax.configs.tables import common
 from xkd_jax.errors import UserError
 from xkd_jax.experiment import (
@@ -144,6 +146,21 @@ def test_every_cell_is_valid(name, variant):
         )
     with pytest.raises(UserError, match="unknown variant 'smoek'; did you mean smoke"):
         get(name, "smoek")
+
+
+def test_the_tables_of_a_foundation_teacher_are_valid():
+    for variant in ("few25", "few100", "labels10"):
+        config, table = dinov2_cifar100.get_config(variant), dinov2_cifar100.get_table(variant)
+        tables.check_fields(table, config, list(table.cells))
+        taught = [table.count(cell) for name, cell in table.cells.items() if name != "none"]
+        assert len(set(taught)) == 1  # the same budget
+    started = {cell.fields.get("student.weights") for cell in table.cells.values()}
+    assert len(started) == len(table.cells)
+    unlabelled = dinov2_cifar100.get_config("unlabelled")
+    validate(unlabelled)
+    assert not unlabelled.data.labels
+    with pytest.raises(UserError, match="unknown variant 'unlabelled'"):
+        dinov2_cifar100.get_table("unlabelled")
 
 
 @pytest.mark.slow
