@@ -1,14 +1,13 @@
 """Measures a recipe's training step: `xkd-jax bench --config RECIPE`."""
 
 import json
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 
 from absl import flags
 
 from xkd_jax.cli import train as command
-from xkd_jax.cli.command import guard
+from xkd_jax.cli.command import arguments_of, guard
 from xkd_jax.errors import UserError
 
 _ROUNDS = flags.DEFINE_integer("rounds", 20, "How often each program runs.")
@@ -31,10 +30,7 @@ examples:
 @guard
 def main(argv: Sequence[str] | None = None) -> int:
     """The command line, `sys.argv[1:]` if `argv` is None; returns the exit code as `guard` says."""
-    arguments = list(sys.argv[1:] if argv is None else argv)
-    if any(argument in ("-h", "--help") for argument in arguments):
-        print(_USAGE)
-        return 0
+    arguments = arguments_of(argv, _USAGE)
     config, _ = command.parse(arguments)
     if _ROUNDS.value < 1:
         raise UserError(f"--rounds={_ROUNDS.value} must be at least 1.")

@@ -46,6 +46,20 @@ class Parser(argparse.ArgumentParser):
         raise UserError(f"{message}; see {self.prog} --help.")
 
 
+def arguments_of(argv: Sequence[str] | None, usage: str) -> list[str]:
+    """The command line of a verb without a `Parser`; as there, --help prints and ends the process.
+
+    Args:
+      argv: the verb's; None for `sys.argv[1:]`.
+      usage: the text of --help.
+    """
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    if any(argument in ("-h", "--help") for argument in arguments):
+        print(usage)
+        raise SystemExit(0)
+    return arguments
+
+
 def guard(main: Main) -> Main:
     """Wraps a verb's `main(argv)` so that expected failures end in one sentence and an exit code.
 

@@ -7,14 +7,13 @@ FOLDER/CELL/seed0, a run for a choice in FOLDER/CELL/tuning.
 
 import runpy
 import shlex
-import sys
 from collections.abc import Sequence
 
 from absl import flags
 from ml_collections import config_flags
 
 from xkd_jax.cli import train as command
-from xkd_jax.cli.command import guard
+from xkd_jax.cli.command import arguments_of, guard
 from xkd_jax.errors import UserError
 
 _SHARD = flags.DEFINE_string("shard", "1/1", "I/N: only every Nth cell, beginning with the Ith.")
@@ -41,10 +40,7 @@ examples:
 @guard
 def main(argv: Sequence[str] | None = None) -> int:
     """The command line, `sys.argv[1:]` if `argv` is None; returns the exit code as `guard` says."""
-    arguments = list(sys.argv[1:] if argv is None else argv)
-    if any(argument in ("-h", "--help") for argument in arguments):
-        print(_USAGE)
-        return 0
+    arguments = arguments_of(argv, _USAGE)
     config, workdir = command.parse(list(arguments))
     path, _, variant = config_flags.get_config_filename(flags.FLAGS["config"]).partition(":")
     get_table = runpy.run_path(path).get("get_table")

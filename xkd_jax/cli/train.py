@@ -15,7 +15,7 @@ from absl import flags, logging
 from ml_collections import config_flags
 
 from xkd_jax.cli import recipes
-from xkd_jax.cli.command import guard
+from xkd_jax.cli.command import arguments_of, guard
 from xkd_jax.errors import UserError
 
 _CONFIG = config_flags.DEFINE_config_file(
@@ -65,10 +65,7 @@ def usage() -> str:
 @guard
 def main(argv: Sequence[str] | None = None) -> int:
     """The command line, `sys.argv[1:]` if `argv` is None; returns the exit code as `guard` says."""
-    arguments = list(sys.argv[1:] if argv is None else argv)
-    if any(argument in ("-h", "--help") for argument in arguments):
-        print(usage())
-        return 0
+    arguments = arguments_of(argv, usage())
     command = shlex.join(["xkd-jax", "train", *arguments])
     config, workdir = parse(arguments)
     # Only now, for JAX takes a second: `--help` and a wrong command line need none of it.
