@@ -126,7 +126,11 @@ def test_from_photos_to_a_student_by_the_page(photos, tmp_path):
             check=False,
         )  # fmt: skip
         assert done.returncode == 0, done.stderr
-    assert (tmp_path / "runs" / "folder_scratch" / "student.safetensors").exists()
+    run = tmp_path / "runs" / "folder_scratch"
+    assert (run / "student.safetensors").exists()
+    scores = json.loads((run / "summary.json").read_text())["student"]
+    assert np.isfinite(scores["loss"])
+    assert "eer" in scores  # of two classes
 
 
 @pytest.mark.parametrize("recipe", RECIPES)

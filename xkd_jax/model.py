@@ -13,7 +13,7 @@ from xkd_jax import models, weights
 from xkd_jax.augment import ops
 from xkd_jax.convert.conversion import find_weights
 from xkd_jax.errors import UserError, unknown
-from xkd_jax.methods.base import Outputs, apply, split_static
+from xkd_jax.methods.base import Outputs, apply, arrays_of, split_static
 from xkd_jax.models import layers
 
 
@@ -116,14 +116,11 @@ class Model:
         """
         static: dict[str, Any] = {"side": self.image_size}
 
-        def forward(key):
+        def forward(key: jax.Array) -> Outputs:
             images = jnp.zeros((1, self.image_size, self.image_size, 3))
-            (_, out), _ = self.module.init_with_output(key, images)
-            arrays, rest = split_static(out)
-            static.update(rest)
-            return arrays
+            return self.module.init_with_output(key, images)[0][1]
 
-        return jax.eval_shape(forward, jax.random.key(0)) | static
+        return jax.eval_shape(arrays_of(forward, static), jax.random.key(0)) | static
 
     def zero_outputs(self) -> Outputs:
         """`out` for one image, with all arrays zero."""

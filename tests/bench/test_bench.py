@@ -101,7 +101,7 @@ def test_steps_are_measured_against_their_limit():
     assert json.loads(json.dumps(found)) == found
     text = measure.describe(found)
     assert "| fitnet |" in text
-    assert "batch 16; medians of 1 rounds" in text
+    assert "batch 16; medians over rounds in which all programs take turns: 1." in text
     assert text.splitlines()[-1].startswith("| whole step |")
 
 

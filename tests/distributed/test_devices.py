@@ -49,3 +49,8 @@ def test_ten_steps_on_eight_devices_are_those_on_one(differences, method):
 
 def test_memory_banks_are_split_over_the_devices(differences):
     assert differences[KINDS]["sharded"] == 2  # crd's, of the teacher and of the student
+
+
+@pytest.mark.exhaustive
+def test_margins_are_on_every_device(differences):
+    assert differences["ofd"]["sharded"] == 0

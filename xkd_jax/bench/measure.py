@@ -1,6 +1,6 @@
 """Measures the training steps of a recipe, and writes what was found as tables."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -12,6 +12,7 @@ from xkd_jax.bench.timing import Program, alternate, compile_program
 from xkd_jax.config import Config, for_method, validate
 from xkd_jax.errors import UserError
 from xkd_jax.experiment import compute_dtype, create_experiment
+from xkd_jax.reporting.document import format_markdown
 
 # Peak FLOP/s of dense bfloat16 products, by a part of the device's name: from the data sheets of
 # NVIDIA's SXM modules and Google's documentation.
@@ -126,14 +127,16 @@ def _peak(dtype: str) -> dict[str, Any]:
 def _device_memory() -> dict[str, int]:
     """Peak bytes in use on the first device since the process began, where the device counts."""
     counted = jax.local_devices()[0].memory_stats() or {}
-    return {name: counted[name] for name in ("peak_bytes_in_use",) if name in counted}
+    name = "peak_bytes_in_use"
+    return {name: counted[name]} if name in counted else {}
 
 
 def describe(found: Mapping[str, Any]) -> str:
     """The tables of `measure`'s result, as Markdown."""
     lines = [
         f"{found['devices']} x {found['device']}, jax {found['jax']}, {found['dtype']}, batch "
-        f"{found['batch']}; medians of {found['rounds']} rounds in which all programs take turns.",
+        f"{found['batch']}; medians over rounds in which all programs take turns: "
+        f"{found['rounds']}.",
         "",
     ]
     head = (
@@ -143,7 +146,7 @@ def describe(found: Mapping[str, Any]) -> str:
     first = [name for name in (TEACHER, PLAIN, LIMIT) if name in found["steps"]]
     names = first + [name for name in found["steps"] if name not in first]
     rows = [_cells(name, found["steps"][name]) for name in names]
-    lines += _table(head, rows)
+    lines.append(format_markdown([head, *rows]))
     peak = found["peak"]
     lines += [
         "",
@@ -161,7 +164,7 @@ def describe(found: Mapping[str, Any]) -> str:
     rows.append(("sum", *(_ms(sum(found["parts"][m].values())) for m in methods)))
     whole = [found["steps"][PLAIN if m == "none" else m]["ms"] for m in methods]
     rows.append(("whole step", *map(_ms, whole)))
-    return "\n".join([*lines, *_table(("", *methods), rows)])
+    return "\n".join([*lines, format_markdown([("", *methods), *rows])])
 
 
 def _cells(name: str, row: Mapping[str, Any]) -> tuple[str, ...]:
@@ -176,8 +179,3 @@ def _cells(name: str, row: Mapping[str, Any]) -> tuple[str, ...]:
 
 def _ms(value: float | None) -> str:
     return "" if value is None else f"{value:.2f}"
-
-
-def _table(head: tuple[str, ...], rows: Iterable[tuple[str, ...]]) -> list[str]:
-    rule = ("---", *("---:" for _ in head[1:]))
-    return [f"| {' | '.join(row)} |" for row in (head, rule, *rows)]

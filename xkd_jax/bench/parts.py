@@ -3,7 +3,6 @@
 import dataclasses
 import functools
 import time
-from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -15,39 +14,33 @@ from xkd_jax.analysis import memory
 from xkd_jax.analysis.flops import count_flops
 from xkd_jax.augment import fixed
 from xkd_jax.bench.timing import Program, compile_program
-from xkd_jax.config import for_method
 from xkd_jax.distiller import Distiller, adversary_gradient, create_views, epochs
 from xkd_jax.distributed import sharding
-from xkd_jax.experiment import Experiment, create_experiment
-from xkd_jax.methods.base import Outputs, apply, split_static
+from xkd_jax.experiment import Experiment
+from xkd_jax.methods.base import Outputs, apply, arrays_of, split_static
 from xkd_jax.methods.label import label_term
 from xkd_jax.state import TrainState
 from xkd_jax.teacher.forward import CACHED, create_teacher_fn
 from xkd_jax.teacher.plan import read_outputs
-from xkd_jax.train import compile_step, experiment_step, init_state
+from xkd_jax.train import Stepper, experiment_step, init_state
 
 
 def whole_step(experiment: Experiment) -> Program:
     """The training step, whose state goes on from call to call as in training."""
-    loader, holder = experiment.create_loader(), [init_state(experiment)]
-    batch = next(iter(loader.batches(0)))
-    teacher, resident = experiment.teacher_arrays(), loader.arrays
+    holder = [init_state(experiment)]
     begun = time.perf_counter()
-    compiled = compile_step(experiment, holder[0], teacher, resident)
+    step_fn = Stepper(experiment, holder[0])
     seconds = time.perf_counter() - begun
-    step = functools.partial(experiment_step, experiment)
-    flops = 2 * count_flops(step, holder[0], teacher, resident, batch)
+    batch = next(iter(step_fn.loader.batches(0)))
+    traced = functools.partial(experiment_step, experiment)
+    inputs = experiment.teacher_arrays(), step_fn.loader.arrays, batch
+    flops = 2 * count_flops(traced, holder[0], *inputs)
 
     def run() -> Any:
-        holder[0], metrics = compiled(holder[0], teacher, resident, batch)
+        holder[0], metrics = step_fn(holder[0], batch)
         return metrics
 
-    return Program(run, flops, seconds, memory.temporaries(compiled))
-
-
-def plain_step(experiment: Experiment) -> Program:
-    """The same student's step on the labels alone, from the same data."""
-    return whole_step(create_experiment(for_method(experiment.config, "none")))
+    return Program(run, flops, seconds, memory.temporaries(step_fn.compiled))
 
 
 def teacher_forward(experiment: Experiment) -> Program:
@@ -113,17 +106,6 @@ def _examples(experiment: Experiment, resident: Any, batch: Any) -> dict[str, ja
     return jax.jit(take)(resident, batch)
 
 
-def _arrays_of(function: Callable[..., Outputs], static: dict[str, Any]) -> Callable[..., Outputs]:
-    """`function` without the entries of its result that are no arrays, which go to `static`."""
-
-    def arrays(*args: Any) -> Outputs:
-        found, rest = split_static(function(*args))
-        static.update(rest)
-        return found
-
-    return arrays
-
-
 def _teacher(
     experiment: Experiment, view: jax.Array, rows: Any, read: list[str]
 ) -> tuple[Program, Outputs]:
@@ -134,7 +116,7 @@ def _teacher(
     def forward(variables: Any, view: jax.Array, rows: Any) -> Outputs:
         return create_teacher_fn(experiment.distiller, variables, rows is not None)(view, rows)
 
-    arrays = _arrays_of(forward, static)
+    arrays = arrays_of(forward, static)
     shapes = jax.eval_shape(arrays, variables, view, rows)
 
     def needed(*args: Any) -> Outputs:
@@ -176,7 +158,7 @@ def _student_outputs(distiller: Distiller, state: TrainState, view: jax.Array, k
     def forward(params: Any, view: jax.Array) -> Outputs:
         return _forward(distiller, params, state, view, key)[0]
 
-    return jax.jit(_arrays_of(forward, static))(state.params["student"], view) | static
+    return jax.jit(arrays_of(forward, static))(state.params["student"], view) | static
 
 
 class _Method:

@@ -6,7 +6,7 @@ part of the training state.
 """
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, ClassVar, NamedTuple
 
 import jax
@@ -177,6 +177,17 @@ def split_static(out: Outputs) -> tuple[Outputs, dict[str, Any]]:
     """The arrays (or their shapes) among a network's outputs, and the rest, such as the grid."""
     arrays = {name: value for name, value in out.items() if hasattr(value, "dtype")}
     return arrays, {name: value for name, value in out.items() if name not in arrays}
+
+
+def arrays_of(function: Callable[..., Outputs], static: dict[str, Any]) -> Callable[..., Outputs]:
+    """`function` as JAX can trace it: its result's entries that are no arrays go to `static`."""
+
+    def arrays(*args: Any) -> Outputs:
+        found, rest = split_static(function(*args))
+        static.update(rest)
+        return found
+
+    return arrays
 
 
 def weighted_sum(

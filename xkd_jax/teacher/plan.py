@@ -10,7 +10,7 @@ import numpy as np
 from jax.interpreters import partial_eval
 
 from xkd_jax.errors import UserError
-from xkd_jax.methods.base import Outputs, apply, split_static
+from xkd_jax.methods.base import Outputs, apply, arrays_of, split_static
 from xkd_jax.methods.reads import example_batch
 from xkd_jax.model import Model
 
@@ -117,9 +117,8 @@ def _outputs(model: Model, train: bool) -> Outputs:
             model.module, variables, images, train=train, mutable=["batch_stats"],
             rngs={"dropout": key},
         )  # fmt: skip
-        arrays, rest = split_static(out)
-        static.update(rest)
-        return arrays
+        return out
 
     images = jax.ShapeDtypeStruct((_IMAGES, model.image_size, model.image_size, 3), jnp.float32)
-    return jax.eval_shape(forward, model.shapes, images, jax.random.key(0)) | static
+    arrays = arrays_of(forward, static)
+    return jax.eval_shape(arrays, model.shapes, images, jax.random.key(0)) | static
