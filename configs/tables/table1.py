@@ -57,8 +57,8 @@ _CNN = ("none", "logits", "fitnet", "at", "rkd", "irg", "ofd", "crd", "review", 
 GPU = common.gpu_results(_CNN, ("resnet20", "resnet8x4"), ("logits", "rkd", "irg", "cakd"))
 PACKAGED = {
     "vit-resnet": common.unpublished(quickstart.METHODS),
-    "vit-resnetx2": common.unpublished(("none", "logits", "rkd", "irg", "cakd")),
     "vit-transformer": common.unpublished(common.TRANSFORMERS),
+    "vit-resnetx2": common.unpublished(("none", "logits", "rkd", "irg", "cakd")),
 }
 
 

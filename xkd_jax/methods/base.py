@@ -193,7 +193,16 @@ def arrays_of(function: Callable[..., Outputs], static: dict[str, Any]) -> Calla
 def weighted_sum(
     terms: dict[str, tuple[Any, jax.Array]], state: Tree, judged: Any = None
 ) -> MethodLoss:
-    """The sum of `terms`, (weight, term) by name, each of them reported plain and weighted."""
+    """The sum of `terms`, (weight, term) by name, each of them reported plain and weighted.
+
+    A term of weight 0 is neither reported nor computed: XLA would keep it, as 0 times infinity is
+    not 0.
+    """
+    terms = {
+        name: (weight, value)
+        for name, (weight, value) in terms.items()
+        if isinstance(weight, jax.Array) or weight != 0
+    }
     metrics = {name: value for name, (_, value) in terms.items()}
     metrics |= {f"{name}_weighted": weight * value for name, (weight, value) in terms.items()}
     total = sum((weight * value for weight, value in terms.values()), jax.numpy.zeros(()))

@@ -221,7 +221,8 @@ class CAKD(Method):
       attention_weight: weight of the attention term of L_proj1.
       value_weight: weight of the value-relation term of L_proj1.
       token_weight: weight of L_proj2.
-      adversarial_weight: lambda. The paper doesn't state it; docs/quickstart.md has the sweep.
+      adversarial_weight: lambda. The paper doesn't state it; docs/quickstart.md has the sweep. With
+        0 there is no adversary.
       pooled_weight: weight of `pooled_loss`, which the paper doesn't have: the student's last stage
         learns from the teacher too. A linear map of `pooled` predicts the teacher's.
       generator: "saturating", as in the paper, or "non_saturating".
@@ -250,7 +251,7 @@ class CAKD(Method):
     @property
     @override
     def adversary_period(self) -> int:
-        return self.adversary_every
+        return self.adversary_every if self.adversarial_weight else 0
 
     @override
     def check(self, teacher_out, student_out):
@@ -369,19 +370,21 @@ class CAKD(Method):
         tokens = apply(gl, params["gl"], features, rngs={"dropout": dropout_key})
         bias = teacher_bias(teacher_out, self.teacher_block)
         attention_loss, relation_loss = pca_losses(replace_key, student_qkv, teacher_qkv, bias)
-        logits = apply(discriminator, jax.lax.stop_gradient(adversary), tokens)
         terms = {
             "attention": (self.attention_weight, attention_loss),
             "value_relation": (self.value_weight, relation_loss),
             "tokens": (self.token_weight, token_loss(teacher_tokens, tokens)),
-            "generator": (self.adversarial_weight, generator_loss(logits, self.generator)),
         }
+        if adversary:
+            logits = apply(discriminator, jax.lax.stop_gradient(adversary), tokens)
+            loss = generator_loss(logits, self.generator)
+            terms["generator"] = self.adversarial_weight, loss
         if "pooled" in params:
             target = teacher_out["pooled"].astype(jnp.float32)
             source = student_out["pooled"].astype(jnp.float32)
             prediction = apply(nn.Dense(target.shape[-1]), params["pooled"], source)
             terms["pooled"] = (self.pooled_weight, pooled_loss(target, prediction))
-        return weighted_sum(terms, state, judged=(teacher_tokens, tokens))
+        return weighted_sum(terms, state, judged=(teacher_tokens, tokens) if adversary else None)
 
     @override
     def adversary_loss(self, adversary, judged):

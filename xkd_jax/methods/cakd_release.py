@@ -146,8 +146,6 @@ class CAKDRelease(cakd.CAKD):
         )
         target = jax.lax.stop_gradient(teacher_out.get("cls", teacher_out["pooled"]))
         teacher_logits = jax.lax.stop_gradient(teacher_out["logits"])
-        # The released code detaches the map, so that the student gets no gradient from this term.
-        fooled = apply(PatchGAN(), jax.lax.stop_gradient(adversary), jax.lax.stop_gradient(scores))
         ramp = self.ramp(progress)
         terms = {
             "attention": (self.attention_weight, jnp.mean((teacher_scores - scores) ** 2)),
@@ -158,10 +156,15 @@ class CAKDRelease(cakd.CAKD):
                 mean_squared_distance(student_out["logits"], teacher_logits),
             ),
             "class_token": (self.class_token_weight, jnp.mean((target - pooled) ** 2)),
-            "generator": (self.adversarial_weight, cakd.generator_loss(fooled, self.generator)),
         }
+        if adversary:
+            # The released code detaches the map: the student gets no gradient from this term.
+            judged = jax.lax.stop_gradient(scores)
+            fooled = apply(PatchGAN(), jax.lax.stop_gradient(adversary), judged)
+            loss = cakd.generator_loss(fooled, self.generator)
+            terms["generator"] = self.adversarial_weight, loss
         terms = {name: (ramp * weight, term) for name, (weight, term) in terms.items()}
-        return weighted_sum(terms, state, judged=(teacher_scores, scores))
+        return weighted_sum(terms, state, judged=(teacher_scores, scores) if adversary else None)
 
     @override
     def adversary_loss(self, adversary, judged):
