@@ -68,9 +68,9 @@ def get_config(variant: str = "") -> Config:
     if not variant:
         config.data.train = "train"
         # Twice the images, as many steps: durations in epochs are halved.
-        config.epochs = 28
-        config.method.ab.first_epochs = config.method.ft.first_epochs = 4
-        config.method.review.warmup_epochs = 3
+        config.epochs = 14
+        config.method.ab.first_epochs = config.method.ft.first_epochs = 2
+        config.method.review.warmup_epochs = 1
     return config
 
 

@@ -46,8 +46,8 @@ def test_the_tables_have_means_over_severities_and_groups(tmp_path):
         for line in text.splitlines()
         if line.startswith("|")
     ]
-    assert cells[0] == ["", "clean", "noisy", "digital", "weather", "mean"]
-    assert cells[2] == ["a", "90.00", "50.00", "23.00", "43.00", "29.67"]
+    assert cells[0] == ["", "runs", "clean", "noisy", "digital", "weather", "mean"]
+    assert cells[2] == ["a", "1", "90.00", "50.00", "23.00", "43.00", "29.67"]
     report = (tmp_path / "robustness.md").read_text()
     (line,) = (line for line in report.splitlines() if "jpeg" in line)
     values = [cell.strip() for cell in line.split("|")[2:-1]]
@@ -56,3 +56,20 @@ def test_the_tables_have_means_over_severities_and_groups(tmp_path):
     assert lines[0] == "model,corruption,severity,top1"
     assert len(lines) == 1 + len(rows)
     assert (tmp_path / "robustness.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_seeds_of_a_cell_are_averaged(tmp_path):
+    rows = []
+    for seed, base in enumerate((0.1, 0.2, 0.6)):
+        rows += [Accuracy(f"table/a/seed{seed}", name, 0, base) for name in ("clean", "noisy")]
+        rows += [
+            Accuracy(f"table/a/seed{seed}", "fog", severity, base + severity / 100)
+            for severity in range(1, 6)
+        ]
+    text = write_robustness(rows, tmp_path)
+    (line,) = (line for line in text.splitlines() if "table/a" in line)
+    cells = [cell.strip() for cell in line.split("|")[1:-1]]
+    mean, fog = "30.00 ± 26.46", "33.00 ± 26.46"
+    assert cells == ["table/a", "3", mean, mean, fog, fog]
+    assert "31.00 ± 26.46" in (tmp_path / "robustness.md").read_text()
+    assert len((tmp_path / "robustness.csv").read_text().splitlines()) == 1 + len(rows)

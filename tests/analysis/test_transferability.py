@@ -1,5 +1,8 @@
 """Similarities of feature spaces, against forward passes by hand."""
 
+import dataclasses
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 
@@ -9,7 +12,14 @@ from xkd_jax.analysis import transferability
 from xkd_jax.analysis.finished import cakd_part, load_runs
 from xkd_jax.analysis.linear_map import cosines, linear_cka
 from xkd_jax.analysis.tables import write_transferability
-from xkd_jax.analysis.transferability import Pair, measure, pair_of, pairs_of
+from xkd_jax.analysis.transferability import (
+    Pair,
+    Similarity,
+    measure,
+    pair_of,
+    pairs_of,
+    pairs_of_runs,
+)
 from xkd_jax.augment import ops
 from xkd_jax.distributed.sharding import create_mesh
 
@@ -68,6 +78,51 @@ def test_files_are_compared_in_all_pairs_but_not_with_themselves(tmp_path, monke
     for row in rows:
         assert 0 < row.cosine <= 1
         assert row.strength is not None
+
+
+def test_seeds_of_a_cell_are_averaged(tmp_path):
+    similarity = Similarity("table/a/seed0", "T→CNN", "pooled", "linear map", 0.5, 0.4, 0.2, 0.3, 1)
+    rows = [
+        similarity,
+        similarity._replace(features="tokens (stage3)"),
+        similarity._replace(name="table/a/seed1", cosine=0.7, strength=0.1),
+        similarity._replace(name="table/b/seed0"),
+    ]
+    lines = [
+        [cell.strip() for cell in line.split("|")[1:-1]]
+        for line in write_transferability(rows, tmp_path).splitlines()
+        if line.startswith("|")
+    ]
+    assert [line[:2] + line[3:4] for line in lines[2:]] == [
+        ["table/a", "2", "pooled"], ["table/a", "1", "tokens (stage3)"], ["table/b", "1", "pooled"],
+    ]  # fmt: skip
+    assert lines[2][5:7] == ["0.600 ± 0.141", "0.400 ± 0.000"]
+    assert lines[2][-1] == "0.1 to 1"
+    assert lines[3][5] == "0.500"
+    assert len((tmp_path / "transferability.csv").read_text().splitlines()) == 5
+
+
+@dataclasses.dataclass
+class FakeTeacher:
+    fingerprint: str
+
+
+@pytest.mark.parametrize(("teachers", "expected"), [("-a-a", "aaaa"), ("-ab", "ab"), ("-", "")])
+def test_a_run_without_a_teacher_gets_that_of_all_others(monkeypatch, teachers, expected):
+    monkeypatch.setattr(transferability, "cakd_part", lambda run: None)
+    config = SimpleNamespace(method=SimpleNamespace(name="none"))
+    experiment = SimpleNamespace(config=config, train=None)
+    runs = [
+        SimpleNamespace(
+            name="run",
+            teacher=None if name == "-" else FakeTeacher(name),
+            student=None,
+            test=None,
+            experiment=experiment,
+        )
+        for name in teachers
+    ]
+    assert "".join(pair.teacher.fingerprint for pair in pairs_of_runs(runs)) == expected
 
 
 def test_a_network_is_perfectly_transferable_to_itself():

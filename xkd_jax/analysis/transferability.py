@@ -84,16 +84,29 @@ class Similarity(NamedTuple):
     strength: float | None
 
 
-def pair_of(run: Finished) -> Pair | None:
-    """A run's networks; None, with a message, if it has no teacher."""
-    if run.teacher is None:
+def pairs_of_runs(runs: list[Finished]) -> list[Pair]:
+    """The networks of each run; one without a teacher is compared with that of all others."""
+    teachers = {run.teacher.fingerprint: run.teacher for run in runs if run.teacher is not None}
+    shared = next(iter(teachers.values())) if len(teachers) == 1 else None
+    return [pair for run in runs if (pair := pair_of(run, shared)) is not None]
+
+
+def pair_of(run: Finished, shared: Model | None = None) -> Pair | None:
+    """A run's networks, with the teacher `shared` if it has none; None, with a message, if neither.
+
+    Args:
+      run: finished.
+      shared: the teacher of the runs that it is compared with.
+    """
+    teacher = run.teacher or shared
+    if teacher is None:
         say(f"{run.name} is left out: its config names no teacher.")
         return None
     projectors = cakd_part(run)
     if projectors is None and "cakd" in run.experiment.config.method.name.split("+"):
         say(f"{run.name} has no checkpoint left: measured without its projectors.")
     train = run.experiment.train
-    return Pair(run.name, run.teacher, run.student, train, run.test, projectors)
+    return Pair(run.name, teacher, run.student, train, run.test, projectors)
 
 
 def pairs_of(

@@ -18,6 +18,7 @@ examples:
 _TRANSFERABILITY = """\
 examples:
   xkd-jax analysis transferability runs/quickstart
+  xkd-jax analysis transferability runs/table1/resnet-none runs/table1/vit-resnet-cakd
   xkd-jax analysis transferability --teacher packaged:quickstart_teacher \\
     --student runs/a/student.safetensors runs/b/student.safetensors \\
     --data fashion_mnist_mini --out runs/pairs
@@ -58,8 +59,7 @@ def transferability(argv: Sequence[str]) -> int:
     from xkd_jax.analysis import transferability as analysis
     from xkd_jax.distributed.sharding import create_mesh
 
-    runs = _load(options)
-    pairs = [pair for run in runs if (pair := analysis.pair_of(run)) is not None]
+    pairs = analysis.pairs_of_runs(_load(options))
     if options.student:
         split = options.data, options.data_dir, options.train, options.test, options.image_size
         pairs += analysis.pairs_of(options.teacher, options.student, *split)
@@ -129,8 +129,9 @@ def _add_runs(
 ) -> None:
     """The options that all kinds share; `images` and `out` are defaults, the latter in words."""
     parser.add_argument(
-        "runs", nargs=nargs, type=Path, metavar="RUN", help="the folder of a run or a comparison"
-    )
+        "runs", nargs=nargs, type=Path, metavar="RUN",
+        help="the folder of a run, a comparison or a table's cell",
+    )  # fmt: skip
     parser.add_argument("--out", type=Path, help=f"default: {out}")
     limit = f"at most, of each split; 0: all (default: {images})"
     parser.add_argument("--images", type=int, default=images, help=limit)
