@@ -24,7 +24,7 @@ import jax.numpy as jnp
 import numpy as np
 import torch  # pyright: ignore[reportMissingImports]
 from torch.nn import functional as F  # pyright: ignore[reportMissingImports]
-from torch_peer import import_timm
+from torch_networks import import_timm
 
 from xkd_jax import backend
 from xkd_jax.models import MODELS, create_model

@@ -1,271 +1,141 @@
-"""The training steps of the quickstart against the same steps in PyTorch.
+"""The training steps of a recipe against the same steps in PyTorch, and against timm's own.
 
-python benchmarks/torch_peer.py [--steps 30]
+python benchmarks/torch_peer.py [--config configs/quickstart.py] [--config.FIELD=VALUE ...]
+  [--steps 30] [--compile]
 
-Needs the extra `parity`. JAX and PyTorch steps alternate in this process on the CPU, in float32,
-with the same number of threads. The PyTorch side is eager: timm's networks, channels-last images,
-fused optimizers, views batched over the images. It starts from the JAX side's weights.
+Needs the extra `parity`. It compares `none`, `logits` and `cakd`, or those of them that
+`config.compare` lists. JAX and PyTorch steps alternate in this process, on the same images, with
+the same number of threads, in the recipe's dtype. The PyTorch side starts from the JAX side's
+weights: timm's networks, channels-last images, fused optimizers, views batched over the images;
+on a GPU with autocast if the dtype is bfloat16. "timm" is the task that timm's trainer uses for
+`--kd-distill-type logit` or `feature`, with the same views and optimizer; beside the latter is the
+same loss in JAX, cakd's term on pooled features alone.
 """
 
-import argparse
+import contextlib
+import dataclasses
 import importlib
 import itertools
 import os
-import re
-import runpy
 import statistics
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
 import numpy as np
 import torch  # pyright: ignore[reportMissingImports]
+import torch_networks
+import torch_views
+from absl import flags
 from torch import nn  # pyright: ignore[reportMissingImports]
 from torch.nn import functional as F  # pyright: ignore[reportMissingImports]
 
-from xkd_jax.augment.multiview import MultiView
+from xkd_jax.augment.policies import Augment
 from xkd_jax.bench.parts import whole_step
+from xkd_jax.cli import train as command
+from xkd_jax.cli.command import guard
+from xkd_jax.config import Config, for_method
+from xkd_jax.errors import UserError
 from xkd_jax.experiment import Experiment, create_experiment
 from xkd_jax.methods.align import choose_stage
-from xkd_jax.methods.cakd import CAKD, TILE
+from xkd_jax.methods.cakd import CAKD
 from xkd_jax.methods.logits import Logits
+from xkd_jax.reporting.document import format_markdown
 from xkd_jax.state import student_variables
 from xkd_jax.train import init_state
 
-CONFIG = "configs/quickstart.py"
 METHODS = ("none", "logits", "cakd")
+POOLED = "cakd, pooled term alone"
 WARMUP = 6  # untimed steps of each; every fifth step updates the adversary
 PAUSE = 0.02  # seconds before each step, in which the other side's waiting threads go to sleep
-_libraries = []  # keeps the operator schemas alive
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+_STEPS = flags.DEFINE_integer("steps", 30, "Timed steps of each method and side.")
+_COMPILE = flags.DEFINE_bool("compile", False, "Compile PyTorch's networks with torch.compile.")
 
 
-def import_timm() -> Any:
-    """Imports timm, even if torchvision was built for a different torch than the installed one."""
-    try:
-        return importlib.import_module("timm")
-    except RuntimeError as error:
-        if "torchvision::nms does not exist" not in str(error):
-            raise
-    # A torchvision that doesn't match torch lacks its operators; timm needs only their schemas.
-    for name in [name for name in sys.modules if name.split(".")[0] in ("timm", "torchvision")]:
-        del sys.modules[name]
-    library: Any = torch.library.Library("torchvision", "DEF")
-    for name in ("nms", "qnms"):
-        library.define(f"{name}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
-    _libraries.append(library)
-    return importlib.import_module("timm")
-
-
-def create_student(module: Any) -> Any:
-    """timm's ResNet with basic blocks and a CIFAR stem, with the Flax module's options."""
-    resnet = import_timm().models.resnet
-    channels = [round(64 * 2**stage * module.width) for stage in range(4)]
-    # With a deep stem, timm's layer1 can have other than 64 inputs; the stem is replaced below.
-    options = {"channels": channels, "stem_type": "deep", "stem_width": channels[0] // 2}
-    network = resnet.ResNet(resnet.BasicBlock, module.layers, module.num_classes, **options)
-    network.conv1 = nn.Conv2d(3, channels[0], 3, padding=1, bias=False)
-    network.maxpool = nn.Identity()
-    return network
-
-
-class Teacher(nn.Module):
-    """timm's VisionTransformer with the Flax module's options, frozen, and its last Q, K and V."""
-
-    def __init__(self, module: Any):
-        super().__init__()
-        names = ["num_classes", "img_size", "patch_size", "embed_dim", "depth", "num_heads"]
-        names += ["mlp_ratio", "qkv_bias", "class_token", "global_pool", "fc_norm"]
-        options = {name: getattr(module, name) for name in names}
-        self.vit: Any = import_timm().models.VisionTransformer(**options)
-        self.vit.blocks[-1].attn.qkv.register_forward_hook(self._keep)
-        self.heads: int = module.num_heads
-        self.eval().requires_grad_(False)
-
-    def _keep(self, module: nn.Module, args: Any, output: torch.Tensor) -> None:
-        self._qkv = output
-
-    @torch.no_grad()
-    def forward(self, images: torch.Tensor) -> dict[str, torch.Tensor]:
-        """[N, 3, H, W] -> logits [N, K], tokens [N, T, D] and qkv [3, N, H, T, d]."""
-        tokens = self.vit.forward_features(images)
-        qkv = self._qkv.unflatten(2, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
-        return {"logits": self.vit.forward_head(tokens), "tokens": tokens, "qkv": qkv}
-
-
-class PCAProjector(nn.Module):
-    """Proj_1: three 3x3 convolutions map the student's features to Q_S, K_S and V_S."""
-
-    def __init__(self, channels: int, width: int, heads: int):
-        super().__init__()
-        self.heads = heads
-        for name in ("query", "key", "value"):
-            self.add_module(name, nn.Conv2d(channels, width, 3, padding=1))
-
-    def forward(self, features: torch.Tensor) -> torch.Tensor:
-        """[N, C, h, w] -> Q, K and V stacked, [3, N, H, T, d]."""
-        maps = torch.stack([convolution(features) for convolution in self.children()])
-        return maps.flatten(3).unflatten(2, (self.heads, -1)).transpose(3, 4)
-
-
-class GLProjector(nn.Module):
-    """Proj_2: every 4x4 tile of the feature map has its own linear layer, in one einsum."""
-
-    def __init__(self, channels: int, width: int, grid: tuple[int, int], dropout: float):
-        super().__init__()
-        tiles = -(-grid[0] // TILE) * -(-grid[1] // TILE)
-        self.weight = nn.Parameter(torch.empty(tiles, channels, width))
-        self.bias = nn.Parameter(torch.empty(tiles, width))
-        self.dropout = nn.Dropout(dropout)
-
-    def forward(self, features: torch.Tensor) -> torch.Tensor:
-        """[N, C, h, w] -> [N, T, D]."""
-        n, channels, h, w = features.shape
-        rows, columns = -(-h // TILE), -(-w // TILE)
-        tiles = F.pad(self.dropout(features), (0, columns * TILE - w, 0, rows * TILE - h))
-        tiles = tiles.reshape(n, channels, rows, TILE, columns, TILE).permute(0, 2, 4, 3, 5, 1)
-        tiles = tiles.reshape(n, rows * columns, TILE * TILE, channels)
-        projected = torch.einsum("ngpc,gcd->ngpd", tiles, self.weight) + self.bias[:, None]
-        grid = projected.reshape(n, rows, columns, TILE, TILE, -1).transpose(2, 3)
-        grid = grid.reshape(n, rows * TILE, columns * TILE, -1)
-        return grid[:, :h, :w].flatten(1, 2)
-
-
-class Discriminator(nn.Module):
-    """Three fully connected layers on each token, their logits averaged to one per image."""
-
-    def __init__(self, width: int):
-        super().__init__()
-        self.dense = nn.ModuleList([nn.Linear(width, out) for out in (width, width, 1)])
-
-    def forward(self, tokens: torch.Tensor) -> torch.Tensor:
-        """[N, T, D] -> logits [N]."""
-        for dense in self.dense[:-1]:
-            tokens = F.leaky_relu(dense(tokens), 0.2)
-        return self.dense[-1](tokens).mean((1, 2))
-
-
-def crop_flip(images: torch.Tensor, padding: int, flip: bool) -> torch.Tensor:
-    """Pads [N, H, W, C] with zeros, crops at random offsets, flips half of the images."""
-    n, h, w, _ = images.shape
-    rows = torch.arange(h) + torch.randint(2 * padding + 1, (n, 1))
-    columns = torch.arange(w) + torch.randint(2 * padding + 1, (n, 1))
-    if flip:
-        columns = torch.where(torch.rand(n, 1) < 0.5, columns.flip(1), columns)
-    padded = F.pad(images, (0, 0, padding, padding, padding, padding))
-    return padded[torch.arange(n)[:, None, None], rows[:, :, None], columns[:, None, :]]
-
-
-def color_jitter(images: torch.Tensor, options: MultiView) -> torch.Tensor:
-    """Brightness, contrast and saturation of [N, 3, H, W] images in [0, 1], a factor per image."""
-    luma = torch.tensor([0.2989, 0.587, 0.114])[:, None, None]
-    factors = []
-    for strength in (options.brightness, options.contrast, options.saturation):
-        low = max(0.0, 1 - strength)
-        factors.append(low + (1 + strength - low) * torch.rand(len(images), 1, 1, 1))
-    brightness, contrast, saturation = factors
-    images = (brightness * images).clamp(0, 1)
-    grey = (images.mean((2, 3), keepdim=True) * luma).sum(1, keepdim=True)
-    images = torch.lerp(grey, images, contrast).clamp(0, 1)
-    grey = (images * luma).sum(1, keepdim=True)
-    return torch.lerp(grey, images, saturation).clamp(0, 1)
-
-
-def random_geometry(images: torch.Tensor, options: MultiView) -> torch.Tensor:
-    """A random crop of square [N, C, S, S] images, rotated and enlarged: one bilinear warp."""
-    n, size = len(images), images.shape[-1]
-    draws = torch.rand(4, n)
-    angle = options.rotation * torch.pi / 180 * (2 * draws[0] - 1)
-    scale = options.min_scale + (1 - options.min_scale) * draws[1]
-    shift_y, shift_x = (1 - scale) * (2 * draws[2:] - 1) * (size - 1) / size
-    cos, sin = scale * angle.cos(), scale * angle.sin()
-    theta = torch.stack([cos, sin, shift_x, -sin, cos, shift_y], dim=1).view(n, 2, 3)
-    grid = F.affine_grid(theta, [n, 1, size, size], align_corners=False)
-    return F.grid_sample(images, grid, align_corners=False)
-
-
-def multi_view(images: torch.Tensor, options: MultiView) -> tuple[torch.Tensor, torch.Tensor]:
-    """The teacher's and the student's view of images [N, 3, H, W]; only half are transformed."""
-    chosen = (torch.rand(len(images)) < 0.5).nonzero()[:, 0]
-    original = images[chosen]
-    both = torch.cat([original, color_jitter(original, options)], dim=1)
-    teacher, student = random_geometry(both, options).chunk(2, dim=1)
-    student = (student + options.noise * torch.randn_like(student)).clamp(0, 1)
-    (n, _, h, w), side = student.shape, options.mask_patch
-    masked = torch.rand(n, 1, -(-h // side), -(-w // side)) < options.mask_ratio
-    masked = masked.repeat_interleave(side, 2).repeat_interleave(side, 3)[:, :, :h, :w]
-    student = torch.where(masked, student.mean((2, 3), keepdim=True), student)
-    return images.index_copy(0, chosen, teacher), images.index_copy(0, chosen, student)
-
-
-def copy_weights(module: nn.Module, variables: Any) -> int:
-    """Copies the JAX side's variables into `module`; returns the number of parameters."""
-    state = {}
-    for path, value in jax.tree_util.tree_leaves_with_path(variables):
-        name = ".".join(key.key for key in path[1:])
-        name = re.sub(r"(query|key|value)_(kernel|bias)$", r"\1.\2", name.lower())
-        name = re.sub(r"_(\d+)(?=\.|$)", r".\1", name)
-        *parents, leaf = name.split(".")
-        tensor = torch.from_numpy(np.array(value))
-        if leaf == "kernel" and tensor.ndim != 3:  # the GL projector's kernel keeps its layout
-            tensor = tensor.permute(3, 2, 0, 1) if tensor.ndim == 4 else tensor.T
-        leaf = {"kernel": "weight", "scale": "weight"}.get(leaf, leaf)
-        leaf = f"running_{leaf}" if path[0].key == "batch_stats" else leaf
-        state[".".join([*parents, leaf])] = tensor
-    expected = {name for name in module.state_dict() if not name.endswith("num_batches_tracked")}
-    if set(state) != expected:
-        raise ValueError(f"tensors without a counterpart: {sorted(set(state) ^ expected)}")
-    module.load_state_dict(state, strict=False)
-    return sum(parameter.numel() for parameter in module.parameters())
+def create(config: Config, method: str) -> Experiment:
+    """The experiment of a method; images of another size than the networks' become noise."""
+    config = for_method(config, method)
+    experiment = create_experiment(config)
+    distiller = experiment.distiller
+    models = [model for model in (distiller.student, distiller.teacher) if model is not None]
+    sides = {model.image_size for model in models}
+    if len(sides) > 1:
+        raise UserError(f"the peer's networks must have one image size, not {sorted(sides)}.")
+    side = sides.pop()
+    images = experiment.train.images
+    if images.shape[1] != side:
+        shape = (len(images), side, side, 3)
+        images = np.random.default_rng(0).integers(0, 256, shape, np.uint8)
+        train = dataclasses.replace(experiment.train, images=images)
+        experiment = dataclasses.replace(experiment, train=train)
+    return experiment
 
 
 class Peer:
-    """The PyTorch side of a quickstart experiment."""
+    """The PyTorch side of an experiment.
 
-    def __init__(self, experiment: Experiment):
+    `experiment` has a ViT or single-window Swin teacher, a CNN student of timm's, one of `METHODS`,
+    and no augmentation but crop, flip and the multi-view generator. `timm_task` is "", "logit" or
+    "feature", for timm's own loss instead of the method's.
+    """
+
+    def __init__(self, experiment: Experiment, timm_task: str = "", compiled: bool = False):
+        _check(experiment)
         self.experiment, self.method, self.steps = experiment, experiment.distiller.method, 0
-        self.images = torch.from_numpy(experiment.train.images)
-        self.labels = torch.from_numpy(experiment.train.labels).long()
+        self.images = torch.from_numpy(np.array(experiment.train.images)).to(DEVICE)
+        self.labels = torch.from_numpy(np.array(experiment.train.labels)).long().to(DEVICE)
         self.indices = torch.randperm(len(experiment.train))[: experiment.config.batch_size]
         state = init_state(experiment)
-        self.student = create_student(experiment.distiller.student.module)
-        self.sizes = {"student": copy_weights(self.student, student_variables(state))}
+        student, teacher = experiment.distiller.student, experiment.distiller.teacher
+        network = torch_networks.create_network(student, student_variables(state))
+        self.student = network.to(DEVICE, memory_format=torch.channels_last).train()
         self.trained = [list(self.student.parameters())]  # each part is clipped by itself
-        self.teacher = None
-        teacher = experiment.distiller.teacher
+        self.teacher = self.task = None
         if teacher:
-            self.teacher = Teacher(teacher.module)
-            self.sizes["teacher"] = copy_weights(self.teacher.vit, teacher.variables)
-        if isinstance(self.method, CAKD):
+            network = torch_networks.create_network(teacher, teacher.variables)
+            self.teacher = torch_networks.Teacher(network).to(DEVICE)
+        if isinstance(self.method, CAKD) and not timm_task:
             self._create_projectors(self.method, state)
-        sgd, trained = experiment.config.optimizer, itertools.chain(*self.trained)
-        options: Any = {"momentum": sgd.momentum, "weight_decay": sgd.weight_decay, "fused": True}
-        self.optimizer = torch.optim.SGD(trained, sgd.learning_rate, **options)
-        self.schedule = torch.optim.lr_scheduler.CosineAnnealingLR(
-            self.optimizer, experiment.total_steps
-        )
+        if timm_task:
+            self.task = _create_task(timm_task, self.student, network, self.method)
+            self.trained = [[p for p in self.task.parameters() if p.requires_grad]]
+        self.forward = self.student.forward_intermediates
+        if compiled:
+            self.forward = torch.compile(self.forward)
+            if self.teacher is not None:
+                self.teacher.network.forward_features = torch.compile(
+                    self.teacher.network.forward_features
+                )
+        options = experiment.config.optimizer
+        self.optimizer = OPTIMIZERS[options.name](itertools.chain(*self.trained), options)
 
     def _create_projectors(self, method: CAKD, state: Any) -> None:
-        variant = (method.generator, method.adversary_clock, method.teacher_block)
         distiller = self.experiment.distiller
-        geometry = distiller.augment.views.geometry
-        if variant != ("saturating", "step", -1) or geometry != "shared":
-            raise ValueError("the peer has only the defaults of generator, clock, tap and geometry")
         assert distiller.teacher
         teacher, student = distiller.teacher.output_shapes, distiller.student.output_shapes
         stage = choose_stage(student, teacher["grid"], method.student_stage)
+        if student[stage].shape[1:3] != tuple(teacher["grid"]):
+            raise UserError("the peer doesn't resize maps; set another image size.")
         channels, width = student[stage].shape[-1], teacher["tokens"].shape[-1]
         self.tap = int(stage.removeprefix("stage"))
-        self.pca = PCAProjector(channels, width, teacher["query"].shape[1])
-        self.gl = GLProjector(channels, width, teacher["grid"], method.token_dropout)
-        self.discriminator = Discriminator(width)
-        self.sizes |= {
-            "PCA projector": copy_weights(self.pca, state.params["method"]["pca"]),
-            "GL projector": copy_weights(self.gl, state.params["method"]["gl"]),
-            "discriminator": copy_weights(self.discriminator, state.params["adversary"]),
-        }
-        self.trained.append([*self.pca.parameters(), *self.gl.parameters()])
+        self.pca = torch_networks.PCAProjector(channels, width, teacher["query"].shape[1])
+        self.gl = torch_networks.GLProjector(channels, width, teacher["grid"], method.token_dropout)
+        self.pooled = nn.Linear(student["pooled"].shape[-1], teacher["pooled"].shape[-1])
+        self.discriminator = torch_networks.Discriminator(width)
+        params = state.params["method"]
+        for name, module in (("pca", self.pca), ("gl", self.gl), ("pooled", self.pooled)):
+            module.to(DEVICE)
+            if name in params:
+                torch_networks.copy_weights(module, params[name])
+                self.trained.append(list(module.parameters()))
+        # The method's parameters are one part.
+        self.trained[1:] = [list(itertools.chain(*self.trained[1:]))]
+        if method.adversarial_weight:
+            torch_networks.copy_weights(self.discriminator, state.params["adversary"])
+        self.discriminator.to(DEVICE)
         rate = self.experiment.config.adversary_optimizer.learning_rate
         self.adam = torch.optim.Adam(self.discriminator.parameters(), rate, fused=True)
 
@@ -273,63 +143,93 @@ class Peer:
         """This step's images as the teacher and the student see them, [N, 3, H, W]."""
         distiller = self.experiment.distiller
         augment, teacher, student = distiller.augment, distiller.teacher, distiller.student
-        images = crop_flip(self.images[self.indices], augment.crop_padding, augment.flip)
+        images = self.images[self.indices]
+        images = torch_views.crop_flip(images, augment.crop_padding, augment.flip)
         images = images.permute(0, 3, 1, 2).float().div_(255)
         views = (images, images)
         if self.method.multi_view:
-            views = multi_view(images, augment.views)
-        student_view = normalize(views[1], student.mean, student.std)
-        return normalize(views[0], teacher.mean, teacher.std) if teacher else images, student_view
+            views = torch_views.multi_view(images, augment.views)
+        student_view = torch_views.normalize(views[1], student.mean, student.std)
+        if teacher is None:
+            return images, student_view
+        return torch_views.normalize(views[0], teacher.mean, teacher.std), student_view
 
     def step(self) -> dict[str, Any]:
         """One training step; returns its metrics."""
+        config = self.experiment.config
+        for group in self.optimizer.param_groups:
+            group["lr"] = float(self.experiment.learning_rate_fn(self.steps))
         labels = self.labels[self.indices]
         teacher_view, student_view = self.views()
+        half = config.dtype == "bfloat16"
+        with torch.autocast(DEVICE.type, torch.bfloat16) if half else contextlib.nullcontext():
+            loss, metrics, judged = self._loss(teacher_view, student_view, labels)
+        self.optimizer.zero_grad()
+        loss.backward()
+        if config.optimizer.clip_norm:
+            for part in self.trained:
+                nn.utils.clip_grad_norm_(part, config.optimizer.clip_norm, foreach=True)
+        self.optimizer.step()
+        if judged and self.steps % self.method.adversary_period == 0:
+            metrics |= self._update_discriminator(*judged)
+        self.steps += 1
+        return {name: value.detach() for name, value in metrics.items()}
+
+    def _loss(self, teacher_view: Any, student_view: Any, labels: Any) -> tuple[Any, dict, Any]:
+        """The loss, its terms, and what the adversary judges."""
+        if self.task is not None:
+            loss = self.task(student_view, labels)["loss"]
+            return loss, {"loss": loss}, None
         teacher = self.teacher(teacher_view) if self.teacher else {}
-        last, maps = self.student.forward_intermediates(student_view)
+        last, maps = self.forward(student_view)
         logits = self.student.forward_head(last)
         loss = label = F.cross_entropy(logits, labels)
-        metrics, tokens = {}, logits
+        metrics, judged = {"label_loss": label, "accuracy": accuracy(logits, labels)}, None
         if isinstance(self.method, Logits):
             softened = F.log_softmax(logits / self.method.temperature, dim=1)
-            target = F.log_softmax(teacher["logits"] / self.method.temperature, dim=1)
+            wanted = self.teacher.head(teacher["features"])
+            target = F.log_softmax(wanted / self.method.temperature, dim=1)
             kl = F.kl_div(softened, target, reduction="batchmean", log_target=True)
             metrics["logits_kl"] = self.method.temperature**2 * kl
             loss = self.method.label_weight * label + self.method.weight * metrics["logits_kl"]
         elif isinstance(self.method, CAKD):
-            added, metrics, tokens = self._distil(self.method, maps[self.tap], teacher)
-            loss = loss + added
-        self.optimizer.zero_grad()
-        loss.backward()
-        limit = self.experiment.config.optimizer.clip_norm
-        norms = [nn.utils.clip_grad_norm_(part, limit, foreach=True) for part in self.trained]
-        self.optimizer.step()
-        self.schedule.step()
-        if isinstance(self.method, CAKD) and self.steps % self.method.adversary_every == 0:
-            metrics |= self._update_discriminator(teacher["tokens"], tokens.detach())
-        self.steps += 1
-        if teacher:
-            metrics["teacher_accuracy"] = accuracy(teacher["logits"], labels)
-        metrics |= {"loss": loss, "label_loss": label, "gradient_norm": norms[0]}
-        metrics["accuracy"] = accuracy(logits, labels)
-        return {name: value.detach() for name, value in metrics.items()}
+            added, terms, judged = self._distil(self.method, maps[self.tap], last, teacher)
+            loss, metrics = loss + added, metrics | terms
+        return loss, metrics | {"loss": loss}, judged
 
-    def _distil(self, method: CAKD, features: torch.Tensor, teacher: Any) -> Any:
-        qkv, tokens, wanted = self.pca(features), self.gl(features), teacher["qkv"]
-        mixed = torch.where(torch.rand_like(qkv) < 0.5, wanted, qkv)
-        attended = [F.scaled_dot_product_attention(q, k, v) for q, k, v in (mixed, wanted)]
-        relations = [v @ v.mT / v.shape[-1] ** 0.5 for v in (qkv[2], wanted[2])]
-        self.discriminator.requires_grad_(False)
-        metrics = {
-            "attention": F.mse_loss(attended[0], attended[1]),
-            "value_relation": F.mse_loss(relations[0], relations[1]),
-            "tokens": F.mse_loss(tokens, teacher["tokens"]),
-            "generator": F.logsigmoid(-self.discriminator(tokens)).mean(),
-        }
-        weights = [method.attention_weight, method.value_weight, method.token_weight]
-        weights.append(method.adversarial_weight)
-        terms = zip(weights, metrics.values(), strict=True)
-        return sum(weight * term for weight, term in terms), metrics, tokens
+    def _distil(self, method: CAKD, features: Any, last: Any, teacher: Any) -> Any:
+        terms, judged = {}, None
+        if method.attention_weight or method.value_weight:
+            qkv = self.pca(features)
+            wanted = teacher["qkv"]
+            mixed = torch.where(self.draw_mask(qkv), wanted, qkv)
+            attended = (
+                F.scaled_dot_product_attention(*mixed),
+                F.scaled_dot_product_attention(*wanted, attn_mask=teacher["bias"]),
+            )
+            relations = [v @ v.mT / v.shape[-1] ** 0.5 for v in (qkv[2], wanted[2])]
+            terms["attention"] = method.attention_weight, F.mse_loss(*attended)
+            terms["value_relation"] = method.value_weight, F.mse_loss(*relations)
+        if method.token_weight or method.adversarial_weight:
+            tokens = self.gl(features)
+            terms["tokens"] = method.token_weight, F.mse_loss(tokens, teacher["tokens"])
+        if method.adversarial_weight:
+            self.discriminator.requires_grad_(False)
+            fooled = F.logsigmoid(-self.discriminator(tokens)).mean()
+            terms["generator"] = method.adversarial_weight, fooled
+            judged = teacher["tokens"], tokens.detach()
+        if method.pooled_weight:
+            target = self.teacher.head(teacher["features"], pre_logits=True)
+            variance = target.sub(target.mean(0)).square().mean().clamp(min=1e-6)
+            distance = F.mse_loss(self.pooled(last.mean((2, 3))), target)
+            terms["pooled"] = method.pooled_weight, distance / variance
+        terms = {name: (weight, term) for name, (weight, term) in terms.items() if weight}
+        loss = sum(weight * term for weight, term in terms.values())
+        return loss, {name: term for name, (_, term) in terms.items()}, judged
+
+    def draw_mask(self, qkv: torch.Tensor) -> torch.Tensor:
+        """Which elements of Q, K and V [3, N, H, T, d] are the teacher's (Eq. 3)."""
+        return torch.rand_like(qkv) < 0.5
 
     def _update_discriminator(self, teacher: torch.Tensor, student: torch.Tensor) -> dict[str, Any]:
         self.discriminator.requires_grad_(True)
@@ -342,9 +242,49 @@ class Peer:
         return {"discriminator": loss, "discriminator_accuracy": right}
 
 
-def normalize(images: torch.Tensor, mean: tuple, std: tuple) -> torch.Tensor:
-    """Subtracts each channel's mean from [N, 3, H, W] and divides by its standard deviation."""
-    return (images - torch.tensor(mean)[:, None, None]) / torch.tensor(std)[:, None, None]
+def _check(experiment: Experiment) -> None:
+    """Refuses what the peer doesn't have.
+
+    Raises:
+      UserError: it would compute something else than the JAX side.
+    """
+    method, config = experiment.distiller.method, experiment.config
+    options = isinstance(method, CAKD) and (
+        method.generator, method.adversary_clock, method.teacher_block,
+    )  # fmt: skip
+    views = experiment.distiller.augment.views.geometry
+    only_crops = experiment.distiller.augment.policy == Augment() and not config.label_smoothing
+    if config.method.name not in METHODS or options not in (False, ("saturating", "step", -1)):
+        raise UserError(f"the peer has {', '.join(METHODS)}, the latter with its default options.")
+    if not only_crops or (method.multi_view and views != "shared"):
+        raise UserError("the peer has crop, flip and the multi-view generator only.")
+    if config.optimizer.name not in OPTIMIZERS or config.optimizer.weight_decay_skip_1d:
+        raise UserError(f"the peer has {', '.join(OPTIMIZERS)}, and decays all parameters.")
+
+
+OPTIMIZERS = {
+    "sgd": lambda trained, o: torch.optim.SGD(
+        trained, o.learning_rate, o.momentum, weight_decay=o.weight_decay, nesterov=o.nesterov,
+        fused=True,
+    ),
+    "adamw": lambda trained, o: torch.optim.AdamW(
+        trained, o.learning_rate, tuple(o.betas), weight_decay=o.weight_decay, fused=True
+    ),
+}  # fmt: skip
+
+
+def _create_task(kind: str, student: Any, teacher: Any, method: Any) -> Any:
+    """timm's distillation task, in training mode."""
+    torch_networks.import_timm()
+    tasks = importlib.import_module("timm.task")
+    options: dict[str, Any] = {"criterion": nn.CrossEntropyLoss(), "verbose": False}
+    if kind == "logit":
+        options |= {"distill_loss_weight": method.weight, "temperature": method.temperature}
+        task = tasks.LogitDistillationTask(student, teacher, **options)
+    else:
+        task = tasks.FeatureDistillationTask(student, teacher, distill_loss_weight=1.0, **options)
+    task.teacher.requires_grad_(False)
+    return task.to(DEVICE).train()
 
 
 def accuracy(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
@@ -359,39 +299,61 @@ def measure(functions: dict[Any, Callable[[], Any]], steps: int) -> dict[Any, fl
         for name, function in functions.items():
             time.sleep(PAUSE)
             begun = time.perf_counter()
-            jax.block_until_ready(function())  # PyTorch's CPU tensors are ready already
+            jax.block_until_ready(function())
+            if DEVICE.type == "cuda":
+                torch.cuda.synchronize()
             seconds[name].append(time.perf_counter() - begun)
     return {name: 1e3 * statistics.median(times[WARMUP:]) for name, times in seconds.items()}
 
 
-def main() -> None:
+def compare(config: Config, steps: int, compiled: bool) -> list[list[str]]:
+    """The rows of the table, its head first: the milliseconds of each step, and the ratios."""
+    methods = [name for name in METHODS if name in (config.compare or [config.method.name])]
+    with config.unlocked():
+        config.compare = ()
+    functions: dict[tuple[str, str], Callable[[], Any]] = {}
+    for method in methods:
+        experiment = create(config, method)
+        functions[method, "JAX"] = whole_step(experiment).run
+        functions[method, "PyTorch"] = Peer(experiment, compiled=compiled).step
+        if method == "logits":
+            functions[method, "timm"] = Peer(experiment, "logit", compiled).step
+    if "cakd" in methods:
+        terms = ("attention", "value", "token", "adversarial")
+        weights = {f"{term}_weight": 0.0 for term in terms}
+        config.method.cakd.update(multi_view=False, pooled_weight=1.0, **weights)
+        experiment = create(config, "cakd")
+        functions[POOLED, "JAX"] = whole_step(experiment).run
+        functions[POOLED, "PyTorch"] = Peer(experiment, compiled=compiled).step
+        functions[POOLED, "timm"] = Peer(experiment, "feature", compiled).step
+    found = measure(functions, steps)
+    rows = [["method", "JAX ms", "PyTorch ms", "JAX / PyTorch", "timm ms", "JAX / timm"]]
+    for method in dict.fromkeys(method for method, _ in functions):
+        row, ours = [method, f"{found[method, 'JAX']:.1f}"], found[method, "JAX"]
+        for side in ("PyTorch", "timm"):
+            theirs = found.get((method, side))
+            row += ["", ""] if theirs is None else [f"{theirs:.1f}", f"{ours / theirs:.2f}"]
+        rows.append(row)
+    return rows
+
+
+@guard
+def main(argv: Sequence[str] | None = None) -> int:
     """The command line."""
-    parser = argparse.ArgumentParser(description="The same training steps in JAX and PyTorch.")
-    parser.add_argument("--steps", type=int, default=30, help="timed steps per method and side")
-    arguments = parser.parse_args()
-    jax.config.update("jax_platforms", "cpu")
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    if not any(argument.startswith("--config") for argument in arguments):
+        arguments = ["--config=configs/quickstart.py", *arguments]
+    config, _ = command.parse(arguments)
     threads = len(os.sched_getaffinity(0))  # as many as XLA uses
     torch.set_num_threads(threads)
-    config = runpy.run_path(CONFIG)["get_config"]()
-    config.compare = ()
-    functions, sizes = {}, {}
-    for method in METHODS:
-        config.method.name = method
-        experiment = create_experiment(config)
-        functions[method, "JAX"] = whole_step(experiment).run
-        peer = Peer(experiment)
-        functions[method, "PyTorch"] = peer.step
-        sizes |= peer.sizes
-    milliseconds = measure(functions, arguments.steps)
-    versions = f"jax {jax.__version__}, torch {torch.__version__}, timm {import_timm().__version__}"
-    print(f"{versions}, {threads} threads each, float32, batch {config.batch_size}")
-    counts = (f"{name} {count:,}" for name, count in sizes.items())
-    print(f"Parameters, equal on both sides: {', '.join(counts)}\n")
-    print("| method | JAX ms (median) | PyTorch ms (median) | JAX / PyTorch |\n|---|---|---|---|")
-    for method in METHODS:
-        ours, theirs = milliseconds[method, "JAX"], milliseconds[method, "PyTorch"]
-        print(f"| {method} | {ours:.1f} | {theirs:.1f} | {ours / theirs:.2f} |")
+    rows = compare(config, _STEPS.value, _COMPILE.value)
+    timm = torch_networks.import_timm().__version__
+    versions = f"jax {jax.__version__}, torch {torch.__version__}, timm {timm}"
+    device = jax.devices()[0].device_kind
+    print(f"{versions}, {device}, {threads} threads, {config.dtype}, batch {config.batch_size}")
+    print(format_markdown(rows))
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

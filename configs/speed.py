@@ -1,0 +1,38 @@
+"""Pairs whose training step is measured: networks with random weights, on packaged images.
+
+The images are enlarged to the networks' size on the device. Nothing is learnt from such a teacher:
+use it with `xkd-jax bench` and `benchmarks/torch_peer.py`.
+
+Claim and cost: docs/performance.md.
+Command:
+  xkd-jax bench --config speed:vit_s16-resnet18
+`:vit_s16-resnet18`, the default, has images of 224 x 224 and batches of 8, `:vit_ti4-resnet18`
+32 x 32 and 64; `:vit_s4-resnet18`, `:vit_b16-resnet50` and `:swin_b-resnet50` are for a GPU, with
+batches of 512 and 128 images in bfloat16.
+"""
+
+from xkd_jax.config import Config
+from xkd_jax.configs import common, quickstart
+
+# Teacher, student, its stem, pixels, batch and dtype.
+PAIRS = {
+    "vit_s16-resnet18": ("vit_small_patch16_224", "resnet18", 224, 8, "float32"),
+    "vit_ti4-resnet18": ("vit_tiny_patch4_32", "resnet18_32", 32, 64, "float32"),
+    "vit_s4-resnet18": ("vit_small_patch4_32", "resnet18_32", 32, 512, "bfloat16"),
+    "vit_b16-resnet50": ("vit_base_patch16_224", "resnet50", 224, 128, "bfloat16"),
+    "swin_b-resnet50": ("swin_base_patch4_window7_224", "resnet50", 224, 128, "bfloat16"),
+}
+
+
+def get_config(variant: str = "") -> Config:
+    common.check_variant(variant, PAIRS)
+    teacher, student, size, batch, dtype = PAIRS[variant or "vit_s16-resnet18"]
+    config = quickstart.get_config()
+    config.pictures = False
+    config.teacher.update(model=teacher, weights="random")
+    config.student.update(model=student, args={})
+    config.image_size = size
+    config.batch_size = batch
+    config.dtype = dtype
+    config.epochs = 1
+    return config
