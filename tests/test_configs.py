@@ -90,6 +90,7 @@ RECIPES = {
     "folder.py:smoke": "--config.data.name=folder:{photos}/own",
     "imagenet.py:smoke": "--config.data.dir={tfds}",
     "imagenet_release.py:smoke": "--config.data.dir={tfds}",
+    "speed.py:smoke": "--config.dtype=float32",
     "spoof.py:smoke": "--config.data.name=leaf:{photos}/spoof",
     "teacher_cifar100_32.py:smoke": "--config.data.dir={tfds}",
     "teacher_cifar100_32.py:swin_smoke": "--config.data.dir={tfds}",
