@@ -69,6 +69,18 @@ def test_numbers(tmp_path):
     assert f"{(tops['none'] - tops['logits']).mean():+.2f} *" in text
 
 
+def test_accuracy_on_noisy_images(tmp_path):
+    write_table(tmp_path, SCORES)
+    assert "noisy" not in table_report.write(tmp_path)
+    for seed, noisy in enumerate((0.3, 0.5)):
+        student = {"model": "resnet18", "top1": 0.5, "noisy_top1": noisy}
+        write_run(tmp_path / "cakd" / f"seed{seed}", 0.5, seed=seed, method__name="cakd",
+                  summary={"student": student})  # fmt: skip
+    assert "| noisy % |" in table_report.write(tmp_path)
+    lines = read_csv(tmp_path)
+    assert (lines["cakd"]["noisy %"], lines["none"]["noisy %"]) == ("40.00", "")
+
+
 def test_cost(tmp_path):
     write_table(tmp_path, SCORES)
     table_report.write(tmp_path)
@@ -154,7 +166,12 @@ def test_why_a_run_does_not_count(tmp_path):
 def test_choices_are_part_of_the_recipe(tmp_path):
     write_table(tmp_path, SCORES)
     rate = {"optimizer.learning_rate": 0.4}
-    chosen = {"fields": {"method.name": "cakd", **rate}, "evaluation_top1": {}}
+    path = tmp_path / "table.json"
+    facts = json.loads(path.read_text())
+    facts["cells"]["cakd"] |= {"optimizer.learning_rate": 0.1}  # what the cell sets before
+    path.write_text(json.dumps(facts))
+    fields = {"method.name": "cakd", **rate}
+    chosen = {"fields": fields, "tried": list(rate), "evaluation_top1": {}}
     (tmp_path / "cakd" / "chosen.json").write_text(json.dumps(chosen))
     right = {"method__name": "cakd", "optimizer__learning_rate": 0.4}
     write_run(tmp_path / "cakd" / "seed1", 0.5, seed=1, **right)

@@ -43,6 +43,7 @@ _NOTES = {
     "standard deviation.",
     "best eval %": "best eval: for comparison, each run's highest top-1 on the evaluation split "
     "over all epochs, averaged over seeds; this maximum is optimistic.",
+    "noisy %": "noisy: top-1 on the noisy test split after the last epoch, averaged over seeds.",
     "published %": "published: the top-1 that the publication reports.",
     "gain": "gain: mean difference from {baseline} over shared seeds, in percentage points, with "
     "its 95% interval (Student's t on paired differences).",
@@ -183,6 +184,12 @@ def _best_evaluation(cell: CellRuns) -> float | None:
     return statistics.mean(best) if best else None
 
 
+def _noisy(cell: CellRuns) -> float | None:
+    """The mean top-1 over seeds on the noisy test split, in percent."""
+    found = [run.noisy_top1 for run in cell.done.values() if run.noisy_top1 is not None]
+    return statistics.mean(found) if found else None
+
+
 def _mean(cell: CellRuns) -> float | None:
     return statistics.mean(cell.scores.values()) if cell.scores else None
 
@@ -196,7 +203,8 @@ def _percent(value: float | None) -> str:
 
 
 def _format_scores(cell: CellRuns) -> list[str]:
-    return [_percent(value) for value in (_mean(cell), _deviation(cell), _best_evaluation(cell))]
+    scores = _mean(cell), _deviation(cell), _best_evaluation(cell), _noisy(cell)
+    return [_percent(value) for value in scores]
 
 
 def _format_rival(rival: Rival | None) -> str:
@@ -254,7 +262,8 @@ def _format_csv(
     table: TableRuns, gains: Mapping[str, Difference], rivals: Mapping[str, Rival]
 ) -> str:
     """Everything about the cells, a line each."""
-    columns = ["cell", "runs", "top-1 %", "deviation", "best evaluation %", "published %"]
+    columns = ["cell", "runs", "top-1 %", "deviation", "best evaluation %", "noisy %"]
+    columns += ["published %"]
     columns += ["gain", "low", "high", "best other", "difference", "p (Holm)", "significant"]
     columns += ["images/s", "hours", "parameters", "extra parameters", "FLOPs", "devices"]
     text = io.StringIO()

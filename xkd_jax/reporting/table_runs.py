@@ -41,6 +41,12 @@ class Run:
     notes: list[str] = dataclasses.field(default_factory=list)
 
     @property
+    def noisy_top1(self) -> float | None:
+        """The same on the noisy test split, in percent, if it was measured."""
+        top1 = self.summary.get("student", {}).get("noisy_top1")
+        return 100 * top1 if isinstance(top1, float | int) else None
+
+    @property
     def top1(self) -> float:
         """Top-1 on the test split after the last epoch, in percent."""
         return 100 * get_top1(self.summary)
@@ -140,8 +146,11 @@ def _read_cell(
     cell, recipes, damage = CellRuns({}, dict(fields)), {}, ""
     if (folder / CHOSEN).exists():
         try:
-            chosen = files.read_json(folder / CHOSEN)["fields"]
-            cell.chosen = label({k: v for k, v in chosen.items() if k not in fields})
+            saved = files.read_json(folder / CHOSEN)
+            chosen = saved["fields"]
+            # Earlier versions didn't say which fields were tried.
+            tried = saved.get("tried", [name for name in chosen if name not in fields])
+            cell.chosen = label({name: chosen[name] for name in tried})
             cell.fields |= chosen
         except (UserError, TypeError, KeyError, AttributeError):
             damage = f"{CHOSEN} is damaged, so the run's recipe can't be checked"
