@@ -204,10 +204,13 @@ def create_pair_step(pair: Pair) -> Callable[..., Features]:
         features: Features = {"pooled": (teacher_out["pooled"], student_out["pooled"])}
         tokens = {f"tokens ({stage})": paired_tokens(teacher_out, student_out, stage)}
         if pair.projectors:
-            done = pair.projectors[0].project(variables[2], teacher_out, student_out)
-            tokens["tokens by GL"] = done.teacher_tokens, done.student_tokens
-            maps = attention(*done.teacher_qkv, bias=done.bias), attention(*done.student_qkv)
-            tokens["attention by PCA"] = _join_heads(maps[0]), _join_heads(maps[1])
+            method = pair.projectors[0]
+            done = method.project(variables[2], teacher_out, student_out)
+            if method.token_weight:  # or the projector has not been trained
+                tokens["tokens by GL"] = done.teacher_tokens, done.student_tokens
+            if method.attention_weight or method.value_weight:
+                maps = attention(*done.teacher_qkv, bias=done.bias), attention(*done.student_qkv)
+                tokens["attention by PCA"] = _join_heads(maps[0]), _join_heads(maps[1])
         for name, (of_teacher, of_student) in tokens.items():
             order = jax.random.permutation(key, of_teacher.shape[1])[:kept]
             features[name] = of_teacher[:, order], of_student[:, order]
