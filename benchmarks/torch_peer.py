@@ -93,7 +93,8 @@ class Peer:
         network = torch_networks.create_network(student, student_variables(state))
         self.student = network.to(DEVICE, memory_format=torch.channels_last).train()
         self.trained = [list(self.student.parameters())]  # each part is clipped by itself
-        self.teacher = self.task = None
+        self.teacher: Any = None
+        self.task: Any = None
         if teacher:
             network = torch_networks.create_network(teacher, teacher.variables)
             self.teacher = torch_networks.Teacher(network).to(DEVICE)
@@ -202,7 +203,7 @@ class Peer:
         if method.attention_weight or method.value_weight:
             qkv = self.pca(features)
             wanted = teacher["qkv"]
-            mixed = torch.where(self.draw_mask(qkv), wanted, qkv)
+            mixed: Any = torch.where(self.draw_mask(qkv), wanted, qkv)
             attended = (
                 F.scaled_dot_product_attention(*mixed),
                 F.scaled_dot_product_attention(*wanted, attn_mask=teacher["bias"]),
