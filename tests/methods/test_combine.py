@@ -188,6 +188,25 @@ def test_wrong_names_and_options_are_refused(name, options, message):
         create_method(name, options)
 
 
+def test_a_part_without_an_adversary_gets_none():
+    class Adversarial(Method):
+        adversary_period = 1
+
+        @override
+        def loss(self, params, state, teacher_out, student_out, batch, key, progress, adversary):
+            return MethodLoss(adversary["loss"], {}, {})
+
+    silent = CAKD(adversarial_weight=0.0)
+    method, key = Sum(parts=(("cakd", silent), ("other", Adversarial()))), jax.random.key(0)
+    params, _ = silent.init(key, *outputs())
+    loss, _, metrics, _ = run_loss(
+        method, {"cakd": params, "other": {}}, {"cakd": {}, "other": {}}, key, {"loss": 2.0}
+    )
+    alone = run_loss(silent, params, {}, jax.random.fold_in(key, 0), {}).value
+    np.testing.assert_allclose(loss, alone + 2.0, rtol=1e-6)
+    assert "generator" not in metrics
+
+
 def test_two_adversaries_are_refused():
     with pytest.raises(UserError, match="two methods with an adversary"):
         create_method("cakd+cakd_release", {}).check(*outputs())

@@ -219,8 +219,8 @@ class _Sweep:
             found = {text: self._try(name, text, other) for text, other in tried.items()}
             fields, scores = tried[max(found, key=lambda text: found[text])], scores | found
         if cell.stages and processes.is_first():
-            tried = sorted(varied - {"method.name"})
-            chosen = {"fields": fields, "tried": tried, "evaluation_top1": scores}
+            names = sorted(varied - {"method.name"})
+            chosen = {"fields": fields, "tried": names, "evaluation_top1": scores}
             path = self.workdir / name / table_report.CHOSEN
             write_file(path, (json.dumps(chosen, indent=2) + "\n").encode())
         for seed in self.table.seeds:

@@ -113,8 +113,9 @@ class Sum(Method):
         total, new_state, metrics, judged = jax.numpy.zeros(()), {}, {}, None
         for i, (name, method) in enumerate(self.parts):
             part_key = jax.random.fold_in(key, i)
-            inputs = teacher_out, student_out, batch, part_key, progress, adversary
-            part = method.loss(params[name], state[name], *inputs)
+            inputs = teacher_out, student_out, batch, part_key, progress
+            own = adversary if method.adversary_period else None  # a cakd can be without one
+            part = method.loss(params[name], state[name], *inputs, own)
             value = part.value
             if self.first_phase and not method.first_phase:
                 value = jax.numpy.where(progress < 0, 0.0, value)

@@ -263,8 +263,8 @@ def _format_csv(
 ) -> str:
     """Everything about the cells, a line each."""
     columns = ["cell", "runs", "top-1 %", "deviation", "best evaluation %", "noisy %"]
-    columns += ["published %"]
-    columns += ["gain", "low", "high", "best other", "difference", "p (Holm)", "significant"]
+    columns += ["published %", "gain", "low", "high", "best other", "difference", "p (Holm)"]
+    columns.append("significant")
     columns += ["images/s", "hours", "parameters", "extra parameters", "FLOPs", "devices"]
     text = io.StringIO()
     writer = csv.writer(text)

@@ -41,15 +41,15 @@ class Run:
     notes: list[str] = dataclasses.field(default_factory=list)
 
     @property
+    def top1(self) -> float:
+        """Top-1 on the test split after the last epoch, in percent."""
+        return 100 * get_top1(self.summary)
+
+    @property
     def noisy_top1(self) -> float | None:
         """The same on the noisy test split, in percent, if it was measured."""
         top1 = self.summary.get("student", {}).get("noisy_top1")
         return 100 * top1 if isinstance(top1, float | int) else None
-
-    @property
-    def top1(self) -> float:
-        """Top-1 on the test split after the last epoch, in percent."""
-        return 100 * get_top1(self.summary)
 
 
 @dataclasses.dataclass
