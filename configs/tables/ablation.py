@@ -13,14 +13,21 @@ The forms are those of table1.py, each with one pair: the packaged ViT and a sma
 quickstart's loss weights and the learning rate that Table 1 begins with, 0.2; ViT-S and ResNet-18
 on CIFAR-100; ViT-L/16 and ResNet-50 on ImageNet. Nothing is chosen. `:smoke` takes about a minute
 on two CPU cores.
+
+`:tuned` compares, on packaged images, the parts that help with what might replace the others: with
+the PCA projector on the student's last stage (`pca_last`), the term on pooled features alone
+(`pooled`) and beside it (`pca_pooled`), and the teacher's logits beside it (`pca_logits`). As in
+Table 1, each cell chooses the scale of its loss weights and its learning rate.
 """
 
+import dataclasses
 from typing import Any
 
 from xkd_jax.config import Config
 from xkd_jax.configs import imagenet
+from xkd_jax.configs.common import check_variant
 from xkd_jax.configs.tables import common
-from xkd_jax.table import Cell, Table
+from xkd_jax.table import Cell, Table, scaled
 
 _OFF = {"method.cakd.adversarial_weight": 0.0, "method.cakd.multi_view": False}
 _NO_PCA = {"method.cakd.attention_weight": 0.0, "method.cakd.value_weight": 0.0}
@@ -31,16 +38,29 @@ PARTS: dict[str, dict[str, Any]] = {
     "pca_gl": _OFF,
     "all": {"method.cakd.multi_view": True},
 }
+_PCA = {"attention_weight": 10.0, "value_weight": 1.0}
+# For each cell of `:tuned`, the terms' weights, which are scaled together.
+TUNED: dict[str, dict[str, float]] = {
+    "pca": _PCA,
+    "pca_last": _PCA,
+    "pooled": {"pooled_weight": 1.0},
+    "pca_pooled": _PCA | {"pooled_weight": 1.0},
+    "pca_logits": _PCA,
+}
 PAIRS = {"gpu": "vit-resnet18", "paper": "vit_l16-resnet50"}
 
 
 def get_config(variant: str = "") -> Config:
-    config = common.get_config(variant, imagenet.get_config)
+    check_variant(variant, (*common.FORMS, "tuned"))
+    form = "" if variant == "tuned" else variant
+    config = common.get_config(form, imagenet.get_config)
     config.data.noisy = variant != "smoke"
     return config
 
 
 def get_table(variant: str = "") -> Table:
+    if variant == "tuned":
+        return _tuned_table()
     pair = {PAIRS.get(variant, "vit-resnet"): common.unpublished(("none", "cakd"))}
     networks = common.paper_networks(imagenet.teacher_weights)
     table = common.create_table(variant, networks, pair, pair, pair)
@@ -52,3 +72,24 @@ def get_table(variant: str = "") -> Table:
     if variant == "smoke":
         cells = {name: cells[name] for name in ("labels", "all")}
     return Table(cells, "labels", seeds=table.seeds)
+
+
+def _tuned_table() -> Table:
+    """Each cell chooses among three scales of its weights, then three learning rates."""
+    pair = {"vit-resnet": common.unpublished(("none", "logits", "cakd"))}
+    labels, logits, cakd = common.create_cells(common.PACKAGED, pair, tuned=True).values()
+    rates = labels.stages[-1]
+    cells = {
+        name: dataclasses.replace(cell, baseline=None)
+        for name, cell in (("labels", labels), ("logits", logits))
+    }
+    for name, weights in TUNED.items():
+        fields = {**cakd.fields, **_OFF, **_NO_PCA, **_NO_GL}
+        scales = {f"method__cakd__{weight}": value for weight, value in weights.items()}
+        if name == "pca_last":
+            fields["method.cakd.student_stage"] = "stage4"
+        elif name == "pca_logits":
+            fields["method.name"] = "cakd+logits"
+            scales["method__logits__weight"] = 1.0
+        cells[name] = Cell(fields, (scaled((1 / 3, 1.0, 3.0), **scales), rates))
+    return Table(cells, "labels")

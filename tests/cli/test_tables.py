@@ -2,6 +2,7 @@
 
 import functools
 import importlib
+import itertools
 import json
 import re
 import shlex
@@ -133,8 +134,9 @@ def test_only_the_same_pair_has_a_published_number():
             assert facts.paper is None or re.search(r"resnet20|resnet8x4", cell), cell
 
 
-@pytest.mark.parametrize("variant", VARIANTS)
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize(
+    ("name", "variant"), [*itertools.product(NAMES, VARIANTS), ("ablation", "tuned")]
+)
 def test_every_cell_is_valid(name, variant):
     config, cells = get(name, variant)
     tables.check_fields(cells, config, list(cells.cells))
@@ -146,6 +148,19 @@ def test_every_cell_is_valid(name, variant):
         )
     with pytest.raises(UserError, match="unknown variant 'smoek'; did you mean smoke"):
         get(name, "smoek")
+
+
+def test_the_tuned_parts_have_no_other_terms_and_the_same_budget():
+    config, table = get("ablation", "tuned")
+    assert len({table.count(cell) for name, cell in table.cells.items() if name != "labels"}) == 1
+    off = {"method.cakd.token_weight", "method.cakd.adversarial_weight"}
+    for name in ("pca", "pca_last", "pooled", "pca_pooled", "pca_logits"):
+        cell = table.cells[name]
+        assert all(alternative.keys().isdisjoint(off) for alternative in cell.stages[0])
+        chosen = tables.with_fields(config, {**cell.fields, **cell.stages[0][1]}).method.cakd
+        assert not any((chosen.token_weight, chosen.adversarial_weight, chosen.multi_view))
+        assert (chosen.pooled_weight > 0) == ("pooled" in name)
+        assert (chosen.attention_weight > 0) == (chosen.value_weight > 0) == ("pca" in name)
 
 
 def test_the_tables_of_a_foundation_teacher_are_valid():
