@@ -267,8 +267,11 @@ def _tuned(cell: Cell, method: str) -> Cell:
 def _weights(method: str) -> dict[str, float]:
     """The weights of a method's own terms in the packaged form, for `table.scaled`."""
     options = packaged_config().method[method]
-    names = [name for name in options if name.endswith("weight") and name != "label_weight"]
-    return {f"method__{method}__{name}": options[name] for name in names}
+    return {
+        f"method__{method}__{name}": value
+        for name, value in options.items()
+        if name.endswith("weight") and name != "label_weight" and value
+    }
 
 
 def create_table(
