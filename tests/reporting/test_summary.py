@@ -24,6 +24,42 @@ def test_the_best_student_is_kept_and_of_equals_the_first(tmp_path, monkeypatch)
     assert [scores["step"] for scores in kept] == [1, 2, 6]
 
 
+def test_a_cached_teacher_is_evaluated_once_for_all_processes(tmp_path, monkeypatch):
+    evaluated = []
+
+    def describe(*arguments):
+        evaluated.append(arguments[2])
+        return {"top1": 0.5}
+
+    def ask(cache, test, fingerprint="abc"):
+        monkeypatch.setattr(summary, "_teachers", {})  # as in another process
+        teacher = SimpleNamespace(
+            fingerprint=fingerprint, class_order=(), num_classes=10, variables={}
+        )
+        config = SimpleNamespace(
+            teacher=SimpleNamespace(cache=cache),
+            data=SimpleNamespace(noisy=False),
+            dtype="float32",
+        )
+        experiment = SimpleNamespace(config=config, distiller=SimpleNamespace(teacher=teacher))
+        return summary.describe_teacher(experiment, test)
+
+    monkeypatch.setattr(summary, "describe", describe)
+    first, second = (
+        SimpleNamespace(crop_pct=1.0, images=np.zeros((count, 4, 4, 3)), identity={})
+        for count in (5, 6)
+    )
+    cache = str(tmp_path / "cache")
+    assert [ask(cache, first) for _ in range(2)] == [{"top1": 0.5}] * 2
+    assert len(evaluated) == 1
+    ask(cache, second)  # other images
+    ask(cache, first, "xyz")  # another teacher
+    assert len(evaluated) == 3
+    ask("", first)  # nothing is kept without a cache
+    ask("", first)
+    assert len(evaluated) == 5
+
+
 def test_extra_parameters_are_those_that_only_training_needs():
     params = {
         "student": {"kernel": np.zeros((2, 3))},

@@ -1,5 +1,6 @@
 """The results of a finished run: the student's file and summary.json."""
 
+import hashlib
 import importlib.metadata
 import json
 import platform
@@ -20,7 +21,7 @@ from xkd_jax.experiment import Experiment, load_split
 from xkd_jax.methods.base import apply
 from xkd_jax.model import Model, merge_sources
 from xkd_jax.probing.monitor import create_monitor
-from xkd_jax.reporting.files import BEST, STUDENT, SUMMARY, write_file
+from xkd_jax.reporting.files import BEST, STUDENT, SUMMARY, read_json, write_file
 from xkd_jax.weights import load_weights, save_weights
 
 _teachers: dict[Any, dict[str, Any]] = {}  # scores, by everything that they depend on
@@ -89,7 +90,10 @@ def count_extra(experiment: Experiment) -> int:
 
 
 def describe_teacher(experiment: Experiment, test: data.Split) -> dict[str, Any]:
-    """As `describe`, for the teacher: once for all runs of a comparison or a table."""
+    """As `describe`, for the teacher: once for all runs of a comparison or a table.
+
+    With `teacher.cache` the scores are kept in its folder, for all runs that share it.
+    """
     config, teacher = experiment.config, experiment.distiller.teacher
     assert teacher is not None
     measured = (
@@ -97,8 +101,24 @@ def describe_teacher(experiment: Experiment, test: data.Split) -> dict[str, Any]
         config.data.noisy, test.crop_pct, test.images.shape, json.dumps(test.identity),
     )  # fmt: skip
     if measured not in _teachers:
-        _teachers[measured] = describe(teacher, teacher.variables, test, experiment)
+        path = _scores_path(config.teacher.cache, measured)
+        kept = read_json(path) if path and path.exists() else {}
+        _teachers[measured] = kept or describe(teacher, teacher.variables, test, experiment)
+        if path and not kept:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            write_file(path, (json.dumps(_teachers[measured], indent=2) + "\n").encode())
     return _teachers[measured]
+
+
+def _scores_path(cache: str, measured: tuple[Any, ...]) -> Path | None:
+    """Where the teacher's scores are kept, if they are.
+
+    Several processes must all evaluate or all not, and may see different files.
+    """
+    if not cache or jax.process_count() > 1:
+        return None
+    key = hashlib.sha256(repr((measured, list_versions())).encode()).hexdigest()
+    return Path(cache) / f"scores_{key[:16]}.json"
 
 
 def headline(experiment: Experiment, folder: Path) -> str:
