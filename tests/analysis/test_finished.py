@@ -1,5 +1,6 @@
 """Finished runs are loaded as they were, and what is missing is named."""
 
+import dataclasses
 import json
 
 import numpy as np
@@ -7,7 +8,7 @@ import pytest
 
 from tests.analysis.finished_run import write_run
 from tests.experiments import leaves
-from xkd_jax.analysis.finished import cakd_part, load_runs, read_config, spread
+from xkd_jax.analysis.finished import by_class, cakd_part, load_runs, read_config, spread
 from xkd_jax.config import used
 from xkd_jax.errors import UserError
 
@@ -58,10 +59,16 @@ def test_a_config_that_cannot_be_read_is_refused(tmp_path, change, message):
         read_config(path)
 
 
-def test_images_are_taken_evenly(tmp_path):
+def test_every_class_has_its_share_of_a_few_images(tmp_path):
     write_run(tmp_path / "none", "none", checkpoint=False)
     (run,) = load_runs([tmp_path / "none"])
-    few = spread(run.test, 5)
-    np.testing.assert_array_equal(few.images, run.test.images[::10])
-    np.testing.assert_array_equal(few.labels, run.test.labels[::10])
-    assert spread(run.test, 0) is spread(run.test, 99) is run.test
+    images, labels = np.arange(600).reshape(600, 1, 1, 1), np.arange(600) % 10
+    # Classes take turns: every 20th image would be of the same class.
+    split = dataclasses.replace(run.test, images=images, labels=labels)
+    few = spread(split, 30)
+    assert np.bincount(few.labels).tolist() == [3] * 10
+    np.testing.assert_array_equal(few.images.ravel() % 10, few.labels)
+    assert (np.diff(few.images.ravel()) > 0).all()  # in the split's order
+    in_order = by_class(split, 30)
+    assert in_order.labels.tolist() == sorted(few.labels.tolist())
+    assert spread(split, 0) is spread(split, 999) is split

@@ -157,17 +157,24 @@ def _method_params(run: Finished) -> Any | None:
 
 
 def spread(split: Split, count: int) -> Split:
-    """At most `count` images of a split, evenly spaced over it; 0: all of them."""
+    """At most `count` images of a split, the same share of every class; 0: all of them."""
     if not 0 < count < len(split):
         return split
-    return _take(split, np.arange(count) * len(split) // count)
+    return _take(split, np.sort(_rows_by_class(split, count)))
 
 
 def by_class(split: Split, count: int) -> Split:
-    """At most `count` images of a split, in the order of their classes and evenly spaced in it."""
+    """At most `count` images of a split, the same share of every class, in the classes' order."""
+    return _take(split, _rows_by_class(split, min(count, len(split))))
+
+
+def _rows_by_class(split: Split, count: int) -> np.ndarray:
+    """`count` rows, evenly spaced after sorting by class.
+
+    In the split's own order, where classes may take turns, even spacing would miss some of them.
+    """
     order = np.argsort(np.asarray(split.labels), kind="stable")
-    count = min(count, len(split))
-    return _take(split, order[np.arange(count) * len(split) // count])
+    return order[np.arange(count) * len(split) // count]
 
 
 def _take(split: Split, rows: np.ndarray) -> Split:
