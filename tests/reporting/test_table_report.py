@@ -12,7 +12,7 @@ from scipy import stats
 from tests.reporting.folders import write_run
 from tests.runs import ROOT
 from xkd_jax.errors import UserError
-from xkd_jax.reporting import table_report
+from xkd_jax.reporting import document, table_report
 from xkd_jax.reporting.figures import band
 from xkd_jax.table import Cell, Table
 
@@ -38,6 +38,13 @@ def write_table(folder, scores, paper=None):
 def read_csv(folder):
     with (folder / "table.csv").open() as file:
         return {line["cell"]: line for line in csv.DictReader(file)}
+
+
+def test_what_a_cell_has_chosen_is_wrapped_on_the_page():
+    chosen = "attention_weight=3.33333, value_weight=0.333333, learning_rate=0.2"
+    page = document.Table([("", "top-1 %", "chosen"), ("cakd", "84.46", chosen)]).html()
+    assert f'<td class="long">{chosen}</td>' in page
+    assert "<td>84.46</td>" in page
 
 
 def test_numbers(tmp_path):

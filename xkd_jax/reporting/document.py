@@ -21,6 +21,7 @@ MARKDOWN = "report.md"
 PAGE = "report.html"
 
 Lines = Sequence[Sequence[str]]  # a table of text; the first line is the header
+_LONG = 40  # characters of a cell that is wrapped
 
 _STYLE = """
 :root { color-scheme: light dark; --line: #d0d4da; --quiet: #5b6470; --head: #f2f4f7; }
@@ -32,6 +33,7 @@ table { border-collapse: collapse; font-size: .93em; font-variant-numeric: tabul
 th, td { border-bottom: 1px solid var(--line); padding: .25rem .6rem; text-align: right; }
 th { background: var(--head); vertical-align: bottom; }
 td { white-space: nowrap; }
+td.long { white-space: normal; text-align: left; min-width: 16rem; }
 th:first-child, td:first-child { text-align: left; }
 tr.best { font-weight: 600; }
 .notes { color: var(--quiet); font-size: .87rem; }
@@ -130,8 +132,11 @@ class Table:
         """As HTML."""
 
         def row(cells: Sequence[str], tag: str, kind: str = "") -> str:
-            filled = "".join(f"<{tag}>{html.escape(cell)}</{tag}>" for cell in cells)
-            return f"<tr{kind}>{filled}</tr>"
+            return f"<tr{kind}>{''.join(fill(cell, tag) for cell in cells)}</tr>"
+
+        def fill(cell: str, tag: str) -> str:
+            long = ' class="long"' if len(cell) > _LONG else ""
+            return f"<{tag}{long}>{html.escape(cell)}</{tag}>"
 
         header, *rows = self.lines
         kinds = (' class="best"' if index == self.best else "" for index in range(len(rows)))

@@ -134,7 +134,7 @@ def list_results(
                 "" if gain is None else f"{gain.mean:+.2f}",
                 f"{gain.low:+.2f} to {gain.high:+.2f}" if gain and has_interval else "",
                 _format_rival(rival),
-                cell.chosen,
+                cell.chosen.replace(",", ", "),
                 _left_out(cell),
             ]
         )
