@@ -31,7 +31,8 @@ def get_config(variant: str = "") -> Config:
     config = quickstart.get_config()
     config.pictures = False
     config.teacher.update(model=teacher, weights="random")
-    config.student.update(model=student, args={})
+    config.student.model = student
+    config.student.args = {}  # `update` would keep the quickstart's
     config.image_size = size
     config.batch_size = batch
     config.dtype = dtype

@@ -16,6 +16,7 @@ from xkd_jax.configs import (
     common,
     imagenet,
     imagenet_release,
+    speed,
     spoof,
 )
 from xkd_jax.errors import UserError
@@ -114,6 +115,14 @@ def test_the_release_is_the_released_script():
     assert (config.data.repeats, config.crop_pct) == (4, 1.0)
     assert config.student.model == "resnet50"
     assert create_method("cakd_release", config.method) == create_method("cakd_release", {})
+
+
+@pytest.mark.parametrize("variant", speed.PAIRS)
+def test_the_pairs_that_are_timed_have_whole_networks(variant):
+    config = speed.get_config(variant)
+    assert config.student.model == speed.PAIRS[variant][1]
+    assert not config.student.args
+    assert not config.teacher.args
 
 
 @pytest.mark.parametrize("variant", cifar100_published.COMBINED)
