@@ -23,8 +23,6 @@ import time
 from pathlib import Path
 from typing import Any
 
-from xkd_jax.configs import quickstart
-
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGES = (
     "jax", "flax", "optax", "orbax.checkpoint", "ml_collections", "absl", "safetensors", "tqdm",
@@ -32,7 +30,7 @@ PACKAGES = (
 )  # fmt: skip
 # Pair and batch sizes.
 PAIRS = {"vit_b16-resnet50": (128, 256), "swin_b-resnet50": (128,), "vit_s4-resnet18": (512,)}
-LAST = "campaign.json"
+RECORD = "campaign.json"
 GRACE = 60  # seconds for a checkpoint
 
 
@@ -51,20 +49,19 @@ def campaign(data: str, smoke: bool) -> list[Step]:
         ("-m", f"xkd_jax.{verb}", "--config") for verb in ("main", "sweep", "bench")
     )
     peer = str(ROOT / "benchmarks" / "torch_peer.py"), "--config"
-    methods = ("none", "cakd") if smoke else quickstart.METHODS
-    steps = [
-        Step("first_light", (*main, "quickstart:smoke", f"--config.compare={methods}",
-                             "--workdir", "first_light"))
-    ]  # fmt: skip
+    # Every method, for as many epochs as the longest warm-up takes.
+    few = ("--config.epochs=6", *(f"--config.method.{m}.first_epochs=1" for m in ("ab", "ft")))
+    first = ("quickstart:smoke",) if smoke else ("quickstart:methods", *few)
+    steps = [Step("first_light", (*main, *first, "--workdir", "first_light"))]
     for pair, batches in {"smoke": (8,)}.items() if smoke else PAIRS.items():
         for batch in batches:
             fields = f"speed:{pair}", f"--config.batch_size={batch}"
-            few = ("--steps", "2") if smoke else ("--steps", "30", "--compile")
+            steps_of = ("--steps", "2") if smoke else ("--steps", "30", "--compile")
             rounds = ("--rounds", "2") if smoke else ()
             result = f"bench_{pair}_{batch}"
             steps += [
                 Step(result, (*bench, *fields, *rounds, "--json", f"{result}.json"), least=90),
-                Step(f"peer_{pair}_{batch}", (*peer, *fields, *few), least=120),
+                Step(f"peer_{pair}_{batch}", (*peer, *fields, *steps_of), least=120),
             ]
     if smoke:
         return [*steps, Step("table1", (*sweep, "tables/table1:smoke", "--workdir", "table1"))]
@@ -106,15 +103,12 @@ def run(step: Step, out: Path, seconds: float) -> str:
     return "interrupted"
 
 
-def missing() -> list[str]:
-    """The packages that this Python lacks."""
-    found = []
-    for name in PACKAGES:
-        try:
-            found.append(importlib.util.find_spec(name) is not None)
-        except ModuleNotFoundError:  # the package that the module is in
-            found.append(False)
-    return [name for name, there in zip(PACKAGES, found, strict=True) if not there]
+def is_missing(package: str) -> bool:
+    """Whether this Python lacks a package."""
+    try:
+        return importlib.util.find_spec(package) is None
+    except ModuleNotFoundError:  # the package that it is in
+        return True
 
 
 def main() -> None:
@@ -128,14 +122,14 @@ def main() -> None:
     options = parser.parse_args()
     if options.needs:
         print("packages:", ", ".join(PACKAGES))
-        print("missing here:", ", ".join(missing()) or "none")
+        print("missing here:", ", ".join(filter(is_missing, PACKAGES)) or "none")
         print("data: a folder of TFDS that has cifar100, as array_record or tfrecord")
         return
     deadline = time.monotonic() + 60 * options.minutes
     out = options.out.resolve()
     out.mkdir(parents=True, exist_ok=True)
     data = str(Path(options.data).resolve()) if options.data else ""
-    record = out / LAST
+    record = out / RECORD
     states: dict[str, dict[str, Any]] = json.loads(record.read_text()) if record.exists() else {}
     steps = campaign(data, options.smoke)
     # Failures last: one that fails again must not keep the others from running.

@@ -13,7 +13,10 @@ import os
 import statistics
 import subprocess
 import sys
+import time
 from typing import Any
+
+from xkd_jax.reporting.document import format_markdown
 
 TRIED = (
     "--xla_cpu_use_xnnpack=false",
@@ -36,9 +39,7 @@ WARMUP = 3
 
 def measure(recipe: str, method: str, steps: int) -> dict[str, float]:
     """Seconds of a step, its compilation, and the loss after `steps`, in this process."""
-    import time
-
-    import jax
+    import jax  # with the flags of this process: the parent needs no JAX
 
     from xkd_jax.bench.parts import whole_step
     from xkd_jax.config import for_method
@@ -89,19 +90,35 @@ def main() -> None:
         for flags, results in found.items():
             if not any(isinstance(result, str) for result in results):
                 results.append(measure_in_process(flags, options))
-    default = statistics.median(result["seconds"] for result in found[""])
-    print("| XLA_FLAGS | ms | of the default's | compile s | loss |")
-    print("| --- | ---: | ---: | ---: | ---: |")
+    print(
+        format_markdown(
+            [("XLA_FLAGS", "ms", "of the default's", "compile s", "loss"), *rows(found)]
+        )
+    )
+
+
+def rows(found: dict[str, list[Any]]) -> list[tuple[str, ...]]:
+    """The cells of the table, from what `measure_in_process` returned for each set of flags."""
+
+    def median(flags: str, name: str) -> float:
+        return statistics.median(result[name] for result in found[flags])
+
+    lines = []
     for flags, results in found.items():
         if isinstance(results[-1], str):
-            print(f"| `{flags}` | {results[-1]} | | | |")
+            lines.append((flags, results[-1], "", "", ""))
             continue
-        seconds = statistics.median(result["seconds"] for result in results)
-        compiled = statistics.median(result["compile_seconds"] for result in results)
-        print(
-            f"| `{flags}` | {1e3 * seconds:.1f} | {seconds / default:.2f} | {compiled:.1f} | "
-            f"{results[-1]['loss']:.5f} |"
+        seconds = median(flags, "seconds")
+        lines.append(
+            (
+                flags or "default",
+                f"{1e3 * seconds:.1f}",
+                f"{seconds / median('', 'seconds'):.2f}",
+                f"{median(flags, 'compile_seconds'):.1f}",
+                f"{results[-1]['loss']:.5f}",
+            )
         )
+    return lines
 
 
 if __name__ == "__main__":

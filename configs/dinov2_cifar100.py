@@ -34,6 +34,7 @@ UNLABELLED = ("logits", "pooled", "cakd")
 # This teacher's features are large: cakd's terms with weights of 1 would be several times the
 # cross-entropy.
 CAKD = 0.1 / 3
+PCA = {"method__cakd__attention_weight": 0.1, "method__cakd__value_weight": 0.1}
 WEIGHTS = {
     "logits": {"method__logits__weight": 3.0},
     "cakd": {
@@ -50,22 +51,15 @@ WEIGHTS = {
     "dist": {"method__dist__inter_weight": 2.0, "method__dist__intra_weight": 2.0},
     "ofa": {"method__ofa__weight": 1.0},
     "rsd": {"method__rsd__weight": 0.1},
-    # Parts of cakd: its PCA projector, and that with the term on pooled features.
-    "pca": {"method__cakd__attention_weight": 0.1, "method__cakd__value_weight": 0.1},
-    "pca_pooled": {
-        "method__cakd__attention_weight": 0.1,
-        "method__cakd__value_weight": 0.1,
-        "method__cakd__pooled_weight": 1.0,
-    },
+    "pca": PCA,
+    "pca_pooled": PCA | {"method__cakd__pooled_weight": 1.0},
 }
-# The other terms of these cells are off.
-PARTS = {
-    name: {
-        "method.name": "cakd",
-        "method.cakd.token_weight": 0.0,
-        "method.cakd.adversarial_weight": 0.0,
-    }
-    for name in ("pca", "pca_pooled")
+# The PCA projector of cakd, alone and with the term on pooled features.
+PARTS = ("pca", "pca_pooled")
+WITHOUT_OTHERS = {
+    "method.name": "cakd",
+    "method.cakd.token_weight": 0.0,
+    "method.cakd.adversarial_weight": 0.0,
 }
 
 
@@ -117,5 +111,6 @@ def get_table(variant: str = "") -> Table:
     cells = {"none": Cell({"method.name": "none"} | start, (rates,))}
     for name, weights in WEIGHTS.items():
         stages = (scaled((1 / 3, 1.0, 3.0), **weights), rates)
-        cells[name] = Cell(PARTS.get(name, {"method.name": name}) | start, stages)
+        fields = WITHOUT_OTHERS if name in PARTS else {"method.name": name}
+        cells[name] = Cell(fields | start, stages)
     return Table(cells, "none", seeds=(0, 1, 2))

@@ -19,7 +19,6 @@ saved = pathlib.Path("saved")
 if saved.exists():
     sys.exit(0)
 signal.signal(signal.SIGTERM, lambda *_: (saved.touch(), sys.exit(0)))
-pathlib.Path("ready").touch()
 time.sleep(60)
 """
 
@@ -43,7 +42,7 @@ def call(monkeypatch, capsys, out, minutes=1.0):
     arguments = ["gpu_campaign.py", "--out", str(out), "--minutes", str(minutes)]
     monkeypatch.setattr(sys, "argv", arguments)
     gpu_campaign.main()
-    states = json.loads((out / gpu_campaign.LAST).read_text())
+    states = json.loads((out / gpu_campaign.RECORD).read_text())
     return {name: state["state"] for name, state in states.items()}, capsys.readouterr().out
 
 
