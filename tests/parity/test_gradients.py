@@ -1,4 +1,4 @@
-"""Gradients of Vision Transformers against PyTorch's, of every parameter."""
+"""Gradients of small networks against PyTorch's, of every parameter."""
 
 import jax
 import numpy as np
@@ -17,13 +17,21 @@ SPECIMENS = {
     "dinov2": Specimen("vit_small_patch14_dinov2", 42, args=_SHALLOW),
     "dinov2_reg4": Specimen("vit_small_patch14_reg4_dinov2", 42, args=_SHALLOW),
     "deit3": Specimen("deit3_small_patch16_224", 48, args=_SHALLOW),
+    "swin": Specimen(
+        "swin_tiny_patch2_window4_32", 32, args={"depths": (2, 1, 1, 1), "embed_dim": 24}
+    ),
+    "resnet": Specimen("resnet18_32", 16, args={"layers": (1, 1, 1, 1)}),
 }
 
 
-def weights(specimen):
-    """The loss is a sum of the logits and the normalised tokens with these weights."""
-    tokens = (specimen.size // 4) ** 2 if specimen.name.endswith("4_32") else 9
-    return noise("logits", (2, CLASSES)), noise("tokens", (2, tokens, 48), 0.1)
+# The loss is a sum of the logits and, for Vision Transformers, of the normalised tokens, with these
+# weights.
+def logits_weights():
+    return noise("logits", (2, CLASSES))
+
+
+def tokens_weights(shape):
+    return noise("tokens", tuple(shape), 0.1)
 
 
 def theirs(specimen):
@@ -32,26 +40,32 @@ def theirs(specimen):
     from tests.parity import reference
 
     model = reference.build(specimen).eval()
-    logits_weights, tokens_weights = map(torch.from_numpy, weights(specimen))
-    tokens = []
-    model.norm.register_forward_hook(lambda module, args, out: tokens.append(out))
     x = torch.from_numpy(images(2, specimen.size).transpose(0, 3, 1, 2)).contiguous()
-    loss = (model(x) * logits_weights).sum()
-    loss = loss + (tokens[0][:, model.num_prefix_tokens :] * tokens_weights).sum()
+    tokens = []
+    if hasattr(model, "num_prefix_tokens"):
+        model.norm.register_forward_hook(
+            lambda module, args, out: tokens.append(out[:, model.num_prefix_tokens :])
+        )
+    loss = (model(x) * torch.from_numpy(logits_weights())).sum()
+    for some in tokens:
+        loss = loss + (some * torch.from_numpy(tokens_weights(some.shape))).sum()
     loss.backward()
     return {name: parameter.grad.numpy() for name, parameter in model.named_parameters()}
 
 
 def ours(specimen):
     model = create_model(specimen.name, num_classes=CLASSES, **specimen.network_args)
-    logits_weights, tokens_weights = weights(specimen)
+    variables = filled(specimen)
 
     def loss(params):
-        logits, out = model.apply({"params": params}, images(2, specimen.size))
-        return (logits * logits_weights).sum() + (out["tokens"] * tokens_weights).sum()
+        logits, out = model.apply({**variables, "params": params}, images(2, specimen.size))
+        total = (logits * logits_weights()).sum()
+        if "cls" in out:
+            total += (out["tokens"] * tokens_weights(out["tokens"].shape)).sum()
+        return total
 
     with jax.default_matmul_precision("highest"):
-        gradients = jax.jit(jax.grad(loss))(filled(specimen)["params"])
+        gradients = jax.jit(jax.grad(loss))(variables["params"])
     return to_state(jax.device_get({"params": gradients}), specimen.name)
 
 
