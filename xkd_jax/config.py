@@ -49,6 +49,7 @@ AT_LEAST = {
     "accumulate": 1,
     "freeze": 0,
     "keep_checkpoints": 1,
+    "steps_per_dispatch": 0,
     "data.repeats": 1,
     "data.workers": 0,
     "augment.crop_padding": 0,
@@ -183,6 +184,9 @@ def _run_defaults() -> ConfigDict:
             "log_every": 50,  # steps from one line of metrics.jsonl to the next
             "eval_every": 1,  # epochs from one evaluation to the next
             "checkpoint_every": 1000,  # steps; the last one is always saved
+            # Steps in one program, for data that are on the devices; 0: 1 on a CPU, and on a GPU or
+            # TPU as many as keep it busy, 1 for all but the smallest networks.
+            "steps_per_dispatch": 0,
             "keep_checkpoints": 2,  # how many of the newest are kept
             # "": the run's folder. Otherwise a folder for the checkpoints of several runs, shared
             # by all processes: a path or any URI that Orbax supports, such as "gs://bucket/runs".

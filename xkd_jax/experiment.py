@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import optax
 from jax.sharding import Mesh
 
-from xkd_jax import backend, data, weights
+from xkd_jax import backend, data, dispatch, weights
 from xkd_jax.augment.multiview import MultiView
 from xkd_jax.augment.pipeline import Pipeline
 from xkd_jax.config import Config, augmentation
@@ -44,14 +44,15 @@ class Experiment(Inputs):
       evaluation: the split of the learning curves.
       learning_rate_fn: the student's learning rate as a function of the step.
       total_steps: number of steps of the run, including the method's first phase.
-      compiled_steps: the compiled training step, by whether it donates the state.
+      compiled_steps: the compiled training steps, by whether they donate the state, and by the
+        number of steps in one program.
     """
 
     evaluation: data.Split
     learning_rate_fn: Callable[[Any], Any]
     total_steps: int
     # Not an argument: `dataclasses.replace` must not keep the step for other parts.
-    compiled_steps: dict[bool, jax.stages.Compiled] = dataclasses.field(
+    compiled_steps: dict[tuple[bool, int], jax.stages.Compiled] = dataclasses.field(
         default_factory=dict, init=False
     )
 
@@ -96,6 +97,8 @@ def create_experiment(config: Config) -> Experiment:
         evaluation = load_split(config, config.data.eval)
     load_monitor(config)
     experiment = assemble(config, method, mesh, (train, evaluation), student, teacher)
+    resident = not isinstance(train.images, EncodedImages)
+    dispatch.check(config.steps_per_dispatch, resident, experiment.cache is not None)
     if experiment.cache is not None:
         experiment.cache.check()
     warn(config, labelled=train.num_classes > 0)  # last: a refusal stands alone

@@ -7,13 +7,18 @@ import contextlib
 import functools
 import signal
 import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import jax
+import numpy as np
 
+from xkd_jax import dispatch
 from xkd_jax.analysis import memory
+from xkd_jax.analysis.flops import count_flops
 from xkd_jax.checkpoint import Checkpoints, place
+from xkd_jax.data.loader import DeviceLoader, resident_shapes
 from xkd_jax.distiller import train_step
 from xkd_jax.distributed import sharding
 from xkd_jax.distributed.processes import StopSignal
@@ -54,7 +59,12 @@ def experiment_step(
 
 
 def compile_step(
-    experiment: Experiment, state: Any, teacher_variables: Any, resident: Any, donate: bool = True
+    experiment: Experiment,
+    state: Any,
+    teacher_variables: Any,
+    resident: Any,
+    donate: bool = True,
+    size: int = 1,
 ) -> jax.stages.Compiled:
     """`experiment_step`, compiled ahead of time for the batches of the experiment's loader.
 
@@ -64,17 +74,32 @@ def compile_step(
       teacher_variables: as for `experiment_step`.
       resident: as for `experiment_step`.
       donate: whether to donate the old state's buffers to the new one.
+      size: above 1, the program is `dispatch.repeat`'s.
 
     Raises:
       UserError: the compiler reports that the step doesn't fit into memory.
     """
     shardings, mesh = experiment.distiller.shardings, experiment.mesh
+    step, batch = functools.partial(experiment_step, experiment), experiment.batch_shapes()
+    arguments = state, teacher_variables, resident, batch
+    if size > 1:
+        step = dispatch.repeat(step, size)
+        stacked = sharding.stacked(batch, size), jax.ShapeDtypeStruct((), np.int32)
+        arguments = (*arguments[:3], *stacked)
     step_fn = jax.jit(
-        functools.partial(experiment_step, experiment),
+        step,
         donate_argnums=(0,) if donate else (),
         out_shardings=(shardings.state, sharding.replicated(mesh)),
     )
-    lowered = step_fn.lower(state, teacher_variables, resident, experiment.batch_shapes())
+    return compile_lowered(step_fn.lower(*arguments))
+
+
+def compile_lowered(lowered: jax.stages.Lowered) -> jax.stages.Compiled:
+    """Compiles a training step.
+
+    Raises:
+      UserError: the compiler reports that it doesn't fit into memory.
+    """
     try:
         return lowered.compile()
     except jax.errors.JaxRuntimeError as error:
@@ -89,32 +114,64 @@ class Stepper:
 
     Attributes:
       loader: the training batches.
-      compiled: the step.
+      compiled: the program, of one step or of several.
+      size: the number of steps that it takes, at most.
     """
 
-    def __init__(self, experiment: Experiment, state: TrainState, donate: bool = True):
+    def __init__(
+        self, experiment: Experiment, state: TrainState, donate: bool = True, size: int = 1
+    ):
         """Copies the teacher and the data to the devices and compiles the step, if it is new.
 
         Args:
           experiment: the experiment to train.
           state: a training state of the experiment.
           donate: see `compile_step`.
+          size: see `compile_step`.
 
         Raises:
           UserError: the step doesn't fit into memory.
         """
-        self.loader = experiment.create_loader()
+        self.loader, self.size = experiment.create_loader(), size
         self._teacher = experiment.teacher_arrays()
         self._resident = self.loader.arrays
         arrays = state, self._teacher, self._resident
-        if donate not in experiment.compiled_steps:
-            experiment.compiled_steps[donate] = compile_step(experiment, *arrays, donate)
-        self.compiled = experiment.compiled_steps[donate]
+        if (donate, size) not in experiment.compiled_steps:
+            compiled = compile_step(experiment, *arrays, donate, size)
+            experiment.compiled_steps[donate, size] = compiled
+        self.compiled = experiment.compiled_steps[donate, size]
         self._sizes = memory.parts(*arrays)
 
     def __call__(self, state: TrainState, batch: Any) -> tuple[TrainState, dict[str, jax.Array]]:
         """One step on a batch of the loader: the new state and the metrics."""
         return self.compiled(state, self._teacher, self._resident, batch)
+
+    def dispatches(
+        self, state: TrainState, start: int, end_after: Callable[[int], int]
+    ) -> Iterator[tuple[range, TrainState, dict[str, jax.Array]]]:
+        """Trains from step `start` on, without end.
+
+        Args:
+          state: after `start` steps; donated, as is each state that this yields.
+          start: the number of steps so far.
+          end_after: gives, for a step, the first later one whose state the caller needs.
+
+        Yields:
+          the steps of a dispatch, the state after them and their metrics, [steps] if `size` is
+          above 1.
+        """
+        if self.size == 1:
+            for step, batch in enumerate(self.loader.batches(start), start + 1):
+                state, metrics = self(state, batch)
+                yield range(step, step + 1), state, metrics
+        while True:
+            count = min(self.size, end_after(start) - start)
+            assert isinstance(self.loader, DeviceLoader)
+            batches = self.loader.stack(range(start, start + count), self.size)
+            arguments = self._teacher, self._resident, batches, np.int32(count)
+            state, metrics = self.compiled(state, *arguments)
+            yield range(start + 1, start + count + 1), state, metrics
+            start += count
 
     def describe_memory(self) -> str:
         """One line about the memory used on each device.
@@ -173,35 +230,54 @@ def _loop(
     best: Best,
     stop: StopSignal,
 ) -> TrainState:
-    config, distiller = experiment.config, experiment.distiller
-    if start == experiment.total_steps:
+    config, total = experiment.config, experiment.total_steps
+    if start == total:
         return state
     evaluator = create_evaluator(experiment)
     say("compiling the training step ...")
     begun = time.monotonic()
-    step_fn = Stepper(experiment, state)
+    step_fn = Stepper(experiment, state, size=steps_per_dispatch(experiment))
     say(f"compiled in {time.monotonic() - begun:.0f} s. {step_fn.describe_memory()}")
-    steps = range(start + 1, experiment.total_steps + 1)
-    for step, batch in zip(steps, step_fn.loader.batches(start), strict=False):
-        state, metrics = step_fn(state, batch)
-        # Fetch the previous step's metrics while the device computes this one.
+    eval_every = config.eval_every * experiment.distiller.steps_per_epoch
+
+    def end_after(step: int) -> int:
+        return min(total, *(step - step % n + n for n in (eval_every, config.checkpoint_every)))
+
+    dispatches = step_fn.dispatches(state, start, end_after)
+    for number, (steps, state, metrics) in enumerate(dispatches, start + 1):
+        # Fetch the previous steps' metrics while the device computes these.
         reporter.flush()
-        reporter.take(step, metrics)
-        last = step == experiment.total_steps
-        if last or step % (config.eval_every * distiller.steps_per_epoch) == 0:
+        reporter.take(steps, metrics)
+        step = steps[-1]
+        last = step == total
+        if last or step % eval_every == 0:
             reporter.flush()
             begun = time.monotonic()
             variables = student_variables(state)
             scores = evaluator(variables)
             best.update(step, variables, scores)
             reporter.evaluated(step, scores, time.monotonic() - begun)
-        stopping = stop.asked(step)
+        stopping = stop.asked(number)
         if last or stopping or step % config.checkpoint_every == 0:
             reporter.flush()
             checkpoints.save(step, state)
-        if stopping:
+        if last or stopping:
             break
     return state
+
+
+def steps_per_dispatch(experiment: Experiment) -> int:
+    """The number of steps that one program takes, see `dispatch.choose`."""
+    resident = resident_shapes(experiment.train, experiment.mesh)
+
+    def flops() -> float:
+        step = functools.partial(experiment_step, experiment)
+        state, batch = experiment.distiller.state_shapes, experiment.batch_shapes()
+        inputs = experiment.teacher_shapes(), resident, batch
+        return 2 * count_flops(step, state, *inputs) / experiment.mesh.size
+
+    fed = not resident or experiment.cache is not None
+    return dispatch.choose(experiment.config.steps_per_dispatch, fed, flops)
 
 
 if __name__ == "__main__":

@@ -106,7 +106,7 @@ def test_only_the_first_process_prints_and_writes(tmp_path, monkeypatch, capsys)
     looked_at = []
     reporter = Reporter(tmp_path, 0, 2, 8, 1, lambda step, _: looked_at.append(step))
     for step in (1, 2):
-        reporter.take(step, {"loss": np.float32(1), "accuracy": np.float32(0.5)})
+        reporter.take(range(step, step + 1), {"loss": np.float32(1), "accuracy": np.float32(0.5)})
         reporter.flush()
     reporter.evaluated(2, {"top1": 0.5}, 0.0)
     reporter.close()

@@ -34,7 +34,9 @@ def test_resuming_drops_lines_that_will_be_written_again(tmp_path):
     (tmp_path / "metrics.jsonl").write_text(text + '{"step": 4, "lo')
     assert read_metrics(tmp_path) == lines
     reporter = Reporter(tmp_path, 2, 4, 8, 1, check=lambda step, metrics: None)
-    reporter.take(3, {"loss": np.array(2.0), "accuracy": np.array(0.5), "flags": np.ones(3)})
+    reporter.take(
+        range(3, 4), {"loss": np.array(2.0), "accuracy": np.array(0.5), "flags": np.ones(3)}
+    )
     reporter.flush()
     reporter.close()
     assert [line["step"] for line in read_metrics(tmp_path)] == [1, 2, 3]
@@ -45,7 +47,7 @@ def test_resuming_drops_lines_that_will_be_written_again(tmp_path):
 def test_a_pipe_gets_lines_with_speed_and_time_left(tmp_path, capsys):
     reporter = Reporter(tmp_path, 0, 4, 8, 2, check=lambda step, metrics: None)
     for step in (1, 2, 3, 4):
-        reporter.take(step, {"loss": np.array(step), "accuracy": np.array(0.25)})
+        reporter.take(range(step, step + 1), {"loss": np.array(step), "accuracy": np.array(0.25)})
         reporter.flush()
         if step == 2:
             reporter.evaluated(2, {"top1": 0.5}, seconds=0.0)
@@ -94,7 +96,9 @@ def bar(folder, monkeypatch, total):
         reporter = Reporter(folder, 0, total, 64, 1, check=lambda step, metrics: None)
         for step in (1, 1000, 1001):
             now[0] = step / 50
-            reporter.take(step, {"loss": np.array(1.8014), "accuracy": np.array(0.6812)})
+            reporter.take(
+                range(step, step + 1), {"loss": np.array(1.8014), "accuracy": np.array(0.6812)}
+            )
             reporter.flush()
         yield reporter, terminal.line
         reporter.close()
@@ -111,7 +115,7 @@ def test_the_bar_shows_the_evaluation_in_80_columns(tmp_path, monkeypatch):
         after = line()
         assert re.fullmatch(start + "eval top-1 64.2%", after), after
         assert len(after) <= 80
-        reporter.take(1002, {"loss": np.array(1.8), "accuracy": np.array(0.6)})
+        reporter.take(range(1002, 1003), {"loss": np.array(1.8), "accuracy": np.array(0.6)})
         reporter.flush()
         assert "left, loss 1.800, eval top-1 64.2%" in line()
 

@@ -117,10 +117,21 @@ class DeviceLoader:
     def batches(self, start: int) -> Iterator[Batch]:
         """The batches of the steps from `start` on: `index` [N] and, if fixed, `view` [N]."""
         for step in itertools.count(start):
-            batch = {"index": self._order.indices(step)}
-            if self._order.views:
-                batch["view"] = self._order.view(step)
-            yield sharding.put(batch, self._sharding)
+            yield sharding.put(self._read(step), self._sharding)
+
+    def stack(self, steps: range, size: int) -> Batch:
+        """The batches of `steps`, counted from 0, as [size, N]; what is left of `size` is zero."""
+        rows = [self._read(step) for step in steps]
+        empty = jax.tree.map(np.zeros_like, rows[0])
+        rows += [empty] * (size - len(rows))
+        stacked = jax.tree.map(lambda *arrays: np.stack(arrays), *rows)
+        return sharding.put(stacked, sharding.behind(self._sharding))
+
+    def _read(self, step: int) -> dict[str, np.ndarray]:
+        batch = {"index": self._order.indices(step)}
+        if self._order.views:
+            batch["view"] = self._order.view(step)
+        return batch
 
 
 class HostLoader:

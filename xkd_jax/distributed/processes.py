@@ -193,12 +193,12 @@ class StopSignal:
         else:
             self.received = signal.Signals(number)
 
-    def asked(self, step: int) -> bool:
-        """Whether to stop after `step`, which is the same step in every process.
+    def asked(self, number: int) -> bool:
+        """Whether to stop after a dispatch, which is the same one in every process.
 
-        Must be called after every step.
+        Must be called after every dispatch, with consecutive numbers.
         """
-        if several() and multihost_utils.reached_preemption_sync_point(step):
+        if several() and multihost_utils.reached_preemption_sync_point(number):
             self.received = self._noted or signal.SIGTERM
         return self.received is not None
 

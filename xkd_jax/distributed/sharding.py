@@ -130,6 +130,21 @@ def shaped(tree: Any, shardings: Any) -> Any:
     )
 
 
+def behind(sharding: NamedSharding) -> NamedSharding:
+    """The sharding of arrays with another, unsharded axis in front."""
+    return NamedSharding(sharding.mesh, PartitionSpec(None, *sharding.spec))
+
+
+def stacked(tree: Any, size: int) -> Any:
+    """The shapes, with shardings, of `size` of these stacked along a new first axis."""
+    return jax.tree.map(
+        lambda leaf: jax.ShapeDtypeStruct(
+            (size, *leaf.shape), leaf.dtype, sharding=behind(leaf.sharding)
+        ),
+        tree,
+    )
+
+
 def shardings(tree: Any) -> Any:
     """The sharding of every leaf."""
     return jax.tree.map(lambda leaf: leaf.sharding, tree)
@@ -201,8 +216,7 @@ class BlockGather:
         """Stacks the parameters at `paths`, identical trees; each leaf keeps its sharding."""
 
         def stack_leaves(sharding: NamedSharding, *leaves: jax.Array) -> jax.Array:
-            stacked = NamedSharding(sharding.mesh, PartitionSpec(None, *sharding.spec))
-            return jax.lax.with_sharding_constraint(jnp.stack(leaves), stacked)
+            return jax.lax.with_sharding_constraint(jnp.stack(leaves), behind(sharding))
 
         trees = [functools.reduce(operator.getitem, path, self.params) for path in paths]
         shardings = functools.reduce(operator.getitem, paths[0], self.shardings)

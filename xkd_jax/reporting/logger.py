@@ -129,8 +129,8 @@ class Progress:
 
     def __init__(self, name: str, start: int, total: int, batch_size: int):
         self._name, self._total, self._batch_size = name, total, batch_size
-        # Speed is measured from the end of the first step, which includes compilation.
-        self._first = start + 1
+        # Speed is measured from the end of the first dispatch, which includes compilation.
+        self._first = 0  # unknown yet
         self._begun = 0.0
         self._shown: dict[str, str] = {}
         short = name if len(name) <= _LONGEST_NAME else f"{name[: _LONGEST_NAME - 2]}.."
@@ -145,9 +145,9 @@ class Progress:
         )
 
     def update(self, step: int) -> None:
-        """Records that `step` has finished."""
-        if step == self._first:
-            self._begun = time.monotonic()
+        """Records that `step` has finished, at the same time as the steps since the last call."""
+        if not self._first:
+            self._first, self._begun = step, time.monotonic()
             self._bar.unpause()  # or the time left would include compilation at every step
         self._bar.update(step - self._bar.n)
 
@@ -157,9 +157,10 @@ class Progress:
         self._bar.unpause()
 
     def images_per_second(self, step: int) -> float:
-        """Training speed since the first step; 0 before the second one."""
-        seconds = time.monotonic() - self._begun
-        return (step - self._first) * self._batch_size / seconds if step > self._first else 0.0
+        """Training speed since the first dispatch; 0 before the second one."""
+        if not 0 < self._first < step:
+            return 0.0
+        return (step - self._first) * self._batch_size / (time.monotonic() - self._begun)
 
     def show(self, step: int, values: dict[str, float]) -> None:
         """Shows the step, the speed, the time left and `values`."""
@@ -222,23 +223,32 @@ class Reporter:
         self._progress = Progress(folder.name, start, total, batch_size)
         self._averages = Averages()
         self._total, self._every = total, every
-        self._pending: tuple[int, Any] | None = None
+        self._pending: tuple[range, Any] | None = None
         self._evaluated: dict[str, float] = {}
 
-    def take(self, step: int, metrics: Any) -> None:
-        """Keeps a step's metrics, still on the device, until the next `flush`."""
-        self._pending = step, metrics
+    def take(self, steps: range, metrics: Any) -> None:
+        """Keeps the metrics of the `steps` of a dispatch, on the device, until the next `flush`.
+
+        They are those of one step, or have an axis of steps, which can be longer than `steps`.
+        """
+        self._pending = steps, metrics
 
     def flush(self) -> None:
         """Fetches the metrics kept by `take`, if any, and reports them every `every` steps."""
         if self._pending is None:
             return
-        step, metrics = self._pending
+        steps, metrics = self._pending
         self._pending = None
         metrics = jax.device_get(metrics)
+        several = np.ndim(metrics["loss"]) > 0
+        self._progress.update(steps[-1])
+        for i, step in enumerate(steps):
+            one = {name: value[i] for name, value in metrics.items()} if several else metrics
+            self._report(step, one)
+
+    def _report(self, step: int, metrics: dict[str, np.ndarray]) -> None:
         self._check(step, metrics)
         self._averages.add({name: value for name, value in metrics.items() if value.ndim == 0})
-        self._progress.update(step)
         if step % self._every == 0 or step == self._total:
             means = self._averages.take()
             speed = self._progress.images_per_second(step)

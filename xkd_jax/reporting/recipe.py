@@ -20,6 +20,7 @@ FREE = (
     "checkpoint_every",
     "keep_checkpoints",
     "checkpoint_dir",
+    "steps_per_dispatch",
     "pictures",
 )
 _SHOWN = 3  # differences that are named
