@@ -8,6 +8,7 @@ from pathlib import Path
 PACKAGE = Path(__file__).parents[1] / "xkd_jax"
 AREAS = {  # by the first part of a module's path; other folders have their own name
     "config.py": "Config",
+    "validation.py": "Config",
     "optim.py": "Config",
     "cli": "Commands and run folders",
     "inputs.py": "Data",

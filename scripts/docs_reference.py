@@ -15,6 +15,7 @@ from typing import Any
 import docs_errors
 
 from xkd_jax import config as config_module
+from xkd_jax import validation
 from xkd_jax.augment.multiview import MultiView
 from xkd_jax.augment.policies import Augment
 from xkd_jax.methods import METHODS
@@ -143,11 +144,11 @@ def _definitions(function: Any, functions: dict[str, Any]) -> Iterator[tuple[str
 
 
 def _limits(name: str) -> str:
-    if name in config_module.CHOICES:
-        known = (f'`"{choice}"`' for choice in config_module.CHOICES[name])
+    if name in validation.CHOICES:
+        known = (f'`"{choice}"`' for choice in validation.CHOICES[name])
         return f" One of {', '.join(known)}."
-    if name in config_module.AT_LEAST:
-        return f" At least {config_module.AT_LEAST[name]}."
+    if name in validation.AT_LEAST:
+        return f" At least {validation.AT_LEAST[name]}."
     return ""
 
 

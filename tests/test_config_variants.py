@@ -7,9 +7,9 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from xkd_jax import config as configs
 from xkd_jax.analysis.flops import count_flops
 from xkd_jax.cli import recipes
+from xkd_jax.config import default_config
 from xkd_jax.configs import (
     cifar100,
     cifar100_published,
@@ -23,6 +23,7 @@ from xkd_jax.errors import UserError
 from xkd_jax.methods import check_pair, create_method
 from xkd_jax.methods.base import apply
 from xkd_jax.model import create_model
+from xkd_jax.validation import validate
 
 PATHS = [recipes.FOLDER / f"{name}.py" for name in recipes.names()]
 ROWS = [
@@ -41,7 +42,7 @@ def outputs(model, size):
 @pytest.mark.parametrize(("recipe", "variant"), ROWS, ids=IDS)
 def test_every_row_of_the_tables_is_a_valid_config(recipe, variant):
     config = recipe.get_config(variant)
-    configs.validate(config)
+    validate(config)
     teacher, student = variant.split("-")
     assert (config.student.model, config.image_size) == common.STUDENTS[student]
     assert config.teacher.model == common.TEACHERS[teacher][0]
@@ -103,7 +104,7 @@ def test_the_tables_have_all_their_rows():
 
 def test_the_release_is_the_released_script():
     config = imagenet_release.get_config()
-    configs.validate(config)
+    validate(config)
     assert (config.epochs, config.batch_size, config.optimizer.learning_rate) == (120, 256, 0.1)
     assert (config.schedule.name, config.schedule.factor) == ("step", 0.1)
     warmup = config.schedule.warmup_epochs
@@ -128,7 +129,7 @@ def test_the_pairs_that_are_timed_have_whole_networks(variant):
 @pytest.mark.parametrize("variant", cifar100_published.COMBINED)
 def test_crd_with_logits_has_the_published_weights(variant):
     config = cifar100_published.get_config(variant)
-    configs.validate(config)
+    validate(config)
     assert config.student.model == variant.split("-")[0]
     method = create_method(config.compare[1], config.method)
     assert method.label_weight == 1
@@ -138,14 +139,14 @@ def test_crd_with_logits_has_the_published_weights(variant):
 @pytest.mark.parametrize("path", PATHS, ids=lambda path: path.stem)
 def test_recipes_are_valid(path):
     recipe = runpy.run_path(str(path))
-    configs.validate(recipe["get_config"]())
+    validate(recipe["get_config"]())
     name = path.relative_to(recipes.FOLDER).as_posix()
     assert f"--config configs/{name}" in " ".join(recipe["__doc__"].split())
-    configs.validate(recipe["get_config"]("smoke"))
+    validate(recipe["get_config"]("smoke"))
     with pytest.raises(UserError, match="unknown variant 'smoek'; did you mean smoke"):
         recipe["get_config"]("smoek")
 
 
 def test_default_config_is_locked():
     with pytest.raises(AttributeError, match="epoch"):
-        configs.default_config().epoch = 3
+        default_config().epoch = 3

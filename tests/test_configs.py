@@ -18,10 +18,11 @@ from PIL import Image
 
 from tests.data.test_prepare import write_tar
 from xkd_jax.cli import recipes
-from xkd_jax.config import for_method, validate
+from xkd_jax.config import for_method
 from xkd_jax.data import prepare
 from xkd_jax.experiment import create_experiment
 from xkd_jax.train import experiment_step
+from xkd_jax.validation import validate
 
 pytestmark = [
     pytest.mark.slow,

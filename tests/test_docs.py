@@ -9,8 +9,8 @@ import yaml
 
 import xkd_jax
 from xkd_jax import config as config_module
-from xkd_jax.config import validate
 from xkd_jax.methods import METHODS
+from xkd_jax.validation import validate
 
 ROOT = Path(__file__).parent.parent
 PAGES = [*sorted(ROOT.glob("*.md")), *sorted(ROOT.glob("docs/**/*.md"))]

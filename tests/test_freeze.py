@@ -10,10 +10,11 @@ import pytest
 from tests.experiments import changed, run, tiny_experiment
 from xkd_jax import models
 from xkd_jax.analysis.flops import count_flops
-from xkd_jax.config import default_config, validate
+from xkd_jax.config import default_config
 from xkd_jax.errors import UserError
 from xkd_jax.model import create_model, freeze
 from xkd_jax.optim import layer_ids
+from xkd_jax.validation import validate
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 

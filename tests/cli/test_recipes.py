@@ -14,7 +14,7 @@ from xkd_jax.weights import locate
 CHECK = """
 import sys
 from xkd_jax.cli import train
-from xkd_jax.config import validate
+from xkd_jax.validation import validate
 config, workdir = train.parse(sys.argv[1:])
 validate(config)
 print(workdir, config.batch_size, config.teacher.weights)

@@ -16,7 +16,6 @@ import pytest
 from tests.cli.test_sweep import recipe
 from tests.runs import finish, timeless, wait_for_step
 from xkd_jax.cli import run_folder, tables
-from xkd_jax.config import validate
 from xkd_jax.configs import dinov2_cifar100
 from xkd_jax.configs.tables import common
 from xkd_jax.errors import UserError
@@ -30,6 +29,7 @@ from xkd_jax.methods import check_pair, create_method
 from xkd_jax.reporting import table_report
 from xkd_jax.table import Cell, Table
 from xkd_jax.train import experiment_step, init_state
+from xkd_jax.validation import validate
 
 PROGRAM = ("-m", "xkd_jax.sweep")
 NAMES = ("table1", "table2", "table3", "ablation")

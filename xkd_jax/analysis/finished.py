@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 
 from xkd_jax.checkpoint import Checkpoints, place
-from xkd_jax.config import Config, default_config, has_field, validate
+from xkd_jax.config import Config, default_config, has_field
 from xkd_jax.data import Split
 from xkd_jax.errors import UserError
 from xkd_jax.experiment import (
@@ -24,6 +24,7 @@ from xkd_jax.model import Model, load
 from xkd_jax.reporting import files
 from xkd_jax.reporting.files import STUDENT
 from xkd_jax.reporting.report import find_runs
+from xkd_jax.validation import validate
 
 
 @dataclasses.dataclass(frozen=True, eq=False)

@@ -21,7 +21,7 @@ from xkd_jax import backend, data, train
 from xkd_jax.analysis import hlo, memory
 from xkd_jax.analysis.flops import count_flops
 from xkd_jax.analysis.memory import GIB
-from xkd_jax.config import Config, for_method, validate
+from xkd_jax.config import Config, for_method
 from xkd_jax.convert.conversion import TIMM
 from xkd_jax.data.encoded import EncodedImages, choose_feed, sizes_of_images
 from xkd_jax.data.loader import resident_shapes
@@ -39,6 +39,7 @@ from xkd_jax.experiment import (
 from xkd_jax.methods import create_method
 from xkd_jax.models import MODELS
 from xkd_jax.state import student_variables
+from xkd_jax.validation import validate
 
 EXAMPLES = "v5e:4x4, v5e:16x16, v4:2x2x1, v5p:2x2x2 or v6e:2x4"
 

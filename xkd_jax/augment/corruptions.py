@@ -13,7 +13,7 @@ def noisy(key: jax.Array, images: jax.Array) -> jax.Array:
     and pepper on 10% of the pixels, a gamma log-uniform in [0.4, 2.5], or a black bar across the
     image, as thick as a quarter of its side. The same key gives the same result.
 
-    `config.validate` refuses to combine this with training on `augment.blur`. The closest that
+    `validation.validate` refuses to combine this with training on `augment.blur`. The closest that
     training augmentation gets are the sharpness of RandAugment and TrivialAugment, which blends
     with a 3x3 smoothing for factors below 1, their linear brightness, the black borders of crops
     and warps, and erasing, which leaves noise.

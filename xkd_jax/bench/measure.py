@@ -9,10 +9,11 @@ import jax.numpy as jnp
 from xkd_jax.analysis.tpu_forecast import CHIPS
 from xkd_jax.bench import parts
 from xkd_jax.bench.timing import Program, alternate, compile_program
-from xkd_jax.config import Config, for_method, validate
+from xkd_jax.config import Config, for_method
 from xkd_jax.errors import UserError
 from xkd_jax.experiment import compute_dtype, create_experiment
 from xkd_jax.reporting.document import format_markdown
+from xkd_jax.validation import validate
 
 # Peak FLOP/s of dense bfloat16 products, by a part of the device's name: from the data sheets of
 # NVIDIA's SXM modules and Google's documentation.

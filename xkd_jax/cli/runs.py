@@ -4,10 +4,11 @@ import signal
 from pathlib import Path
 
 from xkd_jax.cli import run_folder, tables
-from xkd_jax.config import Config, validate
+from xkd_jax.config import Config
 from xkd_jax.distributed import processes
 from xkd_jax.reporting import report
 from xkd_jax.reporting.logger import say
+from xkd_jax.validation import validate
 
 
 def run(config: Config, workdir: Path, command: str = "") -> int:

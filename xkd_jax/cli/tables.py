@@ -14,7 +14,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from xkd_jax.cli import run_folder
-from xkd_jax.config import Config, used, validate
+from xkd_jax.config import Config, used
 from xkd_jax.distributed import processes
 from xkd_jax.errors import UserError
 from xkd_jax.experiment import RANDOM, Experiment, create_experiment
@@ -23,6 +23,7 @@ from xkd_jax.reporting.files import CONFIG, SUMMARY
 from xkd_jax.reporting.logger import say
 from xkd_jax.reporting.nan_guard import Diverged
 from xkd_jax.table import Cell, Fields, Table, label
+from xkd_jax.validation import validate
 from xkd_jax.weights import write_file
 
 
