@@ -29,6 +29,8 @@ def default_config() -> Config:
     """
     config = ConfigDict()
     config.seed = 0  # of the initial weights, the order of the examples and every random view
+    # Several runs in one program, with these seeds instead of `seed`; see docs/performance.md.
+    config.seeds = ()
     config.epochs = 200  # a method's first phase comes in addition
     config.batch_size = 64  # over all devices
     config.dtype = "auto"  # compute dtype of the networks; auto: bfloat16 on a GPU or TPU
@@ -172,6 +174,9 @@ def _data_defaults() -> ConfigDict:
             "train": "train",  # split to train on
             "eval": "test",  # split of the learning curves
             "test": "test",  # split of the final evaluation
+            # Of the order of the images and their random views; -1: `seed`. With it all of `seeds`
+            # see the same images, and the teacher sees them once.
+            "seed": -1,
             "noisy": False,  # also evaluate on corrupted test images
             "labels": True,  # False: ignore them, as "images:FOLDER" does, which has none
             "on_error": "stop",  # at damaged images, or "skip" them

@@ -1,8 +1,8 @@
 """The training step: from images to new weights, for every method and scale.
 
-`train_step` is Algorithm 1 of the paper; `gradients` is one pass over a batch, and `moves` decides
-which parts are trained in a step and which are frozen. `Distiller` holds what is constant during
-training, `TrainState` (state.py) what changes.
+`train_step` is Algorithm 1 of the paper; `gradients` is one pass over a batch; `moves` (turns.py)
+decides which parts are trained in a step and which are frozen. `Distiller` holds what is constant
+during training, `TrainState` (state.py) what changes.
 """
 
 import dataclasses
@@ -24,10 +24,11 @@ from xkd_jax.methods.base import Method, Outputs, apply
 from xkd_jax.methods.label import label_term
 from xkd_jax.methods.reads import check_logits
 from xkd_jax.model import Model, merge_sources
-from xkd_jax.optim import accumulate, average, layer_ids, scale_parts, select
+from xkd_jax.optim import accumulate, average, scale_parts, select
 from xkd_jax.reporting import nan_guard
 from xkd_jax.state import TrainState, create_state, student_variables
 from xkd_jax.teacher.forward import CACHED, create_teacher_fn
+from xkd_jax.turns import adversarys_turn, epochs, moves
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -47,6 +48,7 @@ class Distiller:
       accumulate: number of microbatches per batch (gradient accumulation).
       ema_decay: decay of the student's exponential moving average; 0: off.
       ema_warmup: see `optim.average`.
+      view_seed: seed of the random views; below 0: they depend on the state's key.
       mesh: the devices.
       teacher_rule: "replicated", "fsdp" or "auto", see `sharding.of_teacher`.
       student_rule: "replicated" or "fsdp", see `sharding.of_state`.
@@ -69,6 +71,7 @@ class Distiller:
     accumulate: int = 1
     ema_decay: float = 0.0
     ema_warmup: bool = False
+    view_seed: int = -1
     mesh: Mesh = dataclasses.field(default_factory=sharding.create_mesh)
     teacher_rule: str = "auto"
     student_rule: str = "replicated"
@@ -213,15 +216,13 @@ def train_step(
     Returns:
       The new state and the step's metrics: scalars, and `nan_guard.FLAGS` of the gradients.
     """
-    step_key = jax.random.fold_in(state.key, state.step)
     student = sharding.gather(distiller.mesh, state.params["student"])
     whole = dataclasses.replace(state, params=state.params | {"student": student})
     teacher_fn = create_teacher_fn(distiller, teacher_variables, CACHED in batch)
 
     def one_part(carry: tuple, batch: dict[str, jax.Array], number: jax.Array) -> tuple:
-        key = jax.random.fold_in(step_key, number) if distiller.accumulate > 1 else step_key
         now = dataclasses.replace(whole, batch_stats=carry[0], method_state=carry[1])
-        return gradients(distiller, now, teacher_fn, batch, key)
+        return gradients(distiller, now, teacher_fn, batch, number)
 
     carry = state.batch_stats, state.method_state
     (batch_stats, method_state), (grads, metrics) = accumulate(
@@ -254,15 +255,15 @@ def gradients(
     state: TrainState,
     teacher_fn: Callable[[jax.Array, Any], Outputs],
     batch: dict[str, jax.Array],
-    key: jax.Array,
+    number: jax.Array,
 ) -> tuple[tuple[Any, Any], tuple[dict[str, Any], dict[str, jax.Array]]]:
-    """One forward and backward pass over a batch or microbatch.
+    """One forward and backward pass over a batch, or over microbatch `number`.
 
     Returns:
       The new running statistics and method state; and the gradients by part, with the metrics.
     """
     method, student = distiller.method, distiller.student
-    view_key, dropout_key, method_key = jax.random.split(key, 3)
+    view_key, dropout_key, method_key = random_keys(distiller, state, number)
     keys = fixed.view_keys(batch["view"], batch["index"]) if "view" in batch else None
     teacher_view, student_view, targets = create_views(
         distiller, view_key, batch["image"], batch["label"], keys
@@ -300,6 +301,21 @@ def gradients(
         layout = distiller.shardings.state.params["student"]
         grads["student"] = jax.lax.with_sharding_constraint(grads["student"], layout)
     return (batch_stats, term.state), (grads, metrics | scalars | of_adversary)
+
+
+def random_keys(distiller: Distiller, state: TrainState, number: jax.Array) -> list[jax.Array]:
+    """The keys of the views, of dropout and of the method, for microbatch `number` of a step."""
+
+    def split(key: jax.Array) -> list[jax.Array]:
+        key = jax.random.fold_in(key, state.step)
+        if distiller.accumulate > 1:
+            key = jax.random.fold_in(key, number)
+        return list(jax.random.split(key, 3))
+
+    keys = split(state.key)
+    if distiller.view_seed >= 0:
+        keys[0] = split(jax.random.key(distiller.view_seed))[0]
+    return keys
 
 
 def create_views(
@@ -346,51 +362,7 @@ def adversary_gradient(
 
     if method.adversary_period == 1:  # XLA doesn't optimise across a conditional
         return compute(adversary)
-    return jax.lax.cond(_adversarys_turn(distiller, state), compute, skip, adversary)
-
-
-def moves(distiller: Distiller, state: TrainState, grads: dict[str, Any]) -> dict[str, Any]:
-    """Which parts are updated in this step; the rest is frozen: no weight decay, no momentum.
-
-    Args:
-      distiller: everything that is constant.
-      state: the state before the step.
-      grads: gradients by part.
-
-    Returns:
-      For "student", "method", "adversary" and "batch_stats", the `moves` argument of
-      `optim.select`.
-    """
-    method, progress = distiller.method, epochs(distiller, state)
-    moving = dict(method.moves(progress))
-    moving["batch_stats"] = moving["student"]
-    if method.first_phase:
-        # Layers that the first phase's loss doesn't reach: weight decay alone would shrink them.
-        moving["student"] = jax.tree.map(
-            lambda g: moving["batch_stats"] & ((progress >= 0) | jnp.any(g != 0)), grads["student"]
-        )
-    if frozen := getattr(distiller.student.module, "frozen", 0):
-        layers = layer_ids(grads["student"])
-        moving["student"] = jax.tree.map(
-            lambda layer, move: move & (layer > frozen),
-            layers, jax.tree.broadcast(moving["student"], layers),
-        )  # fmt: skip
-    moving["adversary"] = _adversarys_turn(distiller, state)
-    return moving
-
-
-def epochs(distiller: Distiller, state: TrainState) -> jax.Array:
-    """Fractional epochs since the main phase began; negative in the method's first phase."""
-    return state.step / distiller.steps_per_epoch - distiller.method.first_phase
-
-
-def _adversarys_turn(distiller: Distiller, state: TrainState) -> Any:
-    method, clock = distiller.method, state.step
-    if method.adversary_period <= 1:
-        return method.adversary_period == 1
-    if method.adversary_clock == "epoch":
-        clock = state.step // distiller.steps_per_epoch
-    return clock % method.adversary_period == 0
+    return jax.lax.cond(adversarys_turn(distiller, state), compute, skip, adversary)
 
 
 def _accuracy(logits: jax.Array, labels: jax.Array) -> jax.Array:

@@ -63,14 +63,18 @@ class Experiment(Inputs):
         return other
 
 
-def create_experiment(config: Config) -> Experiment:
+def create_experiment(config: Config, mesh: Mesh | None = None) -> Experiment:
     """Loads everything that `config` names and checks that it fits together.
+
+    Args:
+      config: a valid config.
+      mesh: the devices to train on; all if not given.
 
     Raises:
       UserError: something is missing, damaged or incompatible.
     """
     method = create_method(config.method.name, config.method)
-    mesh = sharding.create_mesh()
+    mesh = mesh or sharding.create_mesh()
     check_batch(config, mesh)
     teacher_file = load_teacher_file(config) if method.needs_teacher else None
     train = load_split(config, config.data.train)
@@ -182,6 +186,7 @@ def assemble(
         accumulate=config.accumulate,
         ema_decay=config.ema.decay,
         ema_warmup=config.ema.warmup,
+        view_seed=config.data.seed,
         mesh=mesh,
         teacher_rule=config.mesh.teacher,
         student_rule=config.mesh.student,

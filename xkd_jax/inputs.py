@@ -44,7 +44,8 @@ class Inputs:
         """The order of the training examples."""
         config = self.config
         views = config.teacher.cache_views
-        return Order(len(self.train), config.batch_size, config.seed, config.data.repeats, views)
+        seed = config.seed if config.data.seed < 0 else config.data.seed
+        return Order(len(self.train), config.batch_size, seed, config.data.repeats, views)
 
     @functools.cached_property
     def cache(self) -> TeacherCache | None:

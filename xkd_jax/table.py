@@ -42,6 +42,7 @@ class Table:
         alternatives.
       flat: a cell's only run is in the cell's own folder, as in a comparison of methods; otherwise
         there is a folder for each seed in it.
+      together: whether the seeds of a cell are trained side by side, see seeds.py.
     """
 
     cells: Mapping[str, Cell]
@@ -49,6 +50,7 @@ class Table:
     seeds: tuple[int, ...] = (0, 1, 2, 3, 4)
     tuning_seeds: tuple[int, ...] = (0,)
     flat: bool = False
+    together: bool = False
 
     def baseline_of(self, name: str) -> str:
         """The cell that the cell `name` is compared with; its own name if it is a baseline."""

@@ -7,12 +7,13 @@ import contextlib
 import functools
 import signal
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
+from etils import epath
 
 from xkd_jax import dispatch
 from xkd_jax.analysis import memory
@@ -184,6 +185,37 @@ class Stepper:
         return memory.describe(sizes, memory.device_limit())
 
 
+class Alone:
+    """An experiment that is trained by itself; seeds.py has another group, of several seeds.
+
+    Attributes:
+      experiments: it alone.
+      stacked: whether states and metrics have an axis of experiments.
+    """
+
+    stacked = False
+
+    def __init__(self, experiment: Experiment):
+        self.experiments = (experiment,)
+
+    def init(self) -> TrainState:
+        """The initial state."""
+        return init_state(self.experiments[0])
+
+    def compile(self, state: TrainState) -> Stepper:
+        """The compiled step.
+
+        Raises:
+          UserError: the step doesn't fit into memory.
+        """
+        experiment = self.experiments[0]
+        return Stepper(experiment, state, size=steps_per_dispatch(experiment))
+
+    def students(self, state: TrainState) -> list[Any]:
+        """The variables of each experiment's student."""
+        return [student_variables(state)]
+
+
 def run(experiment: Experiment, folder: Path) -> tuple[TrainState, signal.Signals | None]:
     """Trains to the end or until a signal, resuming from the newest checkpoint if there is one.
 
@@ -195,71 +227,132 @@ def run(experiment: Experiment, folder: Path) -> tuple[TrainState, signal.Signal
       The last state, which has been saved, and the signal that stopped training early, if any.
 
     Raises:
+      UserError: as for `run_group`.
+      OSError: another file can't be written.
+    """
+    saved_in = place(folder, experiment.config.checkpoint_dir)
+    return run_group(Alone(experiment), [folder], saved_in)
+
+
+def run_group(
+    group: Any, folders: Sequence[Path], saved_in: epath.Path
+) -> tuple[TrainState, signal.Signals | None]:
+    """As `run`, for a group of experiments that share a state and a step.
+
+    Args:
+      group: an `Alone` or a `seeds.SideBySide`.
+      folders: each run's folder.
+      saved_in: the folder of the group's checkpoints.
+
+    Raises:
       UserError: a loss or gradient isn't finite, or a checkpoint can't be written or was saved with
         another teacher.
       OSError: another file can't be written.
     """
-    config, teacher = experiment.config, experiment.distiller.teacher
-    saved_in = place(folder, config.checkpoint_dir)
+    first = group.experiments[0]
     with contextlib.ExitStack() as stack:
+        teacher = first.distiller.teacher
         fingerprint = teacher.fingerprint if teacher else ""
-        checkpoints = Checkpoints(saved_in, config.keep_checkpoints, fingerprint)
+        checkpoints = Checkpoints(saved_in, first.config.keep_checkpoints, fingerprint)
         stack.callback(checkpoints.close)
-        state = init_state(experiment)
+        state = group.init()
         state = checkpoints.restore(state) or state
         start = int(state.step)
-        guard = nan_guard.Guard(folder, nan_guard.names(state.params), experiment.order)
-        reporter = Reporter(
-            folder, start, experiment.total_steps, config.batch_size, config.log_every, guard.check
-        )
-        stack.callback(reporter.close)
-        if experiment.cache is not None and start < experiment.total_steps:
-            experiment.cache.fill()  # a signal ends it at once: it continues from its own record
+        if start == first.total_steps:
+            return state, None
+        if first.cache is not None:
+            first.cache.fill()  # a signal ends it at once: it continues from its own record
+        names = nan_guard.names(state.params)
+        runs = []
+        for number, (experiment, folder) in enumerate(zip(group.experiments, folders, strict=True)):
+            column = number if group.stacked else None
+            runs.append(Run(experiment, folder, start, names, column))
+            stack.callback(runs[-1].reporter.close)
         stop = stack.enter_context(StopSignal())
-        best = Best(experiment, folder)
-        state = _loop(experiment, state, start, reporter, checkpoints, best, stop)
+        state = _loop(group, runs, state, start, checkpoints, stop)
     return state, stop.received
 
 
+class Run:
+    """A run in training: reports its progress, evaluates its student and keeps the best one.
+
+    Attributes:
+      reporter: of its metrics.
+    """
+
+    def __init__(
+        self,
+        experiment: Experiment,
+        folder: Path,
+        start: int,
+        names: list[str],
+        column: int | None,
+    ):
+        """Opens the run's files.
+
+        Args:
+          experiment: what is trained.
+          folder: the run's.
+          start: step to resume from.
+          names: the trained parameters', see `nan_guard.names`.
+          column: see `Reporter`.
+        """
+        config, total = experiment.config, experiment.total_steps
+        check = nan_guard.Guard(folder, names, experiment.order).check
+        size, every = config.batch_size, config.log_every
+        self.reporter = Reporter(folder, start, total, size, every, check, column)
+        self._best, self._evaluator = Best(experiment, folder), create_evaluator(experiment)
+
+    def evaluate(self, step: int, variables: Any) -> float:
+        """Evaluates the student's `variables` on the evaluation split; returns the seconds."""
+        begun = time.monotonic()
+        scores = self._evaluator(variables)
+        self._best.update(step, variables, scores)
+        seconds = time.monotonic() - begun
+        self.reporter.evaluated(step, scores, seconds)
+        return seconds
+
+
 def _loop(
-    experiment: Experiment,
+    group: Any,
+    runs: Sequence[Run],
     state: TrainState,
     start: int,
-    reporter: Reporter,
     checkpoints: Checkpoints,
-    best: Best,
     stop: StopSignal,
 ) -> TrainState:
+    experiment = group.experiments[0]
     config, total = experiment.config, experiment.total_steps
-    if start == total:
-        return state
-    evaluator = create_evaluator(experiment)
     say("compiling the training step ...")
     begun = time.monotonic()
-    step_fn = Stepper(experiment, state, size=steps_per_dispatch(experiment))
+    step_fn = group.compile(state)
     say(f"compiled in {time.monotonic() - begun:.0f} s. {step_fn.describe_memory()}")
     eval_every = config.eval_every * experiment.distiller.steps_per_epoch
 
     def end_after(step: int) -> int:
         return min(total, *(step - step % n + n for n in (eval_every, config.checkpoint_every)))
 
+    def flush() -> None:
+        for member in runs:
+            member.reporter.flush()
+
     dispatches = step_fn.dispatches(state, start, end_after)
     for number, (steps, state, metrics) in enumerate(dispatches, start + 1):
         # Fetch the previous steps' metrics while the device computes these.
-        reporter.flush()
-        reporter.take(steps, metrics)
+        flush()
+        for member in runs:
+            member.reporter.take(steps, metrics)
         step = steps[-1]
         last = step == total
         if last or step % eval_every == 0:
-            reporter.flush()
-            begun = time.monotonic()
-            variables = student_variables(state)
-            scores = evaluator(variables)
-            best.update(step, variables, scores)
-            reporter.evaluated(step, scores, time.monotonic() - begun)
+            flush()
+            students = zip(runs, group.students(state), strict=True)
+            took = [member.evaluate(step, variables) for member, variables in students]
+            for member, own in zip(runs, took, strict=True):
+                member.reporter.pause(sum(took) - own)
         stopping = stop.asked(number)
         if last or stopping or step % config.checkpoint_every == 0:
-            reporter.flush()
+            flush()
             checkpoints.save(step, state)
         if last or stopping:
             break

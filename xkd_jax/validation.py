@@ -38,6 +38,7 @@ AT_LEAST = {
     "freeze": 0,
     "keep_checkpoints": 1,
     "steps_per_dispatch": 0,
+    "data.seed": -1,
     "data.repeats": 1,
     "data.workers": 0,
     "augment.crop_padding": 0,
@@ -86,6 +87,7 @@ def validate(config: Config) -> None:
             f"freeze={config.freeze} would keep random blocks as they are; set student.weights."
         )
     _check_cache(config)
+    _check_seeds(config)
     if not config.data.name:
         raise UserError("data.name is empty; name a data set such as 'tfds:cifar100'.")
     strengths: tuple[Any, ...] = tuple(config.probe.l2)
@@ -139,6 +141,21 @@ def _check_cache(config: Config) -> None:
         raise UserError(
             "mixup and cutmix mix several images, but teacher.cache_views fixes the views of each "
             "one; set augment.mixup=0 and augment.cutmix=0, or teacher.cache_views=0."
+        )
+
+
+def _check_seeds(config: Config) -> None:
+    seeds: tuple[Any, ...] = tuple(config.seeds)
+    if not all(type(seed) is int and seed >= 0 for seed in seeds) or len(set(seeds)) < len(seeds):
+        raise UserError(f"seeds is {seeds}, but must be different integers of at least 0.")
+    if seeds and config.probe.pool:
+        raise UserError("a probe has no seeds, for it starts from nothing random; set seeds=().")
+    names = config.compare or (config.method.name,)
+    taught = any(create_method(name, config.method).needs_teacher for name in names)
+    if seeds and taught and config.teacher.weights == "random":
+        raise UserError(
+            "seeds share one teacher, but a random one depends on the seed; give teacher.weights a "
+            "file, or train the seeds one by one."
         )
 
 

@@ -6,13 +6,13 @@ import json
 import os
 import signal
 import tempfile
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import jax
 
-from xkd_jax import train
+from xkd_jax import checkpoint, seeds, train
 from xkd_jax.analysis import pictures as analysis
 from xkd_jax.analysis.finished import load_runs
 from xkd_jax.cli import lock
@@ -81,9 +81,72 @@ def train_one(
     Raises:
       UserError: any wrong input; or a file can't be read or written, such as on a full disk.
     """
+    with _held([folder]):
+        _keep_config(config, folder)
+        if config.probe.pool:
+            job = probe.create_probe(config)
+            _check_data(job, folder)
+            say(probe.describe(job, folder))
+            probe.run(job, folder, command)
+            model_card.write(folder)
+            return None
+        experiment = create(config)
+        _check_data(experiment, folder)
+        say(summary.headline(experiment, folder))
+        state, stopped = train.run(experiment, folder)
+        if stopped and int(state.step) < experiment.total_steps:
+            return stopped
+        _finish(experiment, train.student_variables(state), folder, command)
+        return stopped
+
+
+def train_seeds(
+    runs: Sequence[tuple[Config, Path]],
+    checkpoints: Path,
+    create: Callable[[Config], Experiment],
+    command: str,
+) -> signal.Signals | None:
+    """As `train_one`, for runs that differ in nothing but their seed, side by side.
+
+    Args:
+      runs: the config and the folder of each; those that are finished stay as they are.
+      checkpoints: the folder of the group's checkpoints, see `checkpoint.place`.
+      create: from a config to its experiment, on one device.
+      command: the command line, for the summaries and the model cards.
+    """
+    folders = [folder for _, folder in runs]
+    with _held(folders):
+        experiments = []
+        for config, folder in runs:
+            _keep_config(config, folder)
+            experiments.append(create(config))
+            _check_data(experiments[-1], folder)
+        seeds.check(experiments[0])
+        text = ", ".join(str(config.seed) for config, _ in runs)
+        say(f"seeds {text} side by side: {summary.headline(experiments[0], folders[0].parent)}")
+        group, place = seeds.SideBySide(experiments), experiments[0].config.checkpoint_dir
+        state, stopped = train.run_group(group, folders, checkpoint.place(checkpoints, place))
+        if stopped and int(state.step) < experiments[0].total_steps:
+            return stopped
+        students = group.students(state)
+        for experiment, variables, folder in zip(experiments, students, folders, strict=True):
+            if not (folder / files.SUMMARY).exists():
+                _finish(experiment, variables, folder, command)
+        return stopped
+
+
+@contextlib.contextmanager
+def _held(folders: Sequence[Path]) -> Iterator[None]:
+    """Keeps other processes out of the folders.
+
+    Raises:
+      UserError: another process trains in one; or a file can't be read or written.
+    """
     try:
-        with lock.hold(folder) if processes.is_first() else contextlib.nullcontext():
-            return _train(config, folder, create, command)
+        with contextlib.ExitStack() as stack:
+            for folder in folders if processes.is_first() else ():
+                stack.enter_context(lock.hold(folder))
+            yield
     except OSError as error:
         raise UserError(
             f"training stopped because a file can't be read or written ({error}); checkpoints "
@@ -91,31 +154,18 @@ def train_one(
         ) from error
 
 
-def _train(
-    config: Config, folder: Path, create: Callable[[Config], Experiment], command: str
-) -> signal.Signals | None:
+def _keep_config(config: Config, folder: Path) -> None:
     if processes.is_first() and not (folder / files.CONFIG).exists():
         write_file(folder / files.CONFIG, (json.dumps(used(config), indent=2) + "\n").encode())
-    if config.probe.pool:
-        job = probe.create_probe(config)
-        _check_data(job, folder)
-        say(probe.describe(job, folder))
-        probe.run(job, folder, command)
-        model_card.write(folder)
-        return None
-    experiment = create(config)
-    _check_data(experiment, folder)
-    say(summary.headline(experiment, folder))
-    state, stopped = train.run(experiment, folder)
-    if stopped and int(state.step) < experiment.total_steps:
-        return stopped
+
+
+def _finish(experiment: Experiment, variables: Any, folder: Path, command: str) -> None:
+    """Evaluates the student with these variables, and writes the run's results."""
     if experiment.train.num_classes:
-        say(f"evaluating on {config.data.test!r}, the test split ...")
-    variables = sharding.to_host(train.student_variables(state), experiment.mesh)
-    summary.finish(experiment, variables, folder, command)
+        say(f"evaluating on {experiment.config.data.test!r}, the test split ...")
+    summary.finish(experiment, sharding.to_host(variables, experiment.mesh), folder, command)
     if processes.is_first():
         model_card.write(folder)
-    return stopped
 
 
 def _check_data(experiment: Experiment | probe.Probe, folder: Path) -> None:
@@ -153,8 +203,11 @@ def _data_difference(there: dict[str, Any], here: dict[str, Any]) -> str:
     return ""
 
 
-def check(folder: Path, config: Config) -> None:
+def check(folder: Path, config: Config) -> Experiment | probe.Probe:
     """Makes the run's folder and builds the run once, to find errors before anything is trained.
+
+    Returns:
+      What was built.
 
     Raises:
       UserError: any wrong input, or another process trains in `folder`.
@@ -162,8 +215,7 @@ def check(folder: Path, config: Config) -> None:
     if processes.is_first():
         lock.check(folder)
     _make(folder)
-    create = probe.create_probe if config.probe.pool else create_experiment
-    create(config)
+    return probe.create_probe(config) if config.probe.pool else create_experiment(config)
 
 
 @contextlib.contextmanager

@@ -27,7 +27,7 @@ def run(config: Config, workdir: Path, command: str = "") -> int:
       UserError: any wrong input.
     """
     validate(config)
-    if config.compare:
+    if config.compare or config.seeds:
         return tables.run(*tables.comparison(config), workdir, command=command)
     run_folder.configure_jax()
     if run_folder.is_complete(config, workdir):

@@ -13,9 +13,13 @@ import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
+import jax
+from jax.sharding import Mesh
+
+from xkd_jax import checkpoint, seeds
 from xkd_jax.cli import run_folder
 from xkd_jax.config import Config, used
-from xkd_jax.distributed import processes
+from xkd_jax.distributed import processes, sharding
 from xkd_jax.errors import UserError
 from xkd_jax.experiment import RANDOM, Experiment, create_experiment
 from xkd_jax.reporting import report, table_report
@@ -26,14 +30,20 @@ from xkd_jax.table import Cell, Fields, Table, label
 from xkd_jax.validation import validate
 from xkd_jax.weights import write_file
 
+_GROUP = "seeds_"  # beginning of the folders of checkpoints of several seeds
+
 
 def comparison(config: Config) -> tuple[Table, Config]:
-    """The table of the methods in `config.compare`, and the config for all of them."""
-    cells = {name: Cell({"method.name": name}) for name in config.compare}
+    """The table of `config.compare` and `config.seeds`, and the config for all of its runs."""
+    names = config.compare or (config.method.name,)
+    cells = {name: Cell({"method.name": name}) for name in names}
+    several = tuple(config.seeds)
     config = copy.deepcopy(config)
-    config.compare = ()
+    config.compare = config.seeds = ()
     baseline = "none" if "none" in cells else next(iter(cells))
-    return Table(cells, baseline, seeds=(config.seed,), flat=True), config
+    measured = several or (config.seed,)
+    table = Table(cells, baseline, measured, flat=not several, together=bool(several))
+    return table, config
 
 
 def run(
@@ -100,7 +110,10 @@ def _check_runs(table: Table, config: Config, workdir: Path, names: Sequence[str
     with run_folder.removed_if_refused([folder for folder in left if not folder.exists()]):
         for folder, name in left.items():
             with _naming(table, name):
-                run_folder.check(folder, with_fields(config, table.cells[name].fields))
+                built = run_folder.check(folder, with_fields(config, table.cells[name].fields))
+                if table.together:
+                    assert isinstance(built, Experiment)
+                    seeds.check(built)
 
 
 def _check_folder(table: Table, workdir: Path) -> None:
@@ -224,15 +237,21 @@ class _Sweep:
             chosen = {"fields": fields, "tried": names, "evaluation_top1": scores}
             path = self.workdir / name / table_report.CHOSEN
             write_file(path, (json.dumps(chosen, indent=2) + "\n").encode())
+        runs = []
         for seed in self.table.seeds:
-            config = with_fields(self.config, {**fields, "seed": seed})
-            self._train(config, self.workdir / self.table.folder(name, seed))
+            config = with_fields(self._config(name), {**fields, "seed": seed})
+            runs.append((config, self.workdir / self.table.folder(name, seed)))
+        if self.table.together:
+            self._train_together(name, runs)
+        else:
+            for run in runs:
+                self._train(*run)
 
     def _try(self, name: str, text: str, fields: Fields) -> float:
         """The mean top-1 of an alternative on the evaluation split; `text` is its label."""
         scores = []
         for seed in self.table.tuning_seeds:
-            config = with_fields(self.config, {**fields, "seed": seed})
+            config = with_fields(self._config(f"{name}/tuning"), {**fields, "seed": seed})
             config.data.test = config.data.eval  # the test split is not for choices
             folder = self.workdir / name / "tuning" / f"{text},seed={seed}"
             self._train(config, folder)
@@ -240,14 +259,16 @@ class _Sweep:
             scores.append(max(0.0, table_report.read_top1(folder)))
         return sum(scores) / len(scores)
 
+    def _config(self, name: str) -> Config:
+        """The recipe; the checkpoints of different cells go to different folders."""
+        config = copy.deepcopy(self.config)
+        if config.checkpoint_dir and not self.table.flat:
+            config.checkpoint_dir = f"{config.checkpoint_dir}/{name}"
+        return config
+
     def _train(self, config: Config, folder: Path) -> None:
         self.passed += 1
-        if run_folder.is_complete(config, folder):
-            return
-        failed = folder / table_report.FAILED
-        if failed.exists():
-            self.has_failed = True
-            say(f"{folder} has failed before; remove {failed} to train it again.")
+        if self._is_passed(config, folder):
             return
         folder.mkdir(parents=True, exist_ok=True)
         say(f"run {self.passed} of {self.total}: {folder}")
@@ -255,26 +276,86 @@ class _Sweep:
         try:
             stopped = run_folder.train_one(config, folder, self._create, self.command)
         except Diverged as error:
-            stopped, self.has_failed = None, True
-            say(f"{folder}: {error}")
-            if processes.is_first():
-                write_file(failed, f"{error}\n".encode())
+            stopped = None
+            self._fail(folder, error)
         if stopped:
             raise _Stopped(stopped)
         self.trained += 1
         took, mean = time.monotonic() - begun, (time.monotonic() - self.begun) / self.trained
         left = time.strftime("%H:%M", time.gmtime(mean * (self.total - self.passed)))
-        top1 = table_report.read_top1(folder)
-        result = "no top-1" if math.isnan(top1) else f"top-1 {100 * top1:.2f}%"
-        say(f"  {result} after {took:.0f} s; {left} h left at most")
+        say(f"  {_result(folder)} after {took:.0f} s; {left} h left at most")
 
-    def _create(self, config: Config) -> Experiment:
+    def _train_together(self, name: str, runs: Sequence[tuple[Config, Path]]) -> None:
+        """Trains the runs of a cell that are left side by side; a run that diverges is left out."""
+        left = [run for run in runs if not self._is_passed(*run)]
+        while left:
+            for _, folder in left:
+                folder.mkdir(parents=True, exist_ok=True)
+            group = self._group(name, runs, left)
+            numbers = "_".join(str(config.seed) for config, _ in group)
+            place = self.workdir / name / f"{_GROUP}{numbers}"
+            begun = time.monotonic()
+            try:
+                stopped = run_folder.train_seeds(group, place, self._create_alone, self.command)
+            except Diverged as error:
+                failed = [folder for _, folder in group if error.folder in (None, folder)]
+                for folder in failed:
+                    self._fail(folder, error)
+                left = [run for run in left if run[1] not in failed]
+                continue
+            if stopped:
+                raise _Stopped(stopped)
+            for _, folder in left:
+                say(f"  {folder}: {_result(folder)} after {time.monotonic() - begun:.0f} s")
+            return
+
+    def _group(
+        self, name: str, runs: Sequence[tuple[Config, Path]], left: Sequence[tuple[Config, Path]]
+    ) -> Sequence[tuple[Config, Path]]:
+        """The runs that an interrupted group of `left` had; otherwise `left`."""
+        above, config = self.workdir / name, runs[0][0]
+        place = checkpoint.place(above / _GROUP, config.checkpoint_dir)
+        place = place.parent if config.checkpoint_dir else place.parent.parent
+        wanted = {config.seed for config, _ in left}
+        able = {c.seed for c, folder in runs if not (folder / table_report.FAILED).exists()}
+        for path in sorted(place.glob(f"{_GROUP}*")) if place.exists() else ():
+            found = {int(number) for number in path.name.removeprefix(_GROUP).split("_")}
+            if wanted <= found <= able:
+                return [run for run in runs if run[0].seed in found]
+        return left
+
+    def _is_passed(self, config: Config, folder: Path) -> bool:
+        """Whether a run is complete, or has failed, which is said."""
+        if run_folder.is_complete(config, folder):
+            return True
+        failed = folder / table_report.FAILED
+        if failed.exists():
+            self.has_failed = True
+            say(f"{folder} has failed before; remove {failed} to train it again.")
+        return failed.exists()
+
+    def _fail(self, folder: Path, error: Diverged) -> None:
+        self.has_failed = True
+        say(f"{folder}: {error}")
+        if processes.is_first():
+            write_file(folder / table_report.FAILED, f"{error}\n".encode())
+
+    def _create_alone(self, config: Config) -> Experiment:
+        """As `_create`, on one device: the devices share the seeds out, not the batch."""
+        return self._create(config, sharding.create_mesh(jax.devices()[:1]))
+
+    def _create(self, config: Config, mesh: Mesh | None = None) -> Experiment:
         """The run's experiment. The last one is kept for runs that differ only in their seed."""
         if self.experiment is None or _seedless(config) != _seedless(self.experiment.config):
             self.experiment = None  # frees the memory of its networks first
-            self.experiment = create_experiment(config)
+            self.experiment = create_experiment(config, mesh)
         self.experiment = self.experiment.with_seed(config)
         return self.experiment
+
+
+def _result(folder: Path) -> str:
+    top1 = table_report.read_top1(folder)
+    return "no top-1" if math.isnan(top1) else f"top-1 {100 * top1:.2f}%"
 
 
 def _seedless(config: Config) -> Config:

@@ -195,6 +195,8 @@ def gather(mesh: Mesh, tree: Any) -> Any:
 
     Without it XLA may keep the weights sharded and move activations instead.
     """
+    if mesh.size == 1:
+        return tree
     return jax.lax.with_sharding_constraint(tree, replicated(mesh))
 
 

@@ -125,9 +125,11 @@ class Progress:
       start: step to resume from.
       total: the last step.
       batch_size: images per step.
+      shown: whether anything is shown.
     """
 
-    def __init__(self, name: str, start: int, total: int, batch_size: int):
+    def __init__(self, name: str, start: int, total: int, batch_size: int, shown: bool = True):
+        self._is_shown = shown
         self._name, self._total, self._batch_size = name, total, batch_size
         # Speed is measured from the end of the first dispatch, which includes compilation.
         self._first = 0  # unknown yet
@@ -139,7 +141,7 @@ class Progress:
             initial=start,
             desc=short,
             unit="step",
-            disable=not (sys.stderr.isatty() and processes.is_first()),
+            disable=not (shown and sys.stderr.isatty() and processes.is_first()),
             dynamic_ncols=True,
             bar_format="{l_bar}{bar}| {n_fmt}/{total_fmt} {remaining} left{postfix}",
         )
@@ -172,6 +174,8 @@ class Progress:
         if not self._bar.disable:
             self._shown |= shown | {"images/s": f"{speed:.0f} images/s"}
             self._bar.set_postfix_str(self._fitting())
+            return
+        if not self._is_shown:
             return
         left = f"{(self._total - step) * self._batch_size / speed:.0f}" if speed else "?"
         text = "  ".join(f"{name} {value}" for name, value in shown.items())
@@ -207,6 +211,8 @@ class Reporter:
       batch_size: images per step.
       every: number of steps between two lines.
       check: called with each step's metrics, on the host, before they are reported.
+      column: the run's place in metrics that several runs share, which have an axis of runs; None
+        for a run's own. Only the first of them shows its progress.
     """
 
     def __init__(
@@ -217,10 +223,11 @@ class Reporter:
         batch_size: int,
         every: int,
         check: Callable[[int, dict[str, Any]], None],
+        column: int | None = None,
     ):
-        self._check = check
+        self._check, self._column = check, column
         self._log = RunLog(folder, start)
-        self._progress = Progress(folder.name, start, total, batch_size)
+        self._progress = Progress(folder.name, start, total, batch_size, shown=not column)
         self._averages = Averages()
         self._total, self._every = total, every
         self._pending: tuple[range, Any] | None = None
@@ -240,10 +247,12 @@ class Reporter:
         steps, metrics = self._pending
         self._pending = None
         metrics = jax.device_get(metrics)
-        several = np.ndim(metrics["loss"]) > 0
+        several = np.ndim(metrics["loss"]) > (self._column is not None)
         self._progress.update(steps[-1])
         for i, step in enumerate(steps):
             one = {name: value[i] for name, value in metrics.items()} if several else metrics
+            if self._column is not None:
+                one = {name: value[self._column] for name, value in one.items()}
             self._report(step, one)
 
     def _report(self, step: int, metrics: dict[str, np.ndarray]) -> None:
@@ -255,6 +264,10 @@ class Reporter:
             self._log.write(step, means | {"images_per_second": speed})
             shown = {name: means[name] for name in ("loss", "accuracy") if name in means}
             self._progress.show(step, shown | self._evaluated)
+
+    def pause(self, seconds: float) -> None:
+        """Excludes time that wasn't spent on training from the speed."""
+        self._progress.pause(seconds)
 
     def evaluated(self, step: int, scores: dict[str, float], seconds: float) -> None:
         """Writes an evaluation's scores and shows its top-1, now and in the following lines.

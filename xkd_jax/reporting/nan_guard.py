@@ -21,7 +21,15 @@ ADVICE = "lower optimizer.learning_rate or set optimizer.clip_norm, for example 
 
 
 class Diverged(UserError):
-    """Training can't continue: a loss, a gradient or a weight isn't finite."""
+    """Training can't continue: a loss, a gradient or a weight isn't finite.
+
+    Attributes:
+      folder: the run's, if it is known which of several it is.
+    """
+
+    def __init__(self, text: str, folder: Path | None = None):
+        super().__init__(text)
+        self.folder = folder
 
 
 def flags(tree: Any) -> jax.Array:
@@ -73,7 +81,8 @@ class Guard:
         raise Diverged(
             f"Non-finite values at step {step}: loss {loss}; gradients "
             f"{listed(wrong) or 'all finite'}; examples {listed(examples, 8)} (full list in "
-            f"{path}); earlier checkpoints are kept: {ADVICE}"
+            f"{path}); earlier checkpoints are kept: {ADVICE}",
+            self.folder,
         )
 
 
