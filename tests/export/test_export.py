@@ -20,6 +20,8 @@ from xkd_jax.model import create_model
 CNNS = {
     "resnet18": (32, {"layers": (1, 1, 1, 1), "width": 0.25}),
     "resnext50_32x4d": (32, {"layers": (1, 1, 1, 1), "groups": 2}),
+    "resnet18d": (33, {"layers": (1, 1, 1, 1), "width": 0.25}),
+    "repvgg_a0_32": (32, {"depths": (1, 1, 2, 1), "channels": (8, 12, 16, 24)}),
     "mobilenetv2_100": (32, {"width": 0.25}),
     "efficientnet_b0": (32, {"width": 0.25}),
     "tf_efficientnet_lite0": (33, {"width": 0.25}),
@@ -136,6 +138,24 @@ def test_folding_leaves_no_batch_norm(tmp_path):
     assert counts[0]["Mul"] == counts[0]["Conv"] == counts[1]["Conv"] == 12
     assert not counts[1]["Mul"]
     assert counts[1]["Add"] == 4  # of the blocks' shortcuts
+
+
+@pytest.mark.slow
+def test_branches_that_only_training_needs_are_folded(tmp_path):
+    onnxruntime = pytest.importorskip("onnxruntime", reason="needs the extra export")
+    onnx = pytest.importorskip("onnx", reason="needs the extra export")
+    model = create("repvgg_a0_32", *CNNS["repvgg_a0_32"])
+    images, options = photos(model, 2), student.Options(uint8=True)
+    file, _ = student.export(model, "onnx", tmp_path, options)
+    kinds = collections.Counter(node.op_type for node in onnx.load(file).graph.node)
+    assert kinds["Conv"] == kinds["Relu"] == 6  # the stem and five blocks
+    inputs = {"images": images.transpose(0, 3, 1, 2)}
+    assert_close(onnxruntime.InferenceSession(file).run(None, inputs)[0], model(images))
+    file, _ = student.export(model, "stablehlo", tmp_path, options)
+    exported = jax.export.deserialize(bytearray(file.read_bytes()))
+    count = exported.mlir_module().count("stablehlo.convolution(")
+    assert count == 6 * len(exported.platforms)  # each has its own
+    assert_close(exported.call(images), model(images))
 
 
 @pytest.mark.slow

@@ -14,6 +14,7 @@ from xkd_jax.models import MODELS
 from xkd_jax.models.efficientnet import EfficientNet
 from xkd_jax.models.inception import InceptionV3
 from xkd_jax.models.mobilenetv2 import MobileNetV2
+from xkd_jax.models.repvgg import RepVGG
 from xkd_jax.models.xception import Xception
 
 read = functools.cache(goldens.read)
@@ -46,7 +47,7 @@ def differences(name):
     }
 
 
-LARGE = {InceptionV3, MobileNetV2, EfficientNet, Xception}  # they take 3 to 12 s each
+LARGE = {InceptionV3, MobileNetV2, EfficientNet, RepVGG, Xception}  # they take 2 to 12 s each
 
 
 def marks(name):

@@ -21,6 +21,8 @@ TIMM_COUNTS = {
     "resnet50": 25_557_032,
     "resnet101": 44_549_160,
     "resnet152": 60_192_808,
+    "resnet18d": 11_708_744,
+    "resnext50d_32x4d": 25_048_136,
     "resnext50_32x4d": 25_028_904,
     "resnext101_32x8d": 88_791_336,
     "deit_tiny_distilled_patch16_224": 5_910_800,
@@ -127,6 +129,7 @@ def test_wrong_names(name, args, message):
         ("resnet18", {"stem": "cifar10"}, "did you mean cifar"),
         ("resnet18", {"layers": (2, 2)}, "four block counts"),
         ("resnet18", {"width": 0.0}, "at least one channel"),
+        ("resnet18d", {"width": 0.015}, "at least one channel of the stem's 32"),
     ],
 )
 def test_wrong_values(name, args, message):

@@ -28,6 +28,8 @@ NETWORKS = {
     "resnet": (lambda **more: tiny_resnet(drop_path_rate=0.5, **more), 32, 4),
     "resnext": (lambda **more: tiny_resnet("resnext50_32x4d", groups=2, base_width=64, **more),
                 32, 4),
+    "repvgg": (_small("repvgg_a0_32", depths=(1, 2, 1, 1), channels=(4, 6, 8, 10),
+                      drop_path_rate=0.5), 32, 6),
     "mobilenetv2": (_small("mobilenetv2_100_32", width=0.1, depth=0.1, drop_rate=0.2), 32, 7),
     "efficientnet": (_small("efficientnet_b0", width=0.1, depth=0.1), 32, 7),
     "xception": (_small("legacy_xception", width=0.04), 32, 12),

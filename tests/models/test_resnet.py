@@ -5,6 +5,7 @@ import pytest
 
 from tests.models.networks import images, init, initial, shapes, tiny_resnet
 from xkd_jax.models import create_model
+from xkd_jax.models.resnet import halve
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 
@@ -34,6 +35,28 @@ def test_resnet_out():
     assert wide["stage4"] == (2, 4, 4, 256)
     assert wide["pooled"] == (2, 256)
     assert shapes(tiny_resnet(stem="imagenet"), images(size=64))["stage4"] == (2, 2, 2, 64)
+
+
+@pytest.mark.parametrize("sides", [(4, 6), (5, 4), (5, 7)])
+def test_averages_at_the_edge_are_of_what_is_there(sides):
+    x = np.random.default_rng(0).normal(size=(2, *sides, 3)).astype(np.float32)
+    got = halve(x)
+    assert got.shape == (2, -(-sides[0] // 2), -(-sides[1] // 2), 3)
+    for i in range(got.shape[1]):
+        for j in range(got.shape[2]):
+            window = x[:, 2 * i : 2 * i + 2, 2 * j : 2 * j + 2]
+            np.testing.assert_allclose(got[:, i, j], window.mean((1, 2)), atol=1e-6)
+
+
+def test_resnet_d_out():
+    args = {"layers": (1, 1, 1, 1), "width": 0.125}
+    model = create_model("resnet26d", num_classes=5, **args)
+    out = shapes(model, images(size=33))
+    assert [out[f"stage{i}"][1] for i in range(1, 5)] == [9, 5, 3, 2]
+    params = jax.eval_shape(model.init, jax.random.key(0), images(size=33))["params"]
+    assert [params[f"conv1_{i}"]["kernel"].shape[-1] for i in (0, 3, 6)] == [4, 4, 8]
+    assert "downsample_0" not in params["layer1_0"]
+    assert params["layer1_0"]["downsample_1"]["kernel"].shape == (1, 1, 8, 32)
 
 
 def test_resnet_training_changes_the_statistics():

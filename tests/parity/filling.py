@@ -18,6 +18,8 @@ _STREAM = re.compile(
 )
 # The last norm of a residual block: more, and a hundred blocks would magnify every rounding error.
 _LAST_NORM = re.compile(r"layer\d\.\d+\.bn[23]\.weight")
+# The BatchNorm of a RepVGG block's input: near 1, it would magnify it tenfold in every block.
+_IDENTITY_NORM = re.compile(r".*\.identity\.weight")
 # Convolutions that no BatchNorm follows: squeeze-excite's, and the depthwise ones of Xception.
 _UNNORMED = re.compile(
     r".*\.se\.conv_(reduce|expand)\.weight|(block\d+\.rep\.\d|conv[34])\.conv1\.weight"
@@ -55,6 +57,7 @@ def fill(name: str, shape: tuple[int, ...]) -> np.ndarray:
         return noise(name, shape, 0.2 * scale)
     if len(shape) == 1:
         scale = 0.4 if _LAST_NORM.fullmatch(name) else scale
+        scale = 0.1 if _IDENTITY_NORM.fullmatch(name) else scale
         return np.float32(scale) + noise(name, shape, 0.2 * scale)
     flipped = (1, 0)
     if len(shape) == 4:

@@ -1,5 +1,6 @@
 """Every network in PyTorch, with its taps under our keys and in our layouts."""
 
+import copy
 import importlib
 import sys
 from collections.abc import Callable
@@ -48,6 +49,12 @@ def _cifar_efficientnet_strides(model: nn.Module) -> None:
     model.conv_stem.stride = model.blocks[1][0].conv_dw.stride = (1, 1)
 
 
+def _cifar_repvgg_strides(model: nn.Module) -> None:
+    for block in (model.stem, model.stages[0][0]):
+        block.conv_kxk.conv.stride = block.conv_1x1.conv.stride = (1, 1)
+    model.stages[0][0].identity = copy.deepcopy(model.stages[0][1].identity)
+
+
 def _widen(times: int) -> Callable[[nn.Module], None]:
     """Multiplies every channel count but the images' and the classes'."""
 
@@ -88,6 +95,7 @@ _CHANGED: dict[str, tuple[str, dict[str, Any], Callable[[nn.Module], None] | Non
     "legacy_xception_x2": ("legacy_xception", {}, _widen(2)),
     "efficientnet_b0_32": ("efficientnet_b0", {}, _cifar_efficientnet_strides),
     "mobilenetv2_100_32": ("mobilenetv2_100", {}, _cifar_efficientnet_strides),
+    "repvgg_a0_32": ("repvgg_a0", {}, _cifar_repvgg_strides),
     "vit_tiny_patch4_32": ("vit_tiny_patch16_224", {"patch_size": 4}, None),
     "vit_small_patch4_32": ("vit_small_patch16_224", {"patch_size": 4}, None),
     "swin_tiny_patch2_window4_32": (
@@ -216,6 +224,13 @@ def _resnet(model: nn.Module, taps: Taps):
         last_relu = layer[-1].act3 if hasattr(layer[-1], "act3") else layer[-1].act2
         taps.before(last_relu, f"stage{stage}_pre")
         taps.after(layer, f"stage{stage}")
+    return _cnn(model, taps)
+
+
+def _byobnet(model: nn.Module, taps: Taps):
+    for stage, blocks in enumerate(model.stages, start=1):
+        taps.before(blocks[-1].act, f"stage{stage}_pre")
+        taps.after(blocks, f"stage{stage}")
     return _cnn(model, taps)
 
 
@@ -354,6 +369,7 @@ def _unwindow(qkv: torch.Tensor, block: nn.Module, shape: torch.Size) -> torch.T
 
 _HOOKS = {
     "ResNet": _resnet,
+    "ByobNet": _byobnet,
     "EfficientNet": _efficientnet,
     "Xception": _xception,
     "InceptionV3": _inception,

@@ -21,6 +21,8 @@ SPECIMENS = {
         "swin_tiny_patch2_window4_32", 32, args={"depths": (2, 1, 1, 1), "embed_dim": 24}
     ),
     "resnet": Specimen("resnet18_32", 16, args={"layers": (1, 1, 1, 1)}),
+    "resnet_d": Specimen("resnet18d", 33, args={"layers": (1, 1, 1, 1)}),
+    "repvgg": Specimen("repvgg_a0_32", 16),
 }
 
 

@@ -30,6 +30,8 @@ SPECIMENS = {
     # Sizes that strides, windows and halvings do not divide.
     "resnet50-97": _cnn("resnet50", 97),
     "resnext26_32x4d-75": _cnn("resnext26_32x4d", 75),
+    "resnet26d-75": _cnn("resnet26d", 75),
+    "repvgg_a0-75": _cnn("repvgg_a0", 75),
     "mobilenetv2_050-97": _cnn("mobilenetv2_050", 97),
     "tf_efficientnet_lite0-75": _cnn("tf_efficientnet_lite0", 75),
     "legacy_xception-84": _cnn("legacy_xception", 84),

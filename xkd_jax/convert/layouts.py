@@ -264,6 +264,7 @@ _UNREAD = (
     (r"features\.\d+\.\d+\.block\.5\.weight", "torchvision's ConvNeXt"),
     (r"features\.\d+\.\d+\.attn\.cpb_mlp\..*", "torchvision's Swin Transformer V2"),
     (r"trunk_output\.block1\..*", "torchvision's RegNet"),
+    (r"stage0\.rbr_(dense|reparam)\..*", "RepVGG from its authors' code"),
     (r"features\.denseblock1\..*", "torchvision's DenseNet"),
     (r"features\.\d+\.weight", "torchvision's VGG, AlexNet or SqueezeNet"),
     (r"(backbone\.)?layers\.0\.ln1\.weight", "mmpretrain's ViT"),

@@ -39,6 +39,9 @@ FAMILIES = {
         skipped=r"AuxLogits\..*",
         optional=((r"AuxLogits\..*", "aux_logits"),),
     ),
+    "repvgg": Family(
+        optional=((r"stem\.conv_kxk\..*", "branches"),),  # re-parameterised ones have none
+    ),
 }
 
 # The table omits the head, which is recognised by its shape, and the tensors that `resize` handles.

@@ -17,6 +17,7 @@ from xkd_jax.errors import UserError
 from xkd_jax.export.runtime import CONVERTER, EXPORT, LITERT, PREPARATION, require
 from xkd_jax.model import Model
 from xkd_jax.models import cifar
+from xkd_jax.models.repvgg import RepVGG, reparameterize
 from xkd_jax.weights import write_file
 
 # Arguments that timm's constructors know by the same names.
@@ -44,6 +45,9 @@ class Options:
 def export(model: Model, target: str, folder: Path, options: Options) -> list[Path]:
     """Writes `model` for another runtime; returns the files.
 
+    Branches that only training needs, such as RepVGG's, are folded into one convolution each,
+    except for timm, which reads the weights of the branches.
+
     Args:
       model: the student with its weights.
       target: a key of `TARGETS`.
@@ -53,11 +57,21 @@ def export(model: Model, target: str, folder: Path, options: Options) -> list[Pa
     Raises:
       UserError: the network can't be expressed in the target, or a package is missing.
     """
+    model = model if target == "timm" else _without_branches(model)
     path, layout = TARGETS[target](model, folder, options)
     if not layout:
         return [path, folder / "config.json"]
     write_file(folder / PREPARATION, _json(preparation(model, options) | {"images": layout}))
     return [path, folder / PREPARATION]
+
+
+def _without_branches(model: Model) -> Model:
+    """The same function with as few convolutions as possible: re-parameterised, if it can be."""
+    if not isinstance(model.module, RepVGG):
+        return model
+    module, variables = reparameterize(model.module, model.variables)
+    args = model.args | {"branches": False}
+    return dataclasses.replace(model, module=module, variables=variables, args=args)
 
 
 def preparation(model: Model, options: Options) -> dict[str, Any]:

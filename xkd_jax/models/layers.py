@@ -66,6 +66,7 @@ class BatchNorm(nn.Module):
     epsilon: float = 1e-5
     momentum: float = 0.1
     scale_init: Any = nn.initializers.ones
+    bias_init: Any = nn.initializers.zeros
     dtype: Any = jnp.float32
 
     @nn.compact
@@ -73,7 +74,7 @@ class BatchNorm(nn.Module):
         """Normalises `x` [..., C] over all axes but the last, keeping its shape."""
         channels = x.shape[-1]
         scale = self.param("scale", self.scale_init, (channels,))
-        bias = self.param("bias", nn.initializers.zeros, (channels,))
+        bias = self.param("bias", self.bias_init, (channels,))
         running_mean = self.variable("batch_stats", "mean", jnp.zeros, (channels,))
         running_var = self.variable("batch_stats", "var", jnp.ones, (channels,))
         if not train:
