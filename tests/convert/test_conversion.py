@@ -28,6 +28,12 @@ NAMES = {
         "layers.2.blocks.5.attn.relative_position_bias_table": (169, 12),
         "head.fc.bias": (1000,),
     },
+    "repvgg_a0": {
+        "stem.conv_1x1.conv.weight": (48, 3, 1, 1),
+        "stages.2.13.conv_kxk.bn.running_var": (192,),
+        "stages.2.13.identity.weight": (192,),
+        "head.fc.weight": (1000, 1280),
+    },
     "efficientnet_b0": {
         "blocks.1.0.se.conv_reduce.weight": (4, 96, 1, 1),
         "blocks.1.0.conv_dw.weight": (96, 1, 3, 3),

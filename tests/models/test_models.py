@@ -22,6 +22,7 @@ TIMM_COUNTS = {
     "resnet101": 44_549_160,
     "resnet152": 60_192_808,
     "resnet18d": 11_708_744,
+    "repvgg_a0": 9_108_968,
     "resnext50d_32x4d": 25_048_136,
     "resnext50_32x4d": 25_028_904,
     "resnext101_32x8d": 88_791_336,

@@ -112,7 +112,7 @@ def test_the_backward_pass_is_left_less_than_half(family):
 
 
 # Inception would take as long as all others together; EfficientNet's blocks are MobileNetV2's.
-OTHERS = ("dinov2", "mobilenetv2", "xception", "cifar", "wide")
+OTHERS = ("dinov2", "repvgg", "mobilenetv2", "xception", "cifar", "wide")
 
 
 @pytest.mark.parametrize(

@@ -37,7 +37,7 @@ def test_resnet_out():
     assert shapes(tiny_resnet(stem="imagenet"), images(size=64))["stage4"] == (2, 2, 2, 64)
 
 
-@pytest.mark.parametrize("sides", [(4, 6), (5, 4), (5, 7)])
+@pytest.mark.parametrize("sides", [(4, 5), (5, 7)])
 def test_averages_at_the_edge_are_of_what_is_there(sides):
     x = np.random.default_rng(0).normal(size=(2, *sides, 3)).astype(np.float32)
     got = halve(x)
