@@ -198,6 +198,7 @@ def test_stablehlo_is_read_back_and_computes_the_same(tmp_path, uint8):
 @pytest.mark.parametrize(
     ("name", "size", "args"),
     [("resnet18", 32, {"layers": (1, 1, 1, 1)}), ("mobilenetv2_100", 64, {}),
+     ("repvgg_a0", 64, {}),
      ("vit_tiny_patch16_224", 32, {"img_size": 32, "depth": 2})],
 )  # fmt: skip
 def test_timm_loads_the_folder(tmp_path, name, size, args):
