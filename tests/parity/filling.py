@@ -13,7 +13,8 @@ _POOL = np.random.RandomState(0).standard_normal(65537).astype(np.float32)
 # What is added to a Transformer's residual stream. It and whatever goes into a BatchNorm are kept
 # near 0.1, where the epsilons still show in the results; all else is near 1.
 _STREAM = re.compile(
-    r"(patch_embed\.(proj|norm)|.*\.(attn\.proj|mlp\.fc2|downsample\.reduction))\.(weight|bias)"
+    r"(patch_embed\.(proj|norm)|norm_pre|attn_pool\.proj)\.(weight|bias)"
+    r"|.*\.(attn\.proj|mlp\.fc2|downsample\.reduction)\.(weight|bias)"
     r"|pos_embed|cls_token|dist_token|reg_token"
 )
 # The last norm of a residual block: more, and a hundred blocks would magnify every rounding error.

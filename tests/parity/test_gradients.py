@@ -16,6 +16,8 @@ SPECIMENS = {
     "vit": Specimen("vit_tiny_patch4_32", 16, args=_SHALLOW),
     "dinov2": Specimen("vit_small_patch14_dinov2", 42, args=_SHALLOW),
     "dinov2_reg4": Specimen("vit_small_patch14_reg4_dinov2", 42, args=_SHALLOW),
+    "clip": Specimen("vit_base_patch16_clip_quickgelu_224", 48, args=_SHALLOW),
+    "siglip": Specimen("vit_base_patch16_siglip_224", 48, args=_SHALLOW),
     "deit3": Specimen("deit3_small_patch16_224", 48, args=_SHALLOW),
     "swin": Specimen(
         "swin_tiny_patch2_window4_32", 32, args={"depths": (2, 1, 1, 1), "embed_dim": 24}
@@ -62,7 +64,7 @@ def ours(specimen):
     def loss(params):
         logits, out = model.apply({**variables, "params": params}, images(2, specimen.size))
         total = (logits * logits_weights()).sum()
-        if "cls" in out:
+        if hasattr(model, "class_token"):
             total += (out["tokens"] * tokens_weights(out["tokens"].shape)).sum()
         return total
 

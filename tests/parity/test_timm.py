@@ -60,6 +60,14 @@ SPECIMENS = {
         "vit_small_patch14_reg4_dinov2", 42, args={"depth": 2, "global_pool": "avg"}
     ),
     "deit3-48": Specimen("deit3_small_patch16_224", 48, args={"depth": 2}),
+    "clip-48": Specimen("vit_base_patch16_clip_224", 48, args={"depth": 2}),
+    "clip_quickgelu-48": Specimen("vit_base_patch16_clip_quickgelu_224", 48, args={"depth": 2}),
+    "siglip-48": Specimen("vit_base_patch16_siglip_224", 48, args={"depth": 2}),
+    "siglip-class_token_tanh": Specimen(
+        "vit_base_patch16_siglip_224",
+        48,
+        args={"depth": 2, "class_token": True, "act_layer": "gelu_tanh", "mlp_ratio": 2.0},
+    ),
 }
 
 

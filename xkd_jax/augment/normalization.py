@@ -11,6 +11,9 @@ IMAGENET_STD: Statistics = (0.229, 0.224, 0.225)
 # Google's preprocessing, to [-1, 1]: Inception, Xception and the ViTs of the original authors.
 HALF_MEAN: Statistics = (0.5, 0.5, 0.5)
 HALF_STD: Statistics = (0.5, 0.5, 0.5)
+# CLIP's (arXiv:2103.00020), of OpenAI and OpenCLIP.
+CLIP_MEAN: Statistics = (0.48145466, 0.4578275, 0.40821073)
+CLIP_STD: Statistics = (0.26862954, 0.26130258, 0.27577711)
 
 # Over all pixels of the training images, to four digits.
 CIFAR10_MEAN: Statistics = (0.4914, 0.4822, 0.4465)

@@ -13,6 +13,7 @@ from flax import linen as nn
 from xkd_jax import errors
 from xkd_jax.models import (
     cifar,
+    clip,
     deit,
     efficientnet,
     inception,
@@ -28,6 +29,7 @@ from xkd_jax.models.variant import Variant
 _FAMILIES = (
     vit,
     deit,
+    clip,
     swin,
     resnet,
     repvgg,

@@ -17,7 +17,7 @@ from xkd_jax import errors
 from xkd_jax.models import scan
 from xkd_jax.models.layers import classify, drop_path, layer_norm, recomputed
 from xkd_jax.models.variant import Variant
-from xkd_jax.models.vit import Grid, Mlp, add_block, check_images, project_patches
+from xkd_jax.models.vit_layers import Grid, Mlp, add_block, check_images, project_patches
 
 # torch's trunc_normal_ truncates at an absolute +-2: with std 0.02 that is a plain normal.
 _weight_init = nn.initializers.normal(0.02)

@@ -5,7 +5,6 @@ meaning follow `VisionTransformer` and `VisionTransformerDistilled` in timm (Ros
 Apache-2.0).
 """
 
-from functools import partial
 from typing import Any, ClassVar
 
 import jax
@@ -15,180 +14,22 @@ from flax import linen as nn
 from xkd_jax import errors
 from xkd_jax.augment.normalization import HALF_MEAN, HALF_STD
 from xkd_jax.models import scan
-from xkd_jax.models.layers import classify, drop_path, layer_norm, recomputed, torch_default
+from xkd_jax.models.layers import classify, layer_norm, recomputed
 from xkd_jax.models.variant import Variant
+from xkd_jax.models.vit_layers import (
+    ACTIVATIONS,
+    AttentionPool,
+    Block,
+    Grid,
+    LayerScale,  # noqa: F401 - other families import it and `project_patches` from here
+    PatchEmbed,
+    add_block,
+    check_images,
+    project_patches,  # noqa: F401
+    weight_init,
+)
 
-# torch's trunc_normal_ truncates at an absolute +-2: with std 0.02 that is a plain normal.
-_weight_init = nn.initializers.normal(0.02)
-
-
-@jax.tree_util.register_static
-class Grid(tuple):
-    """The patch grid (h, w): a tuple that stays Python integers through jit and grad.
-
-    A plain tuple would come out of a transformation as two traced arrays, unusable in reshapes.
-    """
-
-    __slots__ = ()
-
-
-_layer_norm = partial(layer_norm, epsilon=1e-6)
-
-
-def project_patches(images: jax.Array, patch: int, features: int, dtype: Any) -> jax.Array:
-    """The convolution "proj" of a patch embedding: [N, H, W, 3] to [N, H/patch, W/patch, features].
-
-    As in timm, weights and bias have PyTorch's default initialisation, uniform +-1/sqrt(fan_in).
-    """
-    bound = (images.shape[-1] * patch**2) ** -0.5
-
-    def bias_init(key: jax.Array, shape: tuple[int, ...], dtype: Any) -> jax.Array:
-        return jax.random.uniform(key, shape, dtype, -bound, bound)
-
-    return nn.Conv(
-        features,
-        (patch, patch),
-        strides=(patch, patch),
-        padding="VALID",
-        dtype=dtype,
-        kernel_init=torch_default,
-        bias_init=bias_init,
-        name="proj",
-    )(images)
-
-
-def check_images(img_size: int, patch_size: int, shape: tuple[int, ...]) -> None:
-    """Checks `img_size` and the `shape` of images, [N, H, W, 3].
-
-    Raises:
-      UserError: `img_size` is not a multiple of `patch_size`, or the images have another size.
-    """
-    if img_size % patch_size:
-        near = max(img_size // patch_size, 1) * patch_size
-        raise errors.UserError(
-            f"img_size {img_size} must be a multiple of patch_size {patch_size}, such as {near} or "
-            f"{near + patch_size}."
-        )
-    if shape[1:] != (img_size, img_size, 3):
-        raise errors.UserError(
-            f"this Transformer takes images [N, {img_size}, {img_size}, 3], not {list(shape)}; for "
-            f"another size set img_size to a multiple of patch_size {patch_size}."
-        )
-
-
-def add_block(
-    out: dict[str, Any], number: int, tokens: jax.Array, qkv: tuple[jax.Array, ...]
-) -> None:
-    """Adds a block's taps to `out`: `block01`, `block01_query` ... and `query` ..."""
-    out[f"block{number:02d}"] = tokens
-    for name, head in zip(("query", "key", "value"), qkv, strict=True):
-        # The short name ends up with the last block's.
-        out[name] = out[f"block{number:02d}_{name}"] = head
-
-
-class PatchEmbed(nn.Module):
-    """Cuts an image into square patches and projects each: [N, H, W, 3] -> [N, h, w, D]."""
-
-    patch_size: int
-    embed_dim: int
-    dtype: Any = jnp.float32
-
-    @nn.compact
-    def __call__(self, images: jax.Array) -> jax.Array:
-        """Projects `images` [N, H, W, 3] to [N, H/patch, W/patch, D]."""
-        return project_patches(images, self.patch_size, self.embed_dim, self.dtype)
-
-
-class Attention(nn.Module):
-    """Multi-head self-attention with fused `qkv` weights, as timm stores them."""
-
-    num_heads: int
-    qkv_bias: bool = True
-    dtype: Any = jnp.float32
-
-    @nn.compact
-    def __call__(self, x: jax.Array) -> tuple[jax.Array, tuple[jax.Array, ...]]:
-        """Attends over `x` [N, T, D]; also returns query, key and value [N, heads, T, d]."""
-        n, t, dim = x.shape
-        head_dim = dim // self.num_heads
-        qkv = nn.Dense(
-            3 * dim,
-            use_bias=self.qkv_bias,
-            dtype=self.dtype,
-            kernel_init=_weight_init,
-            name="qkv",
-        )(x.reshape(n * t, dim))
-        qkv = qkv.reshape(n, t, 3, self.num_heads, head_dim).transpose(2, 0, 3, 1, 4)
-        query, key, value = qkv[0], qkv[1], qkv[2]
-        scores = jnp.einsum(
-            "nhqd,nhkd->nhqk", query * head_dim**-0.5, key, preferred_element_type=jnp.float32
-        )
-        weights = nn.softmax(scores, axis=-1).astype(self.dtype)
-        x = jnp.einsum("nhqk,nhkd->nqhd", weights, value).reshape(n * t, dim)
-        x = nn.Dense(dim, dtype=self.dtype, kernel_init=_weight_init, name="proj")(x)
-        return x.reshape(n, t, dim), (query, key, value)
-
-
-class Mlp(nn.Module):
-    """The two dense layers of a block, with the exact GELU between them."""
-
-    hidden: int
-    dtype: Any = jnp.float32
-
-    @nn.compact
-    def __call__(self, x: jax.Array) -> jax.Array:
-        """Maps `x` [..., D] to [..., D]."""
-        shape, dim = x.shape, x.shape[-1]
-        # As one matrix: with [N, T, D], XLA on a CPU takes three times as long for the gradients
-        # of the products, because it fuses the GELU into them and recomputes it.
-        x = x.reshape(-1, dim)
-        x = nn.Dense(self.hidden, dtype=self.dtype, kernel_init=_weight_init, name="fc1")(x)
-        x = nn.gelu(x, approximate=False)
-        x = nn.Dense(dim, dtype=self.dtype, kernel_init=_weight_init, name="fc2")(x)
-        return x.reshape(shape)
-
-
-class LayerScale(nn.Module):
-    """A learned factor per channel (Touvron et al., arXiv:2103.17239)."""
-
-    init_values: float
-    dtype: Any = jnp.float32
-
-    @nn.compact
-    def __call__(self, x: jax.Array) -> jax.Array:
-        """Scales `x` [..., D]."""
-        init = nn.initializers.constant(self.init_values)
-        return x * self.param("gamma", init, (x.shape[-1],)).astype(self.dtype)
-
-
-class Block(nn.Module):
-    """A pre-norm Transformer block; with `init_values`, each branch ends in a `LayerScale`."""
-
-    num_heads: int
-    mlp_ratio: float = 4.0
-    qkv_bias: bool = True
-    init_values: float | None = None
-    dtype: Any = jnp.float32
-
-    @nn.compact
-    def __call__(
-        self, x: jax.Array, train: bool = False, rate: float | jax.Array = 0.0
-    ) -> tuple[jax.Array, tuple[jax.Array, ...]]:
-        """Maps `x` [N, T, D] to [N, T, D]; also returns query, key and value.
-
-        `rate` is the probability that a branch is dropped, per sample.
-        """
-        y = _layer_norm("norm1", dtype=self.dtype)(x)
-        y, qkv = Attention(self.num_heads, self.qkv_bias, self.dtype, name="attn")(y)
-        x = x + drop_path(self, self._scale("ls1", y), rate, train)
-        y = _layer_norm("norm2", dtype=self.dtype)(x)
-        y = Mlp(int(x.shape[-1] * self.mlp_ratio), self.dtype, name="mlp")(y)
-        return x + drop_path(self, self._scale("ls2", y), rate, train), qkv
-
-    def _scale(self, name: str, x: jax.Array) -> jax.Array:
-        if self.init_values is None:
-            return x
-        return LayerScale(self.init_values, self.dtype, name=name)(x)
+_POOLS = ("token", "avg", "map", "token_avg")
 
 
 class VisionTransformer(nn.Module):
@@ -198,10 +39,12 @@ class VisionTransformer(nn.Module):
     `LayerScale`. `reg_tokens` adds register tokens (arXiv:2309.16588) after the class token. With
     `no_embed_class`, only patch tokens have position embeddings. `fc_norm=None` is timm's
     rule: with `global_pool="avg"` the final norm comes after the pooling, and the tokens are not
-    normalised. `global_pool="token_avg"`, which timm lacks, concatenates the class token and the
-    mean of the patch tokens, as DINOv2's linear classifiers do (arXiv:2304.07193). With
-    `drop_rate` or `drop_path_rate` above 0, training needs `rngs={"dropout": key}`. No gradient
-    flows into the first `frozen` blocks or the embedding.
+    normalised. `global_pool="map"` pools the patch tokens by attention. `global_pool="token_avg"`,
+    which timm lacks, concatenates the class token and the mean of the patch tokens, as DINOv2's
+    linear classifiers do (arXiv:2304.07193). `pre_norm` normalises the embedded tokens, whose
+    patch projection then has no bias. `norm_epsilon` is that of all norms, and `act_layer` one of
+    `vit_layers.ACTIVATIONS`. With `drop_rate` or `drop_path_rate` above 0, training needs
+    `rngs={"dropout": key}`. No gradient flows into the first `frozen` blocks or the embedding.
     """
 
     kind: ClassVar[str] = "transformer"
@@ -215,6 +58,9 @@ class VisionTransformer(nn.Module):
     mlp_ratio: float = 4.0
     qkv_bias: bool = True
     init_values: float | None = None
+    act_layer: str = "gelu"
+    norm_epsilon: float = 1e-6
+    pre_norm: bool = False
     class_token: bool = True
     distilled: bool = False
     reg_tokens: int = 0
@@ -262,7 +108,7 @@ class VisionTransformer(nn.Module):
 
         use_fc_norm = self.global_pool == "avg" if self.fc_norm is None else self.fc_norm
         if not use_fc_norm:
-            x = _layer_norm("norm", dtype=self.dtype)(x)
+            x = self._norm("norm")(x)
         out["tokens"] = x[:, prefix:]
         if self.class_token:
             out["cls"] = x[:, 0]
@@ -274,11 +120,9 @@ class VisionTransformer(nn.Module):
                 out["dist_logits"] = self._head("head_dist", x[:, 1], train)
                 out["logits"] = (out["cls_logits"] + out["dist_logits"]) / 2
             return out.get("logits"), out
-        cls, mean = x[:, 0], jnp.mean(x[:, prefix:], axis=1)
-        pools = {"token": [cls], "avg": [mean], "token_avg": [cls, mean]}
-        pooled = jnp.concatenate(pools[self.global_pool], axis=-1)
+        pooled = self._pool(x[:, 0], x[:, prefix:])
         if use_fc_norm:
-            pooled = _layer_norm("fc_norm", dtype=self.dtype)(pooled)
+            pooled = self._norm("fc_norm")(pooled)
         out["pooled"] = pooled
         if self.num_classes:
             out["logits"] = self._head("head", pooled, train)
@@ -289,7 +133,10 @@ class VisionTransformer(nn.Module):
     ) -> tuple[jax.Array, list]:
         """The last block's output, and each block's output with its query, key and value."""
         rates = [self.drop_path_rate * i / max(self.depth - 1, 1) for i in range(self.depth)]
-        options = self.num_heads, self.mlp_ratio, self.qkv_bias, self.init_values, self.dtype
+        options = (
+            *(self.num_heads, self.mlp_ratio, self.qkv_bias, self.init_values),
+            *(self.act_layer, self.norm_epsilon, self.dtype),
+        )
         remat, outs, first = self.remat and train, [], 0
         if scan.pays(self.depth, train) and not self.is_initializing():
             last = self.depth - 1  # methods read the last block's taps
@@ -314,36 +161,55 @@ class VisionTransformer(nn.Module):
         """Cuts the gradient of all outputs of block `number` if it is frozen."""
         return jax.lax.stop_gradient(outputs) if number <= self.frozen else outputs
 
+    def _pool(self, cls: jax.Array, tokens: jax.Array) -> jax.Array:
+        """The class token [N, D] and the patch tokens [N, T, D], pooled to [N, D] or [N, 2D]."""
+        if self.global_pool == "map":
+            options = self.num_heads, self.mlp_ratio, self.act_layer, self.norm_epsilon, self.dtype
+            return AttentionPool(*options, name="attn_pool")(tokens)
+        if self.global_pool == "token":
+            return cls
+        mean = jnp.mean(tokens, axis=1)
+        return mean if self.global_pool == "avg" else jnp.concatenate([cls, mean], axis=-1)
+
+    def _norm(self, name: str) -> nn.LayerNorm:
+        return layer_norm(name, self.norm_epsilon, self.dtype)
+
     def _head(self, name: str, x: jax.Array, train: bool) -> jax.Array:
-        return classify(x, self.num_classes, self.drop_rate, train, name, _weight_init)
+        return classify(x, self.num_classes, self.drop_rate, train, name, weight_init)
 
     def _embed(self, images: jax.Array) -> tuple[jax.Array, Grid]:
         """Images to embedded tokens [N, P + T, D], class token first, and the patch grid."""
-        x = PatchEmbed(self.patch_size, self.embed_dim, self.dtype, name="patch_embed")(images)
+        options = self.patch_size, self.embed_dim, self.dtype, not self.pre_norm
+        x = PatchEmbed(*options, name="patch_embed")(images)
         n, height, width, dim = x.shape
         x = x.reshape(n, height * width, dim)
         small, prefix = nn.initializers.normal(1e-6), []  # timm's
         if self.class_token:
             prefix.append(self.param("cls_token", small, (1, 1, dim)))
         if self.distilled:
-            prefix.append(self.param("dist_token", _weight_init, (1, 1, dim)))
+            prefix.append(self.param("dist_token", weight_init, (1, 1, dim)))
         if self.reg_tokens:
             prefix.append(self.param("reg_token", small, (1, self.reg_tokens, dim)))
         prefix = [jnp.tile(token.astype(x.dtype), (n, 1, 1)) for token in prefix]
         if not self.no_embed_class:
             x = jnp.concatenate([*prefix, x], axis=1)
-        pos = self.param("pos_embed", _weight_init, (1, x.shape[1], dim))
+        pos = self.param("pos_embed", weight_init, (1, x.shape[1], dim))
         x = x + pos.astype(x.dtype)
         if self.no_embed_class:
             x = jnp.concatenate([*prefix, x], axis=1)
+        if self.pre_norm:
+            x = self._norm("norm_pre")(x)
         return x, Grid((height, width))
 
     def _check(self, shape: tuple[int, ...]) -> None:
-        if self.global_pool not in ("token", "avg", "token_avg"):
-            raise errors.unknown("global_pool", self.global_pool, ("token", "avg", "token_avg"))
-        if self.global_pool != "avg" and not self.class_token:
+        if self.global_pool not in _POOLS:
+            raise errors.unknown("global_pool", self.global_pool, _POOLS)
+        if self.act_layer not in ACTIVATIONS:
+            raise errors.unknown("act_layer", self.act_layer, ACTIVATIONS)
+        if self.global_pool in ("token", "token_avg") and not self.class_token:
             raise errors.UserError(
-                f"global_pool={self.global_pool!r} needs class_token=True; without it, use 'avg'."
+                f"global_pool={self.global_pool!r} needs class_token=True; without it, use 'avg' "
+                "or 'map'."
             )
         if self.distilled and not (self.class_token and self.global_pool == "token"):
             raise errors.UserError(
