@@ -1,5 +1,6 @@
 """timm's networks with the weights of ours, and cakd's projectors and discriminator in PyTorch."""
 
+import functools
 import importlib
 import re
 import sys
@@ -50,9 +51,11 @@ def create_network(model: Model, variables: Any) -> Any:
     elif kind == "VisionTransformer":
         names = ["num_classes", "img_size", "patch_size", "embed_dim", "depth", "num_heads"]
         names += ["mlp_ratio", "qkv_bias", "init_values", "class_token", "reg_tokens"]
-        names += ["no_embed_class", "global_pool", "fc_norm"]
+        names += ["no_embed_class", "global_pool", "fc_norm", "pre_norm", "act_layer"]
         options = {name: getattr(module, name) for name in names}
-        network = import_timm().models.VisionTransformer(**options)
+        timm = import_timm()
+        norm = functools.partial(timm.layers.LayerNorm, eps=module.norm_epsilon)
+        network = timm.models.VisionTransformer(**options, norm_layer=norm)
     else:
         network = import_timm().create_model(
             model.name, num_classes=module.num_classes, **model.args

@@ -189,8 +189,8 @@ def test_assumptions():
     small = checkpoint("vit_small_patch16_224")
     assert convert(small, "vit_small_patch16_224").assumed == (
         "assumed, not in the tensors: 6 heads, mean 0.5 0.5 0.5 and std 0.5 0.5 0.5, "
-        "LayerNorm epsilon 1e-06, bilinear interpolation of images; change with "
-        "--arg num_heads=N --mean R G B --std R G B"
+        "LayerNorm epsilon 1e-06, activation gelu, bilinear interpolation of images; change with "
+        "--arg num_heads=N --mean R G B --std R G B --arg norm_epsilon=X --arg act_layer=NAME"
     )
     named = checkpoint("resnet18", TINY_RESNET, model="resnet18", mean=[0] * 3, std=[1] * 3)
     assert convert(named).assumed == ""

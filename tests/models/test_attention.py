@@ -30,6 +30,8 @@ NETWORKS = {
         "vit_tiny_patch16_224",
         VIT | {"class_token": False, "global_pool": "avg", "reg_tokens": 3},
     ),
+    "CLIP": ("vit_base_patch16_clip_quickgelu_224", VIT),
+    "SigLIP": ("vit_base_patch16_siglip_224", VIT),
     "DeiT": ("deit_tiny_patch16_224", VIT),
     "distilled DeiT": ("deit_tiny_distilled_patch16_224", VIT),
     "Swin, one window": ("swin_tiny_patch4_window7_224", SWIN | {"img_size": 32}),

@@ -31,6 +31,9 @@ TIMM_COUNTS = {
     "vit_small_patch14_dinov2": 22_441_192,
     "vit_base_patch14_reg4_dinov2": 87_351_016,
     "vit_large_patch14_dinov2": 305_392_616,
+    "vit_base_patch16_clip_224": 86_568_424,
+    "vit_base_patch32_clip_quickgelu_224": 88_225_000,
+    "vit_base_patch16_siglip_224": 93_653_224,
     "deit3_small_patch16_224": 22_059_496,
     "deit3_base_patch16_384": 86_877_160,
 }

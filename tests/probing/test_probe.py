@@ -19,6 +19,11 @@ from xkd_jax.probing.linear import Linear
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 
+SIGLIP = (
+    "vit_base_patch16_siglip_224",
+    {"img_size": 16, "patch_size": 4, "embed_dim": 8, "depth": 1, "num_heads": 2},
+)
+
 
 def smoke(**fields):
     config = probe_teacher.get_config("smoke")
@@ -79,9 +84,10 @@ def test_features_are_resumed(finished, tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("kind", "pool"), [("vit", p) for p in ("pooled", "cls", "mean", "both")]
-                         + [(kind, "pooled") for kind in ("deit", "swin", "resnet")])  # fmt: skip
+                         + [(kind, "pooled") for kind in ("deit", "swin", "resnet", "siglip")]
+                         + [("siglip", "mean")])  # fmt: skip
 def test_the_network_has_the_fitted_logits(kind, pool, tmp_path):
-    name, args = NETWORKS[kind]
+    name, args = {**NETWORKS, "siglip": SIGLIP}[kind]
     model = create_model(name, num_classes=0, image_size=args.get("img_size", 28), **args)
     variables = jax.jit(model.init)(jax.random.key(0))
     model = probe.with_pool(dataclasses.replace(model, variables=variables), pool)

@@ -20,6 +20,14 @@ _SAME = {
 }
 # Names of classes, which don't say which network it is: some versions of timm store them.
 _CLASSES = {variant.network.__name__.lower() for variant in MODELS.values()} | {"dataparallel"}
+# Hugging Face's image encoders of CLIP and SigLIP, in models with and without text, and what their
+# config.json leaves out where it is the default.
+_CLIP = {"hidden_size": 768, "num_hidden_layers": 12, "num_attention_heads": 12, "image_size": 224}
+_CLIP |= {"patch_size": 32, "hidden_act": "quick_gelu", "layer_norm_eps": 1e-5}
+_SIGLIP = {**_CLIP, "patch_size": 16, "hidden_act": "gelu_pytorch_tanh", "layer_norm_eps": 1e-6}
+_IMAGE_ENCODERS = {"clip": _CLIP, "siglip": _SIGLIP}
+_IMAGE_ENCODERS |= {f"{kind}_vision_model": fields for kind, fields in _IMAGE_ENCODERS.items()}
+_ACTIVATIONS = {"gelu": "gelu", "quick_gelu": "quick_gelu", "gelu_pytorch_tanh": "gelu_tanh"}
 # Hugging Face's model types that are read.
 _HUGGING_FACE = ("vit", "deit", "dinov2", "dinov2_with_registers", "swin", "resnet")
 
@@ -82,11 +90,15 @@ def _timms(config: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _hugging_faces(config: Mapping[str, Any], images: Mapping[str, Any]) -> dict[str, Any]:
-    kind, metadata = config["model_type"], {}
+    kind, metadata, args = config["model_type"], {}, {}
     changed = config.get("downsample_in_bottleneck") or config.get("use_swiglu_ffn")
-    if kind not in _HUGGING_FACE or changed:
+    # The classifiers of CLIP and SigLIP read the mean of the tokens.
+    classifies = config["architectures"][0].endswith("ForImageClassification")
+    if kind in _IMAGE_ENCODERS and not classifies:
+        config = {**_IMAGE_ENCODERS[kind], **config.get("vision_config", config)}
+        metadata, args = _image_encoder(kind, config)
+    elif kind not in _HUGGING_FACE or changed:
         metadata["architecture"] = config["architectures"][0]
-    args = {}
     if kind in ("vit", "deit", "dinov2", "dinov2_with_registers"):
         args["num_heads"] = config["num_attention_heads"]
     if kind == "swin":
@@ -102,3 +114,16 @@ def _hugging_faces(config: Mapping[str, Any], images: Mapping[str, Any]) -> dict
     if names and not all(str(name).startswith("LABEL_") for name in names.values()):
         metadata["class_names"] = [names[index] for index in sorted(names, key=int)]
     return metadata
+
+
+def _image_encoder(kind: str, config: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The metadata and arguments of CLIP's or SigLIP's image encoder; "model" if it is here."""
+    act_layer = _ACTIVATIONS[config["hidden_act"]]
+    args = {"num_heads": config["num_attention_heads"], "act_layer": act_layer}
+    args["norm_epsilon"] = config["layer_norm_eps"]
+    family = kind.removesuffix("_vision_model")
+    if family == "clip" and act_layer == "quick_gelu":
+        family = "clip_quickgelu"
+    name = f"vit_base_patch{config['patch_size']}_{family}_224"
+    base = (config["hidden_size"], config["num_hidden_layers"]) == (768, 12)
+    return {"model": name} if base and name in MODELS else {}, args

@@ -47,6 +47,10 @@ DEFAULT_TAGS = {
         for size in ("small", "base", "large")
         for registers in ("", "reg4_")
     },
+    **{f"vit_base_patch{patch}_clip_224": "laion2b_ft_in12k_in1k" for patch in (16, 32)},
+    "vit_base_patch16_clip_quickgelu_224": "metaclip_2pt5b",
+    "vit_base_patch32_clip_quickgelu_224": "laion400m_e32",
+    "vit_base_patch16_siglip_224": "v2_webli",
     **{
         f"deit3_{size}_patch16_{img}": "fb_in1k"
         for size in ("small", "base", "large")
@@ -81,6 +85,11 @@ DEFAULT_TAGS = {
     "legacy_xception": "tf_in1k",
     "inception_v3": "tv_in1k",
 }
+# Weights of networks with QuickGELU, which timm also loads into those with GELU.
+_QUICK_GELU = re.compile(
+    r"vit_base_patch(16|32)_clip_224\.(openai|metaclip_\w+)"
+    r"|vit_base_patch32_clip_224\.laion400m_e32"
+)
 
 
 def full_name(name: str) -> str:
@@ -112,7 +121,9 @@ def download(name: str) -> Checkpoint:
         such weights or can't be reached.
     """
     name = full_name(name)
-    model, repository = name.partition(".")[0], f"timm/{name}"
+    model = name.partition(".")[0]
+    # Both of timm's networks of CLIP, with QuickGELU and with GELU, load the same files.
+    repository = f"timm/{name.replace('_clip_quickgelu_', '_clip_')}"
     try:
         from huggingface_hub import (  # pyright: ignore[reportMissingImports]
             errors,
@@ -142,4 +153,8 @@ def download(name: str) -> Checkpoint:
         raise UserError(f"{repository} could not be downloaded: {first_line(error)}") from error
     checkpoint = read_checkpoint(path, repository)
     known = {"model": model, "source": f"https://huggingface.co/{repository}"}
-    return dataclasses.replace(checkpoint, metadata=checkpoint.metadata | known)
+    notes = list(checkpoint.notes)
+    if _QUICK_GELU.fullmatch(name):
+        better = model.replace("_clip_", "_clip_quickgelu_")
+        notes.append(f"warning: these weights were trained with QuickGELU, as {better} has it")
+    return dataclasses.replace(checkpoint, metadata=checkpoint.metadata | known, notes=notes)

@@ -1,38 +1,15 @@
 """Other libraries' names for the tensors of the networks here, translated to timm's."""
 
-import dataclasses
 import re
 from collections.abc import Iterable, Mapping
 
 import numpy as np
 
-from xkd_jax.augment.normalization import IMAGENET_MEAN, IMAGENET_STD, Statistics
+from xkd_jax.augment.normalization import IMAGENET_MEAN, IMAGENET_STD
+from xkd_jax.convert import layouts_clip
+from xkd_jax.convert.layout import Layout
 
 _BATCH_NORM_EPSILON = 1e-5
-
-
-@dataclasses.dataclass(frozen=True)
-class Layout:
-    """Another library's, or an older timm's, names for the same tensors.
-
-    Attributes:
-      source: whose names they are.
-      marker: a pattern that matches a name in this layout, and none in others.
-      renames: patterns and replacements, applied in order.
-      skipped: pattern of tensors, by their own names, that classification doesn't use.
-      prefix: the beginning of the names of networks that the layout occurs with, where networks
-        under other names have the same tensors.
-      mean: the mean that all of its published weights were trained with; None if they differ.
-      std: the standard deviation, likewise.
-    """
-
-    source: str
-    marker: str
-    renames: tuple[tuple[str, str], ...]
-    skipped: str = r"(?!)"
-    prefix: str = ""
-    mean: Statistics | None = None
-    std: Statistics | None = None
 
 
 _LATER_DOWNSAMPLING = (  # at the end of a stage, where timm now begins the next one
@@ -257,6 +234,7 @@ _LAYOUTS = (
     _HUGGING_FACE_SWIN,
     _HUGGING_FACE_RESNET,
     _PYTORCH_CIFAR,
+    *layouts_clip.LAYOUTS,
 )
 
 # Names that no network here has, whose they are, and what to do about them.
@@ -272,7 +250,10 @@ _UNREAD = (
     (r"(backbone\.)?conv1\.conv\.weight", "mmpretrain's MobileNetV2"),
     (r"(backbone\.)?layers\.0\.attention\.q_proj\.weight", "Hugging Face's ViT of another version"),
     (r"(model\.)?embeddings\.patch_embeddings\.weight", "Hugging Face's DINOv3"),
-    (r"(visual\.)?transformer\.resblocks\.0\..*", "OpenAI's CLIP or OpenCLIP"),
+    (
+        r"(visual\.)?transformer\.resblocks\.0\..*",
+        "OpenAI's CLIP or OpenCLIP, other than ViT-B/16 and ViT-B/32",
+    ),
     (r"storage_tokens|rope_embed\.periods", "Meta's DINOv3"),
     (r"blocks\.0\.gamma_1", "timm's DINOv3 or EVA"),
     (r"blocks\.0\.mlp\.w12\.weight", "DINOv2's ViT-g"),
@@ -322,7 +303,7 @@ def translate(state: Mapping[str, np.ndarray], layout: Layout) -> dict[str, np.n
             joined[name] = array
         elif found[2] == "query":
             joined[f"{found[1]}qkv.{found[3]}"] = np.concatenate([renamed[part] for part in parts])
-    return joined
+    return layout.arrange(joined) if layout.arrange else joined
 
 
 def fold_class_position(state: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:

@@ -16,7 +16,7 @@ from xkd_jax.augment.normalization import (
     IMAGENET_MEAN,
     IMAGENET_STD,
 )
-from xkd_jax.models import MODELS, create_model
+from xkd_jax.models import create_model
 
 _SHOWN = 5  # groups of tensors in a message
 _STATISTICS = {
@@ -138,8 +138,12 @@ def describe_assumptions(metadata: Mapping[str, Any], stated: Iterable[str]) -> 
     if hasattr(module, "bn_epsilon") and not named and "bn_epsilon" not in stated:
         parts.append(f"BatchNorm epsilon {module.bn_epsilon:g}")
         flags.append("--arg bn_epsilon=X")
-    elif MODELS[model].network.__name__ == "VisionTransformer" and not named:
-        parts.append("LayerNorm epsilon 1e-06")
+    elif hasattr(module, "norm_epsilon") and not named and "norm_epsilon" not in stated:
+        parts.append(f"LayerNorm epsilon {module.norm_epsilon:g}")
+        flags.append("--arg norm_epsilon=X")
+    if hasattr(module, "act_layer") and not named and "act_layer" not in stated:
+        parts.append(f"activation {module.act_layer}")
+        flags.append("--arg act_layer=NAME")
     interpolation = metadata.get("interpolation", "bilinear")
     if interpolation != "bilinear":
         parts.append(f"bilinear interpolation of images, although it states {interpolation}")

@@ -151,7 +151,8 @@ def _build(name: str) -> nn.Module:
 @functools.cache
 def _sizes(name: str) -> tuple:
     """The numeric fields of a network that its tensors' shapes depend on."""
-    fields = {field.name for field in dataclasses.fields(_build(name))} - {"init_values"}
+    fields = {field.name for field in dataclasses.fields(_build(name))}
+    fields -= {"init_values", "norm_epsilon"}
     values = [getattr(_build(name), field) for field in sorted(fields)]
     leaves = jax.tree.leaves([value for value in values if not isinstance(value, nn.Module)])
     return tuple(leaf for leaf in leaves if type(leaf) in (int, float) and leaf)

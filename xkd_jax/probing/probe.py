@@ -96,7 +96,13 @@ def with_pool(model: Model, pool: str) -> Model:
             "pooling; take probe.pool=pooled."
         )
     args = {"global_pool": _POOLS[pool], "fc_norm": False}
-    return dataclasses.replace(model, module=module.clone(**args), args=model.args | args)
+    variables = model.variables
+    if variables is not None:  # without SigLIP's pooling
+        params = {k: v for k, v in variables["params"].items() if k != "attn_pool"}
+        variables = {**variables, "params": params}
+    return dataclasses.replace(
+        model, module=module.clone(**args), args=model.args | args, variables=variables
+    )
 
 
 def with_classifier(model: Model, linear: Linear, class_names: tuple[str, ...]) -> Model:

@@ -1,0 +1,34 @@
+"""A set of names for tensors, other than timm's: what `layouts` and `layouts_clip` list."""
+
+import dataclasses
+from collections.abc import Callable
+
+import numpy as np
+
+from xkd_jax.augment.normalization import Statistics
+
+
+@dataclasses.dataclass(frozen=True)
+class Layout:
+    """Another library's, or an older timm's, names for the same tensors.
+
+    Attributes:
+      source: whose names they are.
+      marker: a pattern that matches a name in this layout, and none in others.
+      renames: patterns and replacements, applied in order.
+      skipped: pattern of tensors, by their own names, that classification doesn't use.
+      prefix: the beginning of the names of networks that the layout occurs with, where networks
+        under other names have the same tensors.
+      mean: the mean that all of its published weights were trained with; None if they differ.
+      std: the standard deviation, likewise.
+      arrange: turns renamed tensors of other shapes than timm's, by timm's names, into timm's.
+    """
+
+    source: str
+    marker: str
+    renames: tuple[tuple[str, str], ...]
+    skipped: str = r"(?!)"
+    prefix: str = ""
+    mean: Statistics | None = None
+    std: Statistics | None = None
+    arrange: Callable[[dict[str, np.ndarray]], dict[str, np.ndarray]] | None = None
