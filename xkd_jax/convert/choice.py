@@ -134,7 +134,7 @@ def _recognized(
     if len(alike) > 1 and len(published) != 1:
         raise UserError(
             f"{name} fits {', '.join(alike)} equally well; choose one with --model, because they "
-            "may expect differently prepared images."
+            "may expect differently prepared images or have another activation."
         )
     model = published[0] if published else alike[0]
     others = [other for other in alike if other != model]

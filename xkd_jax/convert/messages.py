@@ -13,6 +13,8 @@ from xkd_jax.augment.normalization import (
     CIFAR10_STD,
     CIFAR100_MEAN,
     CIFAR100_STD,
+    CLIP_MEAN,
+    CLIP_STD,
     IMAGENET_MEAN,
     IMAGENET_STD,
 )
@@ -23,6 +25,7 @@ _STATISTICS = {
     (CIFAR10_MEAN, CIFAR10_STD): "CIFAR-10's",
     (CIFAR100_MEAN, CIFAR100_STD): "CIFAR-100's",
     (IMAGENET_MEAN, IMAGENET_STD): "ImageNet's",
+    (CLIP_MEAN, CLIP_STD): "CLIP's",
 }
 
 
