@@ -282,10 +282,12 @@ def freeze(model: Model, blocks: int) -> Model:
     """`model` with its embedding and its first `blocks` blocks frozen during training.
 
     Raises:
-      UserError: it isn't a ViT or DeiT, or has fewer blocks.
+      UserError: it isn't a ViT, DeiT, EVA-02 or DINOv3, or has fewer blocks.
     """
     if not hasattr(model.module, "frozen"):
-        raise UserError(f"freeze={blocks} needs a ViT or DeiT, but {model.name} is neither.")
+        raise UserError(
+            f"freeze={blocks} needs a ViT, DeiT, EVA-02 or DINOv3, but {model.name} isn't."
+        )
     depth = getattr(model.module, "depth", 0)
     if blocks > depth:
         raise UserError(f"freeze={blocks} is more than the {depth} blocks of {model.name}.")

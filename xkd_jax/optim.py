@@ -25,7 +25,7 @@ _NOT_DECAYED = re.compile(r"(bias|pos_embed|_token|relative_position_bias_table)
 # Paths of parameters, by position. Swin's downsampling counts as part of the next block.
 _BLOCK = re.compile(r"(layers_\d+/(blocks_\d+|downsample)|blocks_\d+(_\d+)?|layer\d+_\d+)/")
 _STEM = re.compile(
-    r"(patch_embed|pos_embed|(cls|dist|reg)_token|norm_pre|conv1|conv_stem|bn1)(/|$)"
+    r"(patch_embed|pos_embed|(cls|dist|reg)_token|rel_pos_bias|norm_pre|conv1|conv_stem|bn1)(/|$)"
 )
 _AFTER_BLOCKS = re.compile(r"(norm|conv_head|bn2)/")
 

@@ -23,6 +23,21 @@ NAMES = {
         "blocks.11.attn.qkv.weight": (576, 192),
         "blocks.0.norm1.weight": (192,),
     },
+    "beit_base_patch16_224": {
+        "blocks.11.attn.relative_position_bias_table": (732, 12),
+        "blocks.0.attn.v_bias": (768,),
+        "blocks.0.gamma_1": (768,),
+        "fc_norm.weight": (768,),
+    },
+    "vit_small_patch16_dinov3": {
+        "reg_token": (1, 4, 384),
+        "blocks.11.gamma_2": (384,),
+        "norm.bias": (384,),
+    },
+    "eva02_base_patch14_224": {
+        "blocks.3.mlp.fc1_g.weight": (2048, 768),
+        "blocks.0.attn.q_proj.bias": (768,),
+    },
     "swin_tiny_patch4_window7_224": {
         "layers.1.downsample.reduction.weight": (192, 384),
         "layers.2.blocks.5.attn.relative_position_bias_table": (169, 12),
@@ -85,7 +100,13 @@ def test_every_class_of_network_is_tested():
     assert {MODELS[name].network for name in NAMES} == {v.network for v in MODELS.values()}
 
 
-@pytest.mark.parametrize("model", NAMES)
+LARGE = ("beit_base_patch16_224", "eva02_base_patch14_224")  # they take seconds
+
+
+@pytest.mark.parametrize(
+    "model",
+    [pytest.param(name, marks=pytest.mark.slow) if name in LARGE else name for name in NAMES],
+)
 def test_names_and_round_trip(model):
     classes = 100 if MODELS[model].image_size == 32 else 1000
     theirs = checkpoint(model, classes=classes)

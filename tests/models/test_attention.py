@@ -16,6 +16,8 @@ pytestmark = pytest.mark.usefixtures("quick_compilation")
 VIT = {"img_size": 16, "patch_size": 4, "embed_dim": 12, "depth": 2, "num_heads": 2}
 SWIN = {"patch_size": 2, "window_size": 2, "embed_dim": 4, "depths": (1, 1, 1, 2)}
 SWIN |= {"num_heads": (1, 1, 2, 2)}
+BEIT = {**VIT, "init_values": 0.1}
+EVA = {**VIT, "embed_dim": 16}
 NETWORKS = {
     "ViT": ("vit_tiny_patch16_224", VIT),
     "ViT without class token": (
@@ -34,6 +36,14 @@ NETWORKS = {
     "SigLIP": ("vit_base_patch16_siglip_224", VIT),
     "DeiT": ("deit_tiny_patch16_224", VIT),
     "distilled DeiT": ("deit_tiny_distilled_patch16_224", VIT),
+    "BEiT": ("beit_base_patch16_224", BEIT),
+    "BEiT with shared and absolute positions": (
+        "beit_base_patch16_224",
+        BEIT | {"use_shared_rel_pos_bias": True, "use_abs_pos_emb": True},
+    ),
+    "DINOv3": ("vit_small_patch16_dinov3", EVA),
+    "EVA-02": ("eva02_small_patch14_224", EVA),
+    "EVA-02 with separate projections": ("eva02_base_patch14_224", EVA),
     "Swin, one window": ("swin_tiny_patch4_window7_224", SWIN | {"img_size": 32}),
     "Swin, four windows, shifted": ("swin_tiny_patch4_window7_224", SWIN | {"img_size": 64}),
     "Swin, a window of odd side": (
@@ -85,6 +95,10 @@ def test_query_key_value_and_bias_give_the_networks_own_attention(name):
     for block in (-1, -2) if name.startswith("Swin") else (-1,):
         query, key, value = with_prefix(out, cakd.teacher_taps(out, block)[0])
         bias = cakd.teacher_bias(out, block)
+        if "prefix_bias" in out:
+            np.testing.assert_array_equal(out["prefix_bias"][:, :, 1:, 1:], bias)
+            assert np.ptp(out["prefix_bias"]) > 1
+        bias = out.get("prefix_bias", bias)
         scores = np.einsum("nhqd,nhkd->nhqk", query, key) / np.sqrt(query.shape[-1])
         y = np.einsum("nhqk,nhkd->nqhd", np_softmax(scores + bias), value)
         kernel, shift = proj[block]

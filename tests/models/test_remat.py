@@ -26,6 +26,10 @@ NETWORKS = {
                       depth=2, init_values=0.5, drop_path_rate=0.5), 28, 2),
     "siglip": (_small("vit_base_patch16_siglip_224", img_size=32, embed_dim=16, num_heads=2,
                       depth=2, pre_norm=True, drop_path_rate=0.5), 32, 2),
+    "beit": (_small("beit_base_patch16_224", img_size=32, embed_dim=16, num_heads=2, depth=2,
+                    use_shared_rel_pos_bias=True, drop_path_rate=0.5), 32, 2),
+    "eva": (_small("eva02_base_patch14_224", img_size=28, embed_dim=16, num_heads=2, depth=2,
+                   drop_path_rate=0.5), 28, 2),
     "swin": (_small("swin_tiny_patch4_window7_224", depths=(1, 1, 2, 1), **_SWIN), 32, 5),
     "resnet": (lambda **more: tiny_resnet(drop_path_rate=0.5, **more), 32, 4),
     "resnext": (lambda **more: tiny_resnet("resnext50_32x4d", groups=2, base_width=64, **more),
@@ -114,7 +118,9 @@ def test_the_backward_pass_is_left_less_than_half(family):
 
 
 # Inception would take as long as all others together; EfficientNet's blocks are MobileNetV2's.
-OTHERS = ("dinov2", "siglip", "repvgg", "mobilenetv2", "xception", "cifar", "wide")
+OTHERS = (
+    "dinov2", "siglip", "beit", "eva", "repvgg", "mobilenetv2", "xception", "cifar", "wide",
+)  # fmt: skip
 
 
 @pytest.mark.parametrize(

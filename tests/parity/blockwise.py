@@ -6,6 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
+import numpy as np
 from flax import linen as nn
 
 # Holders of blocks: it is their parts that repeat.
@@ -37,11 +38,12 @@ def _compiled_part(
         or isinstance(args[0], jax.core.Tracer)  # inside a part
     ):
         return method(*args, **kwargs)
-    x, *rest = args
+    arrays = {i: arg for i, arg in enumerate(args) if isinstance(arg, jax.Array | np.ndarray)}
+    rest = tuple(None if i in arrays else arg for i, arg in enumerate(args))
     trains = module.is_mutable_collection("batch_stats")
     with _lock:  # one function for all threads: JAX then compiles it once
-        apply = _jit(module.clone(parent=None, name=None), tuple(rest), trains)
-    out, changed = apply(module.variables, x)
+        apply = _jit(module.clone(parent=None, name=None), rest, trains)
+    out, changed = apply(module.variables, arrays)
     for name, value in changed.get("batch_stats", {}).items():
         module.put_variable("batch_stats", name, value)
     return out
@@ -51,6 +53,8 @@ def _compiled_part(
 def _jit(module: nn.Module, rest: tuple, trains: bool) -> Callable[..., Any]:
     mutable = ["batch_stats"] if trains else []
     return jax.jit(
-        lambda variables, x: module.apply(variables, x, *rest, mutable=mutable),
+        lambda variables, arrays: module.apply(
+            variables, *(arrays.get(i, arg) for i, arg in enumerate(rest)), mutable=mutable
+        ),
         compiler_options=_QUICK,
     )

@@ -12,6 +12,7 @@ from torch import nn
 
 from tests.parity import cifar_torch
 from tests.parity.filling import fill, images
+from tests.parity.hooks_eva import hook_attention
 from tests.parity.specimen import CLASSES, Specimen, differences, ours
 from xkd_jax.convert.conversion import convert
 from xkd_jax.convert.files import Checkpoint
@@ -376,6 +377,8 @@ _HOOKS = {
     "VisionTransformer": _vit,
     "VisionTransformerDistilled": _vit,
     "SwinTransformer": _swin,
+    "Beit": hook_attention,
+    "Eva": hook_attention,
     "CifarResNet": _cifar,
     "WideResNet": _cifar,
     "CifarVGG": _cifar,

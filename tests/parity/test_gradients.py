@@ -19,6 +19,12 @@ SPECIMENS = {
     "clip": Specimen("vit_base_patch16_clip_quickgelu_224", 48, args=_SHALLOW),
     "siglip": Specimen("vit_base_patch16_siglip_224", 48, args=_SHALLOW),
     "deit3": Specimen("deit3_small_patch16_224", 48, args=_SHALLOW),
+    "dinov3": Specimen("vit_small_patch16_dinov3", 48, args=_SHALLOW),
+    "eva02_small": Specimen("eva02_small_patch14_224", 42, args=_SHALLOW),
+    "eva02_base": Specimen("eva02_base_patch14_224", 42, args=_SHALLOW),
+    "beit": Specimen(
+        "beit_base_patch16_224", 48, args={**_SHALLOW, "use_shared_rel_pos_bias": True}
+    ),
     "swin": Specimen(
         "swin_tiny_patch2_window4_32", 32, args={"depths": (2, 1, 1, 1), "embed_dim": 24}
     ),

@@ -59,6 +59,20 @@ SPECIMENS = {
     "dinov2_reg4-avg": Specimen(
         "vit_small_patch14_reg4_dinov2", 42, args={"depth": 2, "global_pool": "avg"}
     ),
+    # Odd grids of rotary and relative positions.
+    "dinov3-80": Specimen(
+        "vit_small_patch16_dinov3", 80, args={"depth": 2, "qkv_bias": True, "global_pool": "token"}
+    ),
+    "eva02_small-98": Specimen("eva02_small_patch14_336", 98, args={"depth": 2}),
+    "eva02_base-70": Specimen(
+        "eva02_base_patch14_224", 70, args={"depth": 2, "num_reg_tokens": 2, "use_fc_norm": False}
+    ),
+    "beit-80": Specimen("beit_base_patch16_224", 80, args={"depth": 2, "global_pool": "token"}),
+    "beit-shared": Specimen(
+        "beit_base_patch16_224",
+        48,
+        args={"depth": 2, "use_shared_rel_pos_bias": True, "use_abs_pos_emb": True},
+    ),
     "deit3-48": Specimen("deit3_small_patch16_224", 48, args={"depth": 2}),
     "clip-48": Specimen("vit_base_patch16_clip_224", 48, args={"depth": 2}),
     "clip_quickgelu-48": Specimen("vit_base_patch16_clip_quickgelu_224", 48, args={"depth": 2}),

@@ -29,7 +29,9 @@ _IMAGE_ENCODERS = {"clip": _CLIP, "siglip": _SIGLIP}
 _IMAGE_ENCODERS |= {f"{kind}_vision_model": fields for kind, fields in _IMAGE_ENCODERS.items()}
 _ACTIVATIONS = {"gelu": "gelu", "quick_gelu": "quick_gelu", "gelu_pytorch_tanh": "gelu_tanh"}
 # Hugging Face's model types that are read.
-_HUGGING_FACE = ("vit", "deit", "dinov2", "dinov2_with_registers", "swin", "resnet")
+_HUGGING_FACE = (
+    "vit", "deit", "dinov2", "dinov2_with_registers", "dinov3_vit", "beit", "swin", "resnet",
+)  # fmt: skip
 
 
 def state_network(name: str) -> dict[str, Any]:
@@ -91,16 +93,18 @@ def _timms(config: Mapping[str, Any]) -> dict[str, Any]:
 
 def _hugging_faces(config: Mapping[str, Any], images: Mapping[str, Any]) -> dict[str, Any]:
     kind, metadata, args = config["model_type"], {}, {}
-    changed = config.get("downsample_in_bottleneck") or config.get("use_swiglu_ffn")
+    changes = ("downsample_in_bottleneck", "use_swiglu_ffn", "use_gated_mlp")
     # The classifiers of CLIP and SigLIP read the mean of the tokens.
     classifies = config["architectures"][0].endswith("ForImageClassification")
     if kind in _IMAGE_ENCODERS and not classifies:
         config = {**_IMAGE_ENCODERS[kind], **config.get("vision_config", config)}
         metadata, args = _image_encoder(kind, config)
-    elif kind not in _HUGGING_FACE or changed:
+    elif kind not in _HUGGING_FACE or any(config.get(change) for change in changes):
         metadata["architecture"] = config["architectures"][0]
-    if kind in ("vit", "deit", "dinov2", "dinov2_with_registers"):
+    if kind in ("vit", "deit", "dinov2", "dinov2_with_registers", "dinov3_vit", "beit"):
         args["num_heads"] = config["num_attention_heads"]
+    if kind == "beit" and not config.get("use_mean_pooling", True):
+        args["global_pool"] = "token"
     if kind == "swin":
         args["window_size"] = config["window_size"]
     if args:

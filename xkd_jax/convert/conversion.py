@@ -29,7 +29,7 @@ from xkd_jax.convert.networks import Place, get_places
 from xkd_jax.convert.resize import resize
 from xkd_jax.convert.rules import Family, family_of, from_torch, torch_shape
 from xkd_jax.errors import UserError
-from xkd_jax.models import MODELS
+from xkd_jax.models import MODELS, create_model
 from xkd_jax.weights import locate, save_weights
 
 TIMM = "timm:"  # prefix of a name: timm's weights, downloaded from the hub and converted once
@@ -236,8 +236,9 @@ def _arguments(
     if reads_mean_token(state):
         args.setdefault("global_pool", "token_avg")
     for pattern, arg in family_of(model).optional:
-        if arg not in args and not any(re.fullmatch(pattern, name) for name in state):
-            args[arg] = False
+        found = any(re.fullmatch(pattern, name) for name in state)
+        if arg not in args and found != getattr(create_model(model, num_classes=1), arg):
+            args[arg] = found
     variant = MODELS[model]
     size = image_size or args.get("img_size") or known.get("image_size") or variant.image_size
     args.pop("img_size", None)

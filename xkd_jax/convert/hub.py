@@ -56,6 +56,12 @@ DEFAULT_TAGS = {
         for size in ("small", "base", "large")
         for img in (224, 384)
     },
+    **{f"vit_{size}_patch16_dinov3": "lvd1689m" for size in ("small", "base", "large")},
+    "eva02_small_patch14_224": "mim_in22k",
+    "eva02_small_patch14_336": "mim_in22k_ft_in1k",
+    "eva02_base_patch14_224": "mim_in22k",
+    "eva02_base_patch14_448": "mim_in22k_ft_in22k_in1k",
+    "beit_base_patch16_224": "in22k_ft_in22k_in1k",
     "swin_tiny_patch4_window7_224": "ms_in1k",
     **dict.fromkeys(
         (

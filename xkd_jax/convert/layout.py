@@ -1,4 +1,4 @@
-"""A set of names for tensors, other than timm's: what `layouts` and `layouts_clip` list."""
+"""A set of names for tensors, other than timm's: what `layouts` and its parts list."""
 
 import dataclasses
 from collections.abc import Callable

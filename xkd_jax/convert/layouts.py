@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping
 import numpy as np
 
 from xkd_jax.augment.normalization import IMAGENET_MEAN, IMAGENET_STD
-from xkd_jax.convert import layouts_clip
+from xkd_jax.convert import layouts_clip, layouts_eva
 from xkd_jax.convert.layout import Layout
 
 _BATCH_NORM_EPSILON = 1e-5
@@ -223,6 +223,7 @@ _PYTORCH_RESNET_CIFAR10 = Layout(
 )
 
 _LAYOUTS = (
+    *layouts_eva.LAYOUTS,  # first: DINOv2 and ViT have some of the same names
     _OLD_SWIN,
     _EFFICIENTNET_PYTORCH,
     _TORCHVISION_VIT,
@@ -249,13 +250,13 @@ _UNREAD = (
     (r"(backbone\.)?stages\.0\.blocks\.0\.attn\.w_msa\..*", "mmpretrain's Swin Transformer"),
     (r"(backbone\.)?conv1\.conv\.weight", "mmpretrain's MobileNetV2"),
     (r"(backbone\.)?layers\.0\.attention\.q_proj\.weight", "Hugging Face's ViT of another version"),
-    (r"(model\.)?embeddings\.patch_embeddings\.weight", "Hugging Face's DINOv3"),
+    (r"(model\.)?embeddings\.patch_embeddings\.weight", "Hugging Face's DINOv3 of another size"),
     (
         r"(visual\.)?transformer\.resblocks\.0\..*",
         "OpenAI's CLIP or OpenCLIP, other than ViT-B/16 and ViT-B/32",
     ),
-    (r"storage_tokens|rope_embed\.periods", "Meta's DINOv3"),
-    (r"blocks\.0\.gamma_1", "timm's DINOv3 or EVA"),
+    (r"storage_tokens|rope_embed\.periods", "Meta's DINOv3 of another size"),
+    (r"blocks\.0\.gamma_1", "timm's DINOv3, EVA or BEiT of another size"),
     (r"blocks\.0\.mlp\.w12\.weight", "DINOv2's ViT-g"),
     (r"(dinov2\w*\.)?encoder\.layer\.0\.mlp\.weights_in\.weight", "DINOv2's ViT-g"),
 )

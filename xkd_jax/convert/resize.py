@@ -50,14 +50,20 @@ def resize_patch_kernel(kernel: np.ndarray, patch: int) -> np.ndarray:
     return np.einsum("hH,wW,hwio->HWio", rows, columns, kernel).astype(kernel.dtype)
 
 
-def resize_bias_table(table: np.ndarray, rows: int) -> np.ndarray:
+def resize_bias_table(table: np.ndarray, rows: int) -> np.ndarray | None:
     """Resizes relative position biases [(2w - 1)**2, heads] to another window, [rows, heads].
 
     Linear interpolation between positions that are denser near the centre, as in timm's
     `resize_rel_pos_bias_table` (the idea is BEiT's, arXiv:2106.08254): near neighbours keep
-    their biases.
+    their biases. BEiT's tables end in three more rows, for the class token, which are kept.
+
+    Returns:
+      The table, or None if it and `rows` differ in such further rows.
     """
-    old, new = math.isqrt(len(table)), math.isqrt(rows)
+    old, new = _bias_side(len(table)), _bias_side(rows)
+    if len(table) - old**2 != rows - new**2:
+        return None
+    table, further = np.split(table, [old**2])
     half = new // 2
     positions = _geometric_positions(old // 2, half)
     matrix = np.stack(
@@ -65,7 +71,16 @@ def resize_bias_table(table: np.ndarray, rows: int) -> np.ndarray:
     )
     square = table.reshape(old, old, -1)
     square = np.einsum("Hh,Ww,hwn->HWn", matrix, matrix, square)
-    return square.reshape(rows, -1).astype(table.dtype)
+    return np.concatenate([square.reshape(new**2, -1).astype(table.dtype), further])
+
+
+def _bias_side(rows: int) -> int:
+    """2w - 1, the side of the square of differences in position that a table of biases starts with.
+
+    It is odd, and followed by at most three rows: 4 are a window of 1x1 and those three.
+    """
+    side = math.isqrt(rows)
+    return side - 1 + side % 2
 
 
 _resize_aliased = functools.partial(resize_position_embedding, antialias=False)
@@ -87,7 +102,7 @@ _RESIZERS = (
         resize_bias_table,
         0,
         "window",
-        lambda rows: (math.isqrt(rows) + 1) // 2,
+        lambda rows: (_bias_side(rows) + 1) // 2,
     ),
 )
 

@@ -20,8 +20,8 @@ class Family:
     Attributes:
       underscored: pattern of the parts of a name whose number follows an underscore in timm too.
       skipped: pattern of tensors that are not learnt, or belong to an optional part.
-      optional: pattern of an optional part's tensors, and the network's argument that is False if
-        a checkpoint has none of them.
+      optional: pattern of an optional part's tensors, and the network's argument that says whether
+        it has that part: whether a checkpoint has any of them.
     """
 
     underscored: str = r"(?!)"
@@ -33,6 +33,18 @@ class Family:
 FAMILIES = {
     "swin": Family(
         skipped=r".*\.(relative_position_index|attn_mask)",  # computed from the sizes
+    ),
+    "beit": Family(
+        skipped=r".*\.relative_position_index",
+        optional=(
+            (r"pos_embed", "use_abs_pos_emb"),
+            (r"blocks\.\d+\.attn\.relative_position_bias_table", "use_rel_pos_bias"),
+            (r"rel_pos_bias\..*", "use_shared_rel_pos_bias"),
+        ),
+    ),
+    "eva": Family(
+        skipped=r"rope\..*",
+        optional=((r".*\.attn\.(q_bias|q_proj\.bias)", "qkv_bias"),),
     ),
     "inception": Family(
         underscored=r"branch\w+_\d",

@@ -119,8 +119,9 @@ class MiniLM(Method):
         relations = {
             name: relation(taps[a], taps[b]) for name, (a, b) in RELATIONS[self.variant].items()
         }
-        if self.variant == "v1" and "bias" in out:
-            relations["minilm_attention"] += out["bias"]
+        bias = out.get("prefix_bias" if with_class else "bias")
+        if self.variant == "v1" and bias is not None:
+            relations["minilm_attention"] += bias
         return relations
 
     @override

@@ -27,7 +27,7 @@ def teacher_taps(out: Outputs, block: int) -> tuple[tuple[jax.Array, ...], jax.A
 
 
 def teacher_bias(out: Outputs, block: int) -> jax.Array | float:
-    """The bias of the scores of a Swin's block, for `attention`, without gradient; else 0."""
+    """The bias of a block's scores (Swin, BEiT) for `attention`, without gradient; else 0."""
     bias = out.get(f"{block_prefix(out, block)}bias")
     return 0.0 if bias is None else jax.lax.stop_gradient(bias)
 

@@ -12,10 +12,12 @@ from flax import linen as nn
 
 from xkd_jax import errors
 from xkd_jax.models import (
+    beit,
     cifar,
     clip,
     deit,
     efficientnet,
+    eva,
     inception,
     mobilenetv2,
     repvgg,
@@ -30,6 +32,8 @@ _FAMILIES = (
     vit,
     deit,
     clip,
+    beit,
+    eva,
     swin,
     resnet,
     repvgg,
