@@ -86,7 +86,7 @@ def test_wrong_numbers_of_blocks_are_refused():
     student = create_model("vit_tiny_patch16_224", num_classes=10, depth=3, **ARGS)
     with pytest.raises(UserError, match="freeze=4 is more than the 3 blocks"):
         freeze(student, 4)
-    with pytest.raises(UserError, match=r"freeze=1 needs a ViT, .* but resnet18 isn"):
+    with pytest.raises(UserError, match=r"freeze=1 needs a ViT, .* but resnet18 isn't"):
         freeze(create_model("resnet18", num_classes=10), 1)
 
 

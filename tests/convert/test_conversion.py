@@ -100,7 +100,7 @@ def test_every_class_of_network_is_tested():
     assert {MODELS[name].network for name in NAMES} == {v.network for v in MODELS.values()}
 
 
-LARGE = ("beit_base_patch16_224", "eva02_base_patch14_224")  # they take seconds
+LARGE = ("beit_base_patch16_224", "vit_small_patch16_dinov3", "eva02_base_patch14_224")
 
 
 @pytest.mark.parametrize(

@@ -30,7 +30,7 @@ def init(model, size=32):
 
     def fill(path, leaf):
         noise = rng.normal(size=leaf.shape).astype(np.float32)
-        if path[-1].key in ("scale", "var", "gamma"):
+        if path[-1].key in ("scale", "var", "gamma", "gamma_1", "gamma_2"):
             return jnp.ones(leaf.shape)
         return jnp.asarray(noise * np.prod(leaf.shape[:-1]) ** -0.5 if leaf.ndim > 1 else 0 * noise)
 

@@ -89,7 +89,13 @@ def with_prefix(out, taps):
     ]
 
 
-@pytest.mark.parametrize("name", NETWORKS)
+SLOW = ("BEiT", "EVA-02", "EVA-02 with separate projections")  # others have the same parts
+
+
+@pytest.mark.parametrize(
+    "name",
+    [pytest.param(name, marks=pytest.mark.slow) if name in SLOW else name for name in NETWORKS],
+)
 def test_query_key_value_and_bias_give_the_networks_own_attention(name):
     out, own, proj = run(name)
     for block in (-1, -2) if name.startswith("Swin") else (-1,):

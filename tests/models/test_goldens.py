@@ -11,6 +11,7 @@ import pytest
 from tests.parity import goldens, specimen
 from tests.parity.pairs import two_at_a_time
 from xkd_jax.models import MODELS
+from xkd_jax.models.beit import Beit
 from xkd_jax.models.efficientnet import EfficientNet
 from xkd_jax.models.inception import InceptionV3
 from xkd_jax.models.mobilenetv2 import MobileNetV2
@@ -47,7 +48,7 @@ def differences(name):
     }
 
 
-LARGE = {InceptionV3, MobileNetV2, EfficientNet, RepVGG, Xception}  # they take 2 to 12 s each
+LARGE = {Beit, EfficientNet, InceptionV3, MobileNetV2, RepVGG, Xception}  # 2 to 12 s each
 
 
 def marks(name):

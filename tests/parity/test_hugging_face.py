@@ -33,6 +33,16 @@ NETWORKS = {
     "deit with teacher": (
         "DeiTForImageClassificationWithTeacher", _VIT, "deit_tiny_distilled_patch16_224", _OUR_VIT,
     ),
+    "beit": (
+        "BeitForImageClassification", _VIT | {"use_relative_position_bias": True},
+        "beit_base_patch16_224", _OUR_VIT,
+    ),
+    "beit with shared and absolute positions": (
+        "BeitForImageClassification",
+        _VIT | {"use_shared_relative_position_bias": True,
+                "use_absolute_position_embeddings": True},
+        "beit_base_patch16_224", _OUR_VIT,
+    ),
     # Where the last stage's map is smaller than the window, transformers itself fails.
     "swin": (
         "SwinForImageClassification", {**_SWIN, "image_size": 64}, "swin_tiny_patch4_window7_224",
@@ -86,6 +96,27 @@ def test_equals_transformers(case, tmp_path):
     assert want.shape == (3, CLASSES)
     assert np.ptp(want, axis=0).max() > 0.1 * np.abs(want).max()  # the images matter
     np.testing.assert_allclose(logits, want, rtol=0, atol=TOLERANCE * np.abs(want).max())
+
+
+@pytest.mark.parametrize("biases", [True, False])
+def test_dinov3s_tokens_equal_transformers(biases, tmp_path):
+    fields = _VIT | {"num_register_tokens": 4, "query_bias": biases, "value_bias": biases}
+    model = write_random(tmp_path, "DINOv3ViTModel", fields)
+    checkpoint = read_checkpoint(tmp_path / "model.safetensors")
+    args = checkpoint.metadata["args"] | _OUR_VIT
+    converted = convert(checkpoint, "vit_small_patch16_dinov3", args=args)
+    assert converted.metadata["args"].get("qkv_bias", False) == biases
+    ours = create_model("vit_small_patch16_dinov3", num_classes=0, **converted.metadata["args"])
+    images = np.random.default_rng(0).standard_normal((3, 32, 32, 3), np.float32)
+    _, out = jax.jit(ours.apply)(converted.variables, images)
+
+    from tests.parity.reference import torch
+
+    with torch.no_grad():
+        want = model(torch.from_numpy(images).permute(0, 3, 1, 2)).last_hidden_state.numpy()
+    assert want.shape == (3, 1 + 4 + 16, 16)
+    np.testing.assert_allclose(out["cls"], want[:, 0], rtol=0, atol=TOLERANCE)
+    np.testing.assert_allclose(out["tokens"], want[:, 5:], rtol=0, atol=TOLERANCE)
 
 
 def test_a_distillation_token_without_its_head_is_refused(tmp_path):
