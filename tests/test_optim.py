@@ -312,6 +312,8 @@ def test_layers_are_numbered_as_beit_and_timm_number_them():
     # Sorted by number, not alphabetically.
     blocks = [f"blocks_{i}/mlp/fc1/kernel" for i in range(12)]
     assert ids(*blocks, "fc_norm/scale") == [*range(1, 13), 13]
+    table = "relative_position_bias_table"
+    assert ids(f"rel_pos_bias/{table}", f"blocks_0/attn/{table}") == [0, 1]
     assert ids(
         "patch_embed/norm/scale", "layers_0/blocks_0/norm1/scale", "layers_0/blocks_1/norm1/scale",
         "layers_1/downsample/norm/scale", "layers_1/blocks_0/norm1/scale", "norm/scale",
