@@ -10,7 +10,8 @@ from xkd_jax.convert.layout import Layout
 def _arrange_biases(state: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
     """The state with DINOv3's biases of queries and values as in timm: apart, and not if all are 0.
 
-    Those of the keys are masked in Meta's code. In the published ViT-S, B and L all are 0, says timm.
+    Those of the keys are masked in Meta's code. In the published ViT-S, B and L, according to timm,
+    all are 0.
     """
     state = dict(state)
     for name in [name for name in state if name.endswith(".attn.qkv.bias")]:
