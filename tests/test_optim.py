@@ -266,6 +266,8 @@ def test_skipping_1d_leaves_norms_biases_tokens_and_position_embeddings_alone(na
         "scale": np.full(2, 2.0),
     }
     params |= {key: np.full((1, 2), 2.0) for key in names}
+    params["attn"] = {"logit_scale": np.full((2, 1, 1), 2.0)}  # Swin V2's
+    params["attn"]["cpb_mlp_2"] = {"kernel": np.full((2, 2), 2.0)}
     params = jax.tree.map(np.float32, params)
     gradients = [jax.tree.map(lambda p: np.full(p.shape, -0.3, np.float32), params)]
     skip = {"weight_decay_skip_1d": True}

@@ -21,7 +21,9 @@ SCHEDULES = ("step", "cosine", "linear", "constant")
 OPTIMIZERS = ("sgd", "adam", "adamw", "lamb", "lars", "rmsprop")
 
 # Never decayed with `weight_decay_skip_1d`, whatever their shape, as in timm's `no_weight_decay`.
-_NOT_DECAYED = re.compile(r"(bias|pos_embed|_token|relative_position_bias_table)$")
+_NOT_DECAYED = re.compile(
+    r"(bias|pos_embed|_token|relative_position_bias_table|logit_scale|cpb_mlp_\d/kernel)$"
+)
 # Paths of parameters, by position. Swin's downsampling counts as part of the next block.
 _BLOCK = re.compile(r"(layers_\d+/(blocks_\d+|downsample)|blocks_\d+(_\d+)?|layer\d+_\d+)/")
 _STEM = re.compile(

@@ -50,6 +50,10 @@ NETWORKS = {
         "swin_tiny_patch4_window7_224",
         SWIN | {"img_size": 96, "window_size": 3},
     ),
+    "Swin V2": (
+        "swinv2_tiny_window8_256",
+        SWIN | {"img_size": 64, "pretrained_window_sizes": (0, 0, 0, 3)},
+    ),
 }
 
 

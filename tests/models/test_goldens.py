@@ -16,6 +16,7 @@ from xkd_jax.models.efficientnet import EfficientNet
 from xkd_jax.models.inception import InceptionV3
 from xkd_jax.models.mobilenetv2 import MobileNetV2
 from xkd_jax.models.repvgg import RepVGG
+from xkd_jax.models.swinv2 import SwinTransformerV2
 from xkd_jax.models.xception import Xception
 
 read = functools.cache(goldens.read)
@@ -48,7 +49,9 @@ def differences(name):
     }
 
 
-LARGE = {Beit, EfficientNet, InceptionV3, MobileNetV2, RepVGG, Xception}  # 2 to 12 s each
+LARGE = {  # 2 to 12 s each
+    Beit, EfficientNet, InceptionV3, MobileNetV2, RepVGG, SwinTransformerV2, Xception,
+}  # fmt: skip
 
 
 def marks(name):

@@ -31,6 +31,7 @@ NETWORKS = {
     "eva": (_small("eva02_base_patch14_224", img_size=28, embed_dim=16, num_heads=2, depth=2,
                    drop_path_rate=0.5), 28, 2),
     "swin": (_small("swin_tiny_patch4_window7_224", depths=(1, 1, 2, 1), **_SWIN), 32, 5),
+    "swinv2": (_small("swinv2_tiny_window8_256", depths=(1, 1, 2, 1), **_SWIN), 32, 5),
     "resnet": (lambda **more: tiny_resnet(drop_path_rate=0.5, **more), 32, 4),
     "resnext": (lambda **more: tiny_resnet("resnext50_32x4d", groups=2, base_width=64, **more),
                 32, 4),

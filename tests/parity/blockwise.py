@@ -35,7 +35,7 @@ def _compiled_part(
         type(module).__name__ in _HOLDERS
         or not isinstance(module.parent, nn.Module)  # the network itself
         or context.method_name != "__call__"
-        or isinstance(args[0], jax.core.Tracer)  # inside a part
+        or _is_traced((args[0], module.variables))  # inside a part
     ):
         return method(*args, **kwargs)
     arrays = {i: arg for i, arg in enumerate(args) if isinstance(arg, jax.Array | np.ndarray)}
@@ -47,6 +47,10 @@ def _compiled_part(
     for name, value in changed.get("batch_stats", {}).items():
         module.put_variable("batch_stats", name, value)
     return out
+
+
+def _is_traced(tree: Any) -> bool:
+    return any(isinstance(leaf, jax.core.Tracer) for leaf in jax.tree.leaves(tree))
 
 
 @functools.cache

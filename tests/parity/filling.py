@@ -53,6 +53,8 @@ def fill(name: str, shape: tuple[int, ...]) -> np.ndarray:
         return noise(name, shape, 0.02)
     if name.endswith(".running_var"):
         return 0.005 + np.abs(noise(name, shape, 0.01))
+    if name.endswith(".logit_scale"):
+        return 3.5 + noise(name, shape)  # some above the limit log(100)
     scale = 0.1 if _STREAM.fullmatch(name) else 1.0
     if not name.endswith((".weight", ".gamma")):
         return noise(name, shape, 0.2 * scale)

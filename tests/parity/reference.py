@@ -13,6 +13,7 @@ from torch import nn
 from tests.parity import cifar_torch
 from tests.parity.filling import fill, images
 from tests.parity.hooks_eva import hook_attention
+from tests.parity.hooks_swinv2 import project
 from tests.parity.specimen import CLASSES, Specimen, differences, ours
 from xkd_jax.convert.conversion import convert
 from xkd_jax.convert.files import Checkpoint
@@ -101,6 +102,11 @@ _CHANGED: dict[str, tuple[str, dict[str, Any], Callable[[nn.Module], None] | Non
     "vit_small_patch4_32": ("vit_small_patch16_224", {"patch_size": 4}, None),
     "swin_tiny_patch2_window4_32": (
         "swin_tiny_patch4_window7_224",
+        {"patch_size": 2, "window_size": 4},
+        None,
+    ),
+    "swinv2_tiny_patch2_window4_32": (
+        "swinv2_tiny_window8_256",
         {"patch_size": 2, "window_size": 4},
         None,
     ),
@@ -338,7 +344,7 @@ def _swin(model: nn.Module, taps: Taps):
     blocks = [block for layer in model.layers for block in layer.blocks]
     for i, block in enumerate(blocks, start=1):
         taps.after(block, f"block{i:02d}")
-        taps.after(block.attn.qkv, f"qkv{i:02d}")
+        taps.before(block.attn, f"windows{i:02d}")
     for i, layer in enumerate(model.layers, start=1):
         taps.after(layer, f"stage{i}")
     taps.after(model.norm, "tokens")
@@ -348,7 +354,8 @@ def _swin(model: nn.Module, taps: Taps):
         for i, block in enumerate(blocks, start=1):
             x = taps[f"block{i:02d}"]
             taps[f"block{i:02d}"] = x.flatten(1, 2)
-            qkv = _unwindow(taps.pop(f"qkv{i:02d}"), block, x.shape)
+            qkv = project(block.attn, taps.pop(f"windows{i:02d}"))
+            qkv = _unwindow(qkv, block, x.shape)
             _split(taps, f"block{i:02d}", qkv, block.attn.num_heads)
         grid = tuple(taps["tokens"].shape[1:3])
         taps["tokens"] = taps["tokens"].flatten(1, 2)
@@ -379,6 +386,7 @@ _HOOKS = {
     "SwinTransformer": _swin,
     "Beit": hook_attention,
     "Eva": hook_attention,
+    "SwinTransformerV2": _swin,
     "CifarResNet": _cifar,
     "WideResNet": _cifar,
     "CifarVGG": _cifar,

@@ -57,6 +57,12 @@ _SIZES = {
     "swin_large_patch4_window7_224": 56,
     "swin_base_patch4_window12_384": 56,
     "swin_large_patch4_window12_384": 64,
+    "swinv2_tiny_window8_256": 64,
+    "swinv2_base_window8_256": 56,
+    "swinv2_base_window16_256": 96,
+    "swinv2_base_window12_192": 64,
+    "swinv2_base_window12to16_192to256": 80,
+    "swinv2_base_window12to24_192to384": 104,
     # Whole images where they are cheap.
     "vit_tiny_patch16_224": 224,
     "deit_tiny_distilled_patch16_224": 224,

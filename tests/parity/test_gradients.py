@@ -28,6 +28,9 @@ SPECIMENS = {
     "swin": Specimen(
         "swin_tiny_patch2_window4_32", 32, args={"depths": (2, 1, 1, 1), "embed_dim": 24}
     ),
+    "swinv2": Specimen(
+        "swinv2_tiny_patch2_window4_32", 32, args={"depths": (2, 1, 1, 1), "embed_dim": 24}
+    ),
     "resnet": Specimen("resnet18_32", 16, args={"layers": (1, 1, 1, 1)}),
     "resnet_d": Specimen("resnet18d", 33, args={"layers": (1, 1, 1, 1)}),
     "repvgg": Specimen("repvgg_a0_32", 16),

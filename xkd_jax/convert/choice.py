@@ -1,7 +1,9 @@
 """Chooses a checkpoint's network: the user's, the one that it states, or that its tensors fit."""
 
 import difflib
+import re
 from collections.abc import Mapping
+from typing import Any
 
 import numpy as np
 
@@ -11,7 +13,7 @@ from xkd_jax.convert.layouts import Layout, name_unread
 from xkd_jax.convert.messages import Misfit, describe
 from xkd_jax.convert.networks import Place, equal_networks, fit, recognize
 from xkd_jax.errors import UserError, unknown
-from xkd_jax.models import MODELS
+from xkd_jax.models import MODELS, create_model
 
 _ENOUGH = 0.5  # share of tensors in common below which a checkpoint matches no network
 _SURE = 0.9  # share of tensors in common above which no other network is considered
@@ -125,8 +127,10 @@ def _recognized(
             f"{name} does not match any known network (its first tensors are {some}); if it is "
             "one, name it with --model."
         )
-    likely = [model for model in alike if layout and model.startswith(layout.prefix)]
-    published = [model for model in likely or alike if model in DEFAULT_TAGS]
+    likely = [model for model in alike if layout and re.match(layout.prefix, model)]
+    args = checkpoint.metadata.get("args", {})
+    likely = [model for model in likely or alike if _has(model, args)] or likely or alike
+    published = [model for model in likely if model in DEFAULT_TAGS]
     stated = {"mean", "std"} <= checkpoint.metadata.keys()
     if len(published) > 1 and stated and equal_networks(published):
         # They only differ in the images that they expect, and those are known.
@@ -140,6 +144,11 @@ def _recognized(
     others = [other for other in alike if other != model]
     changes.append(f"recognised {model}" + (f", not {', '.join(others)}" if others else ""))
     return model
+
+
+def _has(model: str, args: Mapping[str, Any]) -> bool:
+    """Whether these are the arguments of `model` already."""
+    return create_model(model, num_classes=1, **args) == create_model(model, num_classes=1)
 
 
 def _unread(name: str, network: str) -> UserError:

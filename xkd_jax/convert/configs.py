@@ -17,6 +17,8 @@ _SAME = {
     "swin_t": "swin_tiny_patch4_window7_224",
     "swin_s": "swin_small_patch4_window7_224",
     "swin_b": "swin_base_patch4_window7_224",
+    "swin_v2_t": "swinv2_tiny_window8_256",
+    "swin_v2_b": "swinv2_base_window8_256",
 }
 # Names of classes, which don't say which network it is: some versions of timm store them.
 _CLASSES = {variant.network.__name__.lower() for variant in MODELS.values()} | {"dataparallel"}
@@ -30,7 +32,8 @@ _IMAGE_ENCODERS |= {f"{kind}_vision_model": fields for kind, fields in _IMAGE_EN
 _ACTIVATIONS = {"gelu": "gelu", "quick_gelu": "quick_gelu", "gelu_pytorch_tanh": "gelu_tanh"}
 # Hugging Face's model types that are read.
 _HUGGING_FACE = (
-    "vit", "deit", "dinov2", "dinov2_with_registers", "dinov3_vit", "beit", "swin", "resnet",
+    "vit", "deit", "dinov2", "dinov2_with_registers", "dinov3_vit", "beit", "swin", "swinv2",
+    "resnet",
 )  # fmt: skip
 
 
@@ -105,8 +108,10 @@ def _hugging_faces(config: Mapping[str, Any], images: Mapping[str, Any]) -> dict
         args["num_heads"] = config["num_attention_heads"]
     if kind == "beit" and not config.get("use_mean_pooling", True):
         args["global_pool"] = "token"
-    if kind == "swin":
+    if kind in ("swin", "swinv2"):
         args["window_size"] = config["window_size"]
+    if kind == "swinv2":
+        args["pretrained_window_sizes"] = config["pretrained_window_sizes"]
     if args:
         metadata["args"] = args
     for field, theirs in (("mean", "image_mean"), ("std", "image_std")):

@@ -73,6 +73,14 @@ DEFAULT_TAGS = {
         ),
         "ms_in22k_ft_in1k",
     ),
+    **{
+        f"swinv2_{size}_window{window}_256": "ms_in1k"
+        for size in ("tiny", "base")
+        for window in (8, 16)
+    },
+    "swinv2_base_window12_192": "ms_in22k",
+    "swinv2_base_window12to16_192to256": "ms_in22k_ft_in1k",
+    "swinv2_base_window12to24_192to384": "ms_in22k_ft_in1k",
     "resnet18": "a1_in1k",
     "resnet34": "a1_in1k",
     "resnet50": "a1_in1k",

@@ -17,8 +17,8 @@ class Layout:
       marker: a pattern that matches a name in this layout, and none in others.
       renames: patterns and replacements, applied in order.
       skipped: pattern of tensors, by their own names, that classification doesn't use.
-      prefix: the beginning of the names of networks that the layout occurs with, where networks
-        under other names have the same tensors.
+      prefix: a pattern of the beginning of the names of networks that the layout occurs with, where
+        networks under other names have the same tensors.
       mean: the mean that all of its published weights were trained with; None if they differ.
       std: the standard deviation, likewise.
       arrange: turns renamed tensors of other shapes than timm's, by timm's names, into timm's.

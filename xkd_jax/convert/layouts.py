@@ -8,6 +8,7 @@ import numpy as np
 from xkd_jax.augment.normalization import IMAGENET_MEAN, IMAGENET_STD
 from xkd_jax.convert import layouts_clip, layouts_eva
 from xkd_jax.convert.layout import Layout
+from xkd_jax.convert.layouts_swinv2 import name_biases
 
 _BATCH_NORM_EPSILON = 1e-5
 
@@ -71,7 +72,7 @@ _TORCHVISION_VIT = Layout(
 
 _TORCHVISION_SWIN = Layout(
     "torchvision's",
-    r"features\.1\.0\.attn\.relative_position_bias_table",
+    r"features\.1\.0\.attn\.(relative_position_bias_table|logit_scale)",
     (
         (r"^features\.0\.0\.", "patch_embed.proj."),
         (r"^features\.0\.2\.", "patch_embed.norm."),
@@ -81,6 +82,7 @@ _TORCHVISION_SWIN = Layout(
         (r"\.mlp\.3\.", ".mlp.fc2."),
         (r"^head\.", "head.fc."),
     ),
+    prefix=r"swin_|swinv2_\w+_window8_",
     mean=IMAGENET_MEAN,
     std=IMAGENET_STD,
 )
@@ -176,9 +178,11 @@ _HUGGING_FACE_VIT = Layout(  # and DeiT, DINOv2
 
 _HUGGING_FACE_SWIN = Layout(
     "Hugging Face's",
-    r"(swin\.)?encoder\.layers\.0\.blocks\.0\.attention\.self\.relative_position_bias_table",
+    r"((swin|swinv2)\.)?encoder\.layers\.0\.blocks\.0\.attention\.self\."
+    r"(relative_position_bias_table|logit_scale)",
     (
-        (r"^swin\.", ""),
+        (r"^(swin|swinv2)\.", ""),
+        (r"\.continuous_position_bias_mlp\.", ".cpb_mlp."),
         (r"^embeddings\.patch_embeddings\.projection\.", "patch_embed.proj."),
         (r"^embeddings\.norm\.", "patch_embed.norm."),
         (r"^encoder\.layers\.", "layers."),
@@ -241,7 +245,6 @@ _LAYOUTS = (
 # Names that no network here has, whose they are, and what to do about them.
 _UNREAD = (
     (r"features\.\d+\.\d+\.block\.5\.weight", "torchvision's ConvNeXt"),
-    (r"features\.\d+\.\d+\.attn\.cpb_mlp\..*", "torchvision's Swin Transformer V2"),
     (r"trunk_output\.block1\..*", "torchvision's RegNet"),
     (r"stage0\.rbr_(dense|reparam)\..*", "RepVGG from its authors' code"),
     (r"features\.denseblock1\..*", "torchvision's DenseNet"),
@@ -292,7 +295,7 @@ def rename(name: str, layout: Layout) -> str:
 def translate(state: Mapping[str, np.ndarray], layout: Layout) -> dict[str, np.ndarray]:
     """The state under timm's names, with queries, keys and values in one tensor."""
     kept = {name: array for name, array in state.items() if not re.fullmatch(layout.skipped, name)}
-    renamed = {rename(name, layout): array for name, array in kept.items()}
+    renamed = name_biases({rename(name, layout): array for name, array in kept.items()})
     joined = {}
     for name, array in renamed.items():
         found = re.fullmatch(r"(.*\.attn\.)(query|key|value)\.(weight|bias)", name)

@@ -15,7 +15,7 @@ from xkd_jax.convert.resize import is_resizable
 from xkd_jax.convert.rules import family_of, timm_name, torch_shape
 from xkd_jax.models import MODELS, create_model
 
-_RESIZING = {"img_size", "patch_size", "window_size"}
+_RESIZING = {"img_size", "patch_size", "window_size", "pretrained_window_sizes"}
 _CLASSES = 999_983  # a prime that no other axis has as length: it marks the axis of classes
 
 

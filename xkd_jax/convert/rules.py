@@ -46,6 +46,9 @@ FAMILIES = {
         skipped=r"rope\..*",
         optional=((r".*\.attn\.(q_bias|q_proj\.bias)", "qkv_bias"),),
     ),
+    "swinv2": Family(
+        skipped=r".*\.(relative_(coords_table|position_index)|attn_mask)",  # likewise
+    ),
     "inception": Family(
         underscored=r"branch\w+_\d",
         skipped=r"AuxLogits\..*",

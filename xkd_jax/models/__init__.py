@@ -23,6 +23,7 @@ from xkd_jax.models import (
     repvgg,
     resnet,
     swin,
+    swinv2,
     vit,
     xception,
 )
@@ -35,6 +36,7 @@ _FAMILIES = (
     beit,
     eva,
     swin,
+    swinv2,
     resnet,
     repvgg,
     mobilenetv2,

@@ -145,10 +145,14 @@ def _normalize_backward(epsilon, saved, cotangents):
 normalize_batch.defvjp(_normalize_forward, _normalize_backward)
 
 
-def layer_norm(name: str, epsilon: float, dtype: Any) -> nn.LayerNorm:
+def layer_norm(
+    name: str, epsilon: float, dtype: Any, scale_init: Any = nn.initializers.ones
+) -> nn.LayerNorm:
     """A Transformer's layer normalisation."""
     # The two-pass variance: pretrained ViTs carry outlier channels that cancel in the fast one.
-    return nn.LayerNorm(epsilon=epsilon, dtype=dtype, use_fast_variance=False, name=name)
+    return nn.LayerNorm(
+        epsilon=epsilon, dtype=dtype, use_fast_variance=False, scale_init=scale_init, name=name
+    )
 
 
 def add_logits(

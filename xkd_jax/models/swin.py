@@ -5,6 +5,7 @@ Liu et al., "Swin Transformer: Hierarchical Vision Transformer using Shifted Win
 """
 
 import math
+from collections.abc import Mapping
 from functools import partial
 from typing import Any, ClassVar
 
@@ -18,6 +19,7 @@ from xkd_jax.models import scan
 from xkd_jax.models.layers import classify, drop_path, layer_norm, recomputed
 from xkd_jax.models.variant import Variant
 from xkd_jax.models.vit_layers import Grid, Mlp, add_block, check_images, project_patches
+from xkd_jax.models.windows import find_regions, relative_position_index, score_bias
 
 # torch's trunc_normal_ truncates at an absolute +-2: with std 0.02 that is a plain normal.
 _weight_init = nn.initializers.normal(0.02)
@@ -44,9 +46,13 @@ class PatchEmbed(nn.Module):
 
 
 class PatchMerging(nn.Module):
-    """Halves a map's side, rounding up: 2x2 positions become one with twice the channels."""
+    """Halves a map's side, rounding up: 2x2 positions become one with twice the channels.
+
+    With `post_norm` the normalisation follows the projection, as in Swin V2.
+    """
 
     dtype: Any = jnp.float32
+    post_norm: bool = False
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
@@ -59,63 +65,13 @@ class PatchMerging(nn.Module):
         half = (side + 1) // 2
         # Neighbours by column, then row: the order of the published weights.
         x = x.reshape(n, half, 2, half, 2, dim).transpose(0, 1, 3, 4, 2, 5)
-        x = _layer_norm("norm", dtype=self.dtype)(x.reshape(n * half * half, 4 * dim))
-        x = nn.Dense(
+        x = x.reshape(n * half * half, 4 * dim)
+        norm = _layer_norm("norm", dtype=self.dtype)
+        reduction = nn.Dense(
             2 * dim, use_bias=False, dtype=self.dtype, kernel_init=_weight_init, name="reduction"
-        )(x)
+        )
+        x = norm(reduction(x)) if self.post_norm else reduction(norm(x))
         return x.reshape(n, half * half, 2 * dim)
-
-
-def _relative_position_index(window: int) -> np.ndarray:
-    """The row of the bias table for each pair of positions in a window, [L, L]."""
-    row, column = np.divmod(np.arange(window * window), window)
-    rows = row[:, None] - row + window - 1
-    columns = column[:, None] - column + window - 1
-    return rows * (2 * window - 1) + columns
-
-
-def _regions(side: int, window: int, shift: int) -> np.ndarray:
-    """The image region of each position of the rolled map, by window [windows, L].
-
-    Rolling brings opposite edges of the image together in the last row and column of windows;
-    positions there attend to each other only within a region.
-    """
-    position = np.arange(side)
-    part = (position >= side - window).astype(np.int32) + (position >= side - shift)
-    regions = 3 * part[:, None] + part
-    count = side // window
-    regions = regions.reshape(count, window, count, window).transpose(0, 2, 1, 3)
-    return regions.reshape(count * count, window * window)
-
-
-def score_bias(table: jax.Array, side: int, window: int, shifted: bool) -> jax.Array | None:
-    """What a block adds to the scores of all pairs of positions of a map: [1, heads, T, T].
-
-    The relative position bias, the shift mask and, for pairs in different windows, -1e9.
-
-    Args:
-      table: the block's `relative_position_bias_table`.
-      side: of the map, which has T positions in raster order.
-      window: the block's window size.
-      shifted: whether its windows are shifted.
-
-    Returns:
-      The bias, or None if the map is padded to whole windows: the padding takes part in the
-      attention, which no bias of the map's own positions expresses.
-    """
-    window = min(side, window)
-    if side % window:
-        return None
-    shift = window // 2 if shifted and window < side else 0
-    position = (np.arange(side) - shift) % side  # in the rolled map
-    row, column = (x.ravel() for x in np.meshgrid(position, position, indexing="ij"))
-    place = row % window * window + column % window
-    number = row // window * (side // window) + column // window
-    bias = table[_relative_position_index(window)[place[:, None], place]].transpose(2, 0, 1)
-    if shift:
-        region = _regions(side, window, shift)[number, place]
-        bias = bias + np.where(region[:, None] != region, np.float32(-100), np.float32(0))
-    return jnp.where(number[:, None] == number, bias, -1e9)[None]
 
 
 class WindowAttention(nn.Module):
@@ -156,13 +112,7 @@ class WindowAttention(nn.Module):
         if padded > side:
             pad = (0, padded - side)
             x = jnp.pad(x, ((0, 0), pad, pad, (0, 0)))
-        qkv = nn.Dense(
-            3 * dim,
-            use_bias=self.qkv_bias,
-            dtype=self.dtype,
-            kernel_init=_weight_init,
-            name="qkv",
-        )(x.reshape(-1, dim))
+        qkv = self._project(x.reshape(-1, dim))
         raster = restore(qkv).reshape(n, t, 3, heads, head_dim).transpose(2, 0, 3, 1, 4)
 
         # One transpose cuts the windows and splits the heads.
@@ -172,10 +122,11 @@ class WindowAttention(nn.Module):
         scores = jnp.einsum(
             "nwhqd,nwhkd->nwhqk", query * head_dim**-0.5, key, preferred_element_type=jnp.float32
         )
-        scores = scores + self._position_bias(window)
+        table = self._position_table(window)
+        scores = scores + table[relative_position_index(window)].transpose(2, 0, 1)
         if shift:
             # Computed from the regions: as a constant, the mask takes [windows, L, L] per block.
-            region = jnp.asarray(_regions(padded, window, shift))
+            region = jnp.asarray(find_regions(padded, window, shift))
             apart = region[:, None, :, None] != region[:, None, None, :]
             scores = scores + jnp.where(apart, -100.0, 0.0)
         weights = nn.softmax(scores, axis=-1).astype(self.dtype)
@@ -185,11 +136,20 @@ class WindowAttention(nn.Module):
         y = nn.Dense(dim, dtype=self.dtype, kernel_init=_weight_init, name="proj")(y)
         return y.reshape(n, t, dim), tuple(raster)
 
-    def _position_bias(self, window: int) -> jax.Array:
-        """The bias of the score of each pair of positions in a window, [heads, L, L]."""
+    def _project(self, x: jax.Array) -> jax.Array:
+        """Query, key and value of `x` [M, C], in this order: [M, 3C]."""
+        return nn.Dense(
+            3 * x.shape[-1],
+            use_bias=self.qkv_bias,
+            dtype=self.dtype,
+            kernel_init=_weight_init,
+            name="qkv",
+        )(x)
+
+    def _position_table(self, window: int) -> jax.Array:
+        """The bias of the scores by relative position, [(2 window - 1)**2, heads]."""
         shape = ((2 * window - 1) ** 2, self.num_heads)
-        table = self.param("relative_position_bias_table", _weight_init, shape)
-        return table[_relative_position_index(window)].transpose(2, 0, 1)
+        return self.param("relative_position_bias_table", _weight_init, shape)
 
 
 class Block(nn.Module):
@@ -223,6 +183,8 @@ class Block(nn.Module):
 class Stage(nn.Module):
     """The blocks at one resolution, every second one shifted, after an optional downsampling."""
 
+    post_norm: ClassVar[bool] = False
+
     drop_paths: tuple[float, ...]
     downsample: bool
     num_heads: int
@@ -238,23 +200,26 @@ class Stage(nn.Module):
     ) -> list[tuple[jax.Array, tuple[jax.Array, ...]]]:
         """Maps `x` [N, T, C] to each block's output and its query, key and value."""
         if self.downsample:
-            x = PatchMerging(self.dtype, name="downsample")(x)
-        options = (
-            self.num_heads, self.window_size, self.mlp_ratio, self.qkv_bias, self.dtype,
-        )  # fmt: skip
+            x = PatchMerging(self.dtype, self.post_norm, name="downsample")(x)
+        make, options = self._block()
         remat, outs, first, depth = self.remat and train, [], 0, len(self.drop_paths)
         if scan.pays(depth, train) and not self.is_initializing():
             first = (depth - 1) // 2 * 2  # pairs; methods read the last block's taps
-            pair = [Block(*options, shifted=shifted, parent=None) for shifted in (False, True)]
+            pair = [make(**options, shifted=shifted, parent=None) for shifted in (False, True)]
             names = [f"blocks_{i}" for i in range(first)]
             rates = self.drop_paths[:first]
             x, outs = scan.scan_blocks(self, pair, names, x, train, rates, remat, gather)
-        block = recomputed(Block, remat, static=(2, 3))
+        block = recomputed(make, remat, static=(2, 3))
         for i in range(first, depth):
-            last = block(*options, shifted=i % 2 == 1, name=f"blocks_{i}")
+            last = block(**options, shifted=i % 2 == 1, name=f"blocks_{i}")
             x, qkv = last(x, train, self.drop_paths[i])
             outs.append((x, qkv))
         return outs
+
+    def _block(self) -> tuple[type[nn.Module], dict[str, Any]]:
+        """The class of the blocks and its arguments, except `shifted`."""
+        names = ("num_heads", "window_size", "mlp_ratio", "qkv_bias", "dtype")
+        return Block, {name: getattr(self, name) for name in names}
 
 
 class Head(nn.Module):
@@ -316,21 +281,10 @@ class SwinTransformer(nn.Module):
         """
         self._check(images.shape)
         x = PatchEmbed(self.patch_size, self.embed_dim, self.dtype, name="patch_embed")(images)
-        rates = [float(r) for r in np.linspace(0, self.drop_path_rate, sum(self.depths))]
         out: dict[str, Any] = {}
         block = 0
-        for i, (depth, heads) in enumerate(zip(self.depths, self.num_heads, strict=True)):
-            outs = Stage(
-                tuple(rates[block : block + depth]),
-                i > 0,
-                heads,
-                self.window_size,
-                self.mlp_ratio,
-                self.qkv_bias,
-                self.remat,
-                self.dtype,
-                name=f"layers_{i}",
-            )(x, train, gather)
+        for i in range(4):
+            outs = self._stage(i)(x, train, gather)
             for x, qkv in outs:
                 block += 1
                 add_block(out, block, x, qkv)
@@ -339,7 +293,7 @@ class SwinTransformer(nn.Module):
 
         blocks = self.variables["params"]["layers_3"]
         for i in range(self.depths[3]):
-            table = blocks[f"blocks_{i}"]["attn"]["relative_position_bias_table"]
+            table = self._position_table(blocks[f"blocks_{i}"]["attn"], min(side, self.window_size))
             bias = score_bias(table, side, self.window_size, i % 2 == 1)
             if bias is not None:
                 out["bias"] = out[f"block{sum(self.depths[:3]) + i + 1:02d}_bias"] = bias
@@ -352,6 +306,26 @@ class SwinTransformer(nn.Module):
             head = Head(self.num_classes, self.drop_rate, name="head")
             out["logits"] = head(out["pooled"], train)
         return out.get("logits"), out
+
+    def _stage(self, i: int) -> Stage:
+        return Stage(**self._stage_fields(i))
+
+    def _stage_fields(self, i: int) -> dict[str, Any]:
+        """The arguments of the stage at index `i`."""
+        rates = np.linspace(0, self.drop_path_rate, sum(self.depths))
+        first = sum(self.depths[:i])
+        names = ("window_size", "mlp_ratio", "qkv_bias", "remat", "dtype")
+        return {
+            "drop_paths": tuple(float(rate) for rate in rates[first : first + self.depths[i]]),
+            "downsample": i > 0,
+            "num_heads": self.num_heads[i],
+            "name": f"layers_{i}",
+            **{name: getattr(self, name) for name in names},
+        }
+
+    def _position_table(self, attn: Mapping[str, Any], window: int) -> jax.Array:
+        """The table of `score_bias` of a block of the last stage with the parameters `attn`."""
+        return attn["relative_position_bias_table"]
 
     def _check(self, shape: tuple[int, ...]) -> None:
         if len(self.depths) != 4 or len(self.num_heads) != 4 or min(self.depths) < 1:
@@ -368,7 +342,7 @@ class SwinTransformer(nn.Module):
         check_images(self.img_size, self.patch_size, shape)
 
 
-_SIZES = {
+SIZES = {
     "tiny": {"embed_dim": 96, "depths": (2, 2, 6, 2), "num_heads": (3, 6, 12, 24)},
     "small": {"embed_dim": 96, "depths": (2, 2, 18, 2), "num_heads": (3, 6, 12, 24)},
     "base": {"embed_dim": 128, "depths": (2, 2, 18, 2), "num_heads": (4, 8, 16, 32)},
@@ -377,13 +351,13 @@ _SIZES = {
 
 
 def _variant(size: str, patch: int, window: int, img: int) -> Variant:
-    args = {"img_size": img, "patch_size": patch, "window_size": window, **_SIZES[size]}
+    args = {"img_size": img, "patch_size": patch, "window_size": window, **SIZES[size]}
     return Variant(SwinTransformer, args, img)
 
 
 VARIANTS = {
     f"swin_{size}_patch4_window{window}_{img}": _variant(size, 4, window, img)
-    for size in _SIZES
+    for size in SIZES
     for window, img in ((7, 224), (12, 384))
     if img == 224 or size in ("base", "large")
 }
