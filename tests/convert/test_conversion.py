@@ -49,6 +49,11 @@ NAMES = {
         "stages.2.13.identity.weight": (192,),
         "head.fc.weight": (1000, 1280),
     },
+    "swinv2_tiny_window8_256": {
+        "layers.0.blocks.1.attn.q_bias": (96,),
+        "layers.2.blocks.5.attn.logit_scale": (12, 1, 1),
+        "layers.3.blocks.0.attn.cpb_mlp.2.weight": (24, 512),
+    },
     "efficientnet_b0": {
         "blocks.1.0.se.conv_reduce.weight": (4, 96, 1, 1),
         "blocks.1.0.conv_dw.weight": (96, 1, 3, 3),
@@ -100,7 +105,12 @@ def test_every_class_of_network_is_tested():
     assert {MODELS[name].network for name in NAMES} == {v.network for v in MODELS.values()}
 
 
-LARGE = ("beit_base_patch16_224", "vit_small_patch16_dinov3", "eva02_base_patch14_224")
+LARGE = (
+    "beit_base_patch16_224",
+    "vit_small_patch16_dinov3",
+    "eva02_base_patch14_224",
+    "swinv2_tiny_window8_256",
+)
 
 
 @pytest.mark.parametrize(

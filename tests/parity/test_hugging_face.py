@@ -48,6 +48,16 @@ NETWORKS = {
         "SwinForImageClassification", {**_SWIN, "image_size": 64}, "swin_tiny_patch4_window7_224",
         {**_OUR_SWIN, "img_size": 64},
     ),
+    "swin v2": (
+        "Swinv2ForImageClassification", {**_SWIN, "image_size": 64}, "swinv2_tiny_window8_256",
+        {**_OUR_SWIN, "img_size": 64},
+    ),
+    "swin v2, other windows": (
+        "Swinv2ForImageClassification",
+        {**_SWIN, "image_size": 64, "pretrained_window_sizes": [3, 3, 3, 2]},
+        "swinv2_tiny_window8_256",
+        {**_OUR_SWIN, "img_size": 64},
+    ),
     "resnet basic": (
         "ResNetForImageClassification", {**_RESNET, **_BASIC}, "resnet18", _OUR_RESNET,
     ),
@@ -69,7 +79,8 @@ def write_random(folder, network, fields):
         if not tensor.is_floating_point():
             continue
         centre, spread = 0.0, 0.3
-        if name.endswith(("running_var", "norm.weight", "normalization.weight")):
+        norms = ("norm.weight", "normalization.weight", "_before.weight", "_after.weight")
+        if name.endswith(("running_var", *norms)):
             centre, spread = 1.0, 0.1
         tensor.copy_(centre + spread * torch.randn(tensor.shape, generator=generator))
     model.save_pretrained(folder)
@@ -117,6 +128,25 @@ def test_dinov3s_tokens_equal_transformers(biases, tmp_path):
     assert want.shape == (3, 1 + 4 + 16, 16)
     np.testing.assert_allclose(out["cls"], want[:, 0], rtol=0, atol=TOLERANCE)
     np.testing.assert_allclose(out["tokens"], want[:, 5:], rtol=0, atol=TOLERANCE)
+
+
+def test_a_swin_v2_without_classifier(tmp_path):
+    fields = {**_SWIN, "image_size": 64}
+    model = write_random(tmp_path, "Swinv2Model", fields)
+    checkpoint = read_checkpoint(tmp_path / "model.safetensors")
+    name, args = "swinv2_tiny_window8_256", {**_OUR_SWIN, "img_size": 64}
+    converted = convert(checkpoint, name, args=checkpoint.metadata["args"] | args)
+    ours = create_model(name, num_classes=0, **converted.metadata["args"])
+    images = np.random.default_rng(0).standard_normal((3, 64, 64, 3), np.float32)
+    _, out = jax.jit(ours.apply)(converted.variables, images)
+
+    from tests.parity.reference import torch
+
+    with torch.no_grad():
+        want = model(torch.from_numpy(images).permute(0, 3, 1, 2))
+    tokens, pooled = want.last_hidden_state.numpy(), want.pooler_output.numpy()
+    np.testing.assert_allclose(out["tokens"], tokens, rtol=0, atol=TOLERANCE * abs(tokens).max())
+    np.testing.assert_allclose(out["pooled"], pooled, rtol=0, atol=TOLERANCE * abs(pooled).max())
 
 
 def test_a_distillation_token_without_its_head_is_refused(tmp_path):
