@@ -7,6 +7,7 @@ import numpy as np
 from xkd_jax.models import create_model
 
 TINY_VIT = {"embed_dim": 16, "depth": 2, "num_heads": 2}
+TINY_REGNET = {"depth": 4, "w0": 8, "wa": 7.0, "wm": 1.6}  # widths 8, 16, 24 and 32
 
 
 def tiny_vit(**args):

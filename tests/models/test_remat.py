@@ -4,7 +4,7 @@ import chex
 import jax
 import pytest
 
-from tests.models.networks import images, init, tiny_resnet, tiny_vit
+from tests.models.networks import TINY_REGNET, images, init, tiny_resnet, tiny_vit
 from xkd_jax.models import MODELS, create_model, scan, swin, xception
 from xkd_jax.models.mobilenetv2 import MobileNetV2
 
@@ -39,6 +39,8 @@ NETWORKS = {
                       drop_path_rate=0.5), 32, 6),
     "mobilenetv2": (_small("mobilenetv2_100_32", width=0.1, depth=0.1, drop_rate=0.2), 32, 7),
     "efficientnet": (_small("efficientnet_b0", width=0.1, depth=0.1), 32, 7),
+    "regnet": (_small("regnety_004_32", **TINY_REGNET, drop_path_rate=0.5), 32, 4),
+    "ghostnet": (_small("ghostnet_100_32", width=0.1), 32, 16),
     "xception": (_small("legacy_xception", width=0.04), 32, 12),
     "inception": (_small("inception_v3", aux_logits=False), 75, 11),
     "cifar": (_small("resnet8"), 32, 3),
@@ -67,10 +69,10 @@ def trace(model, size, train=True):
     return jax.make_jaxpr(forward)(jax.eval_shape(model.init, jax.random.key(0), x), x).jaxpr
 
 
-# These two take half of the time.
+# These take most of the time.
+LONG = ("xception", "inception", "ghostnet")
 BLOCKS = [
-    pytest.param(name, marks=pytest.mark.exhaustive) if name in ("xception", "inception") else name
-    for name in NETWORKS
+    pytest.param(name, marks=pytest.mark.exhaustive) if name in LONG else name for name in NETWORKS
 ]
 
 

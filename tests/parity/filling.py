@@ -23,7 +23,7 @@ _LAST_NORM = re.compile(r"layer\d\.\d+\.bn[23]\.weight")
 _IDENTITY_NORM = re.compile(r".*\.identity\.weight")
 # Convolutions that no BatchNorm follows: squeeze-excite's, and the depthwise ones of Xception.
 _UNNORMED = re.compile(
-    r".*\.se\.conv_(reduce|expand)\.weight|(block\d+\.rep\.\d|conv[34])\.conv1\.weight"
+    r".*\.se\.(conv_(reduce|expand)|fc[12])\.weight|(block\d+\.rep\.\d|conv[34])\.conv1\.weight"
 )
 
 

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from tests.parity import cifar_torch
+from tests.parity import cifar_torch, hooks_regnet
 from tests.parity.filling import fill, images
 from tests.parity.hooks_eva import hook_attention
 from tests.parity.hooks_swinv2 import project
@@ -98,6 +98,8 @@ _CHANGED: dict[str, tuple[str, dict[str, Any], Callable[[nn.Module], None] | Non
     "efficientnet_b0_32": ("efficientnet_b0", {}, _cifar_efficientnet_strides),
     "mobilenetv2_100_32": ("mobilenetv2_100", {}, _cifar_efficientnet_strides),
     "repvgg_a0_32": ("repvgg_a0", {}, _cifar_repvgg_strides),
+    "regnety_004_32": ("regnety_004", {}, hooks_regnet.regnet_strides),
+    "ghostnet_100_32": ("ghostnet_100", {}, hooks_regnet.ghostnet_strides),
     "vit_tiny_patch4_32": ("vit_tiny_patch16_224", {"patch_size": 4}, None),
     "vit_small_patch4_32": ("vit_small_patch16_224", {"patch_size": 4}, None),
     "swin_tiny_patch2_window4_32": (
@@ -223,6 +225,16 @@ def _cnn(model: nn.Module, taps: Taps):
         return {**stages, "logits": logits}
 
     return finish
+
+
+def _staged(keep_stages: Callable[[nn.Module, Taps], None]):
+    """The hooks of a CNN whose stages `keep_stages` keeps."""
+
+    def hook(model: nn.Module, taps: Taps):
+        keep_stages(model, taps)
+        return _cnn(model, taps)
+
+    return hook
 
 
 def _resnet(model: nn.Module, taps: Taps):
@@ -379,6 +391,8 @@ _HOOKS = {
     "ResNet": _resnet,
     "ByobNet": _byobnet,
     "EfficientNet": _efficientnet,
+    "RegNet": _staged(hooks_regnet.regnet),
+    "GhostNet": _staged(hooks_regnet.ghostnet),
     "Xception": _xception,
     "InceptionV3": _inception,
     "VisionTransformer": _vit,

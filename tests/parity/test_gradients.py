@@ -4,6 +4,7 @@ import jax
 import numpy as np
 import pytest
 
+from tests.models.networks import TINY_REGNET
 from tests.parity.filling import images, noise
 from tests.parity.specimen import CLASSES, TOLERANCE, Specimen, difference, filled
 from xkd_jax.convert.files import to_state
@@ -31,6 +32,8 @@ SPECIMENS = {
     "swinv2": Specimen(
         "swinv2_tiny_patch2_window4_32", 32, args={"depths": (2, 1, 1, 1), "embed_dim": 24}
     ),
+    "regnet": Specimen("regnety_004_32", 16, args={**TINY_REGNET, "se_ratio": 1.0}),
+    "ghostnet": Specimen("ghostnet_100_32", 16),
     "resnet": Specimen("resnet18_32", 16, args={"layers": (1, 1, 1, 1)}),
     "resnet_d": Specimen("resnet18d", 33, args={"layers": (1, 1, 1, 1)}),
     "repvgg": Specimen("repvgg_a0_32", 16),

@@ -33,6 +33,8 @@ SPECIMENS = {
     "resnet26d-75": _cnn("resnet26d", 75),
     "repvgg_a0-75": _cnn("repvgg_a0", 75),
     "mobilenetv2_050-97": _cnn("mobilenetv2_050", 97),
+    "regnety_008-75": _cnn("regnety_008", 75),
+    "ghostnet_100-97": _cnn("ghostnet_100", 97),
     "tf_efficientnet_lite0-75": _cnn("tf_efficientnet_lite0", 75),
     "legacy_xception-84": _cnn("legacy_xception", 84),
     "inception_v3-90": Specimen("inception_v3", 90),
