@@ -7,6 +7,7 @@ import pytest
 
 from tests.convert.test_conversion import TINY_RESNET, TINY_SWIN, TINY_VIT, checkpoint, message
 from xkd_jax.augment.normalization import CIFAR10_MEAN, CIFAR10_STD, IMAGENET_MEAN
+from xkd_jax.convert.configs import state_network
 from xkd_jax.convert.conversion import convert
 from xkd_jax.convert.files import Checkpoint
 from xkd_jax.convert.layouts import add_shortcuts, find_layout, rename
@@ -14,6 +15,8 @@ from xkd_jax.models import create_model
 
 TORCHVISION_VIT = "encoder.layers.encoder_layer_0.self_attention.in_proj_weight"
 HUGGING_FACE_RESNET = "resnet.embedder.embedder.convolution.weight"
+TORCHVISION_REGNET = "trunk_output.block1.block1-0.f.se.fc1.weight"
+HUGGING_FACE_REGNET = "encoder.stages.0.layers.0.layer.2.attention.0.weight"  # a RegNetModel's
 STAGES = "resnet.encoder.stages"
 
 
@@ -45,6 +48,31 @@ STAGES = "resnet.encoder.stages"
             "layer1.1.conv1.weight",
         ),
         (HUGGING_FACE_RESNET, "classifier.1.bias", "fc.bias"),
+        (TORCHVISION_REGNET, TORCHVISION_REGNET, "s1.b1.se.fc1.weight"),
+        (TORCHVISION_REGNET, "stem.1.running_var", "stem.bn.running_var"),
+        (
+            TORCHVISION_REGNET,
+            "trunk_output.block3.block3-16.f.c.1.bias",
+            "s3.b17.conv3.bn.bias",
+        ),
+        (
+            TORCHVISION_REGNET,
+            "trunk_output.block2.block2-0.proj.0.weight",
+            "s2.b1.downsample.conv.weight",
+        ),
+        (TORCHVISION_REGNET, "fc.bias", "head.fc.bias"),
+        (HUGGING_FACE_REGNET, HUGGING_FACE_REGNET, "s1.b1.se.fc1.weight"),
+        (HUGGING_FACE_REGNET, "embedder.embedder.convolution.weight", "stem.conv.weight"),
+        (
+            HUGGING_FACE_REGNET,
+            "regnet.encoder.stages.3.layers.1.layer.3.normalization.bias",
+            "s4.b2.conv3.bn.bias",
+        ),
+        (
+            HUGGING_FACE_REGNET,
+            "regnet.encoder.stages.1.layers.0.shortcut.normalization.weight",
+            "s2.b1.downsample.bn.weight",
+        ),
     ],
 )
 def test_names(marker, theirs, timms):
@@ -227,6 +255,7 @@ def compare(torch, theirs, model, args, size):
     images = torch.randn(2, 3, size, size)
     with torch.no_grad():
         want = theirs(images).numpy()
+    model = result.metadata["model"]
     module = create_model(model, num_classes=result.metadata["num_classes"], **(args or {}))
     got, _ = module.apply(result.variables, images.numpy().transpose(0, 2, 3, 1))
     scale = max(1, np.abs(want).max())
@@ -286,3 +315,28 @@ def test_torchvisions_networks(torch):
     compare(torch, randomise(torch, efficient), "efficientnet_b0", None, 64)
     resnet = models.ResNet(models.resnet.BasicBlock, [1, 1, 1, 1], num_classes=5)
     compare(torch, randomise(torch, resnet), "resnet18", {"layers": (1, 1, 1, 1)}, 64)
+
+
+@pytest.mark.parity
+@pytest.mark.parametrize(
+    ("theirs", "timms"),
+    [
+        ("regnet_y_400mf", "regnety_004"),
+        ("regnet_y_800mf", "regnety_008_tv"),  # the widths of timm's regnety_008 differ
+        ("regnet_y_1_6gf", "regnety_016"),
+        ("regnet_y_3_2gf", "regnety_032"),
+    ],
+)
+def test_torchvisions_regnets(torch, theirs, timms):
+    from tests.parity import reference
+
+    assert reference.timm  # its import makes torchvision's possible
+    models = importlib.import_module("torchvision.models")
+    model = randomise(torch, getattr(models, theirs)(num_classes=5))
+    for name, tensor in model.state_dict().items():
+        if name.endswith("f.c.1.weight"):
+            tensor.mul_(0.2)  # otherwise 27 blocks magnify rounding errors
+    result = compare(torch, model, "", None, 64)
+    assert result.metadata["model"] == timms
+    assert state_network(theirs) == {"model": timms}
+    assert result.metadata["mean"] == list(IMAGENET_MEAN)

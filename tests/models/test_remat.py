@@ -122,7 +122,8 @@ def test_the_backward_pass_is_left_less_than_half(family):
 
 # Inception would take as long as all others together; EfficientNet's blocks are MobileNetV2's.
 OTHERS = (
-    "dinov2", "siglip", "beit", "eva", "repvgg", "mobilenetv2", "xception", "cifar", "wide",
+    "dinov2", "siglip", "beit", "eva", "repvgg", "mobilenetv2", "regnet", "xception", "cifar",
+    "wide",
 )  # fmt: skip
 
 

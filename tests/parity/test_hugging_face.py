@@ -7,6 +7,7 @@ import jax
 import numpy as np
 import pytest
 
+from tests.models.networks import TINY_REGNET
 from xkd_jax.convert.conversion import convert
 from xkd_jax.convert.files import read_checkpoint
 from xkd_jax.errors import UserError
@@ -26,6 +27,7 @@ _RESNET = {"embedding_size": 8, "depths": [1, 2, 1, 1]}
 _OUR_RESNET = {"layers": (1, 2, 1, 1), "width": 0.125}
 _BASIC = {"layer_type": "basic", "hidden_sizes": [8, 16, 32, 64]}
 _BOTTLENECK = {"layer_type": "bottleneck", "hidden_sizes": [32, 64, 128, 256]}
+_REGNET = {"hidden_sizes": [8, 16, 24, 32], "depths": [1, 1, 1, 1], "groups_width": 8}
 # Their class, its config's fields, and our network and arguments. Heads and window sizes come from
 # the config.json.
 NETWORKS = {
@@ -64,6 +66,7 @@ NETWORKS = {
     "resnet bottleneck": (
         "ResNetForImageClassification", {**_RESNET, **_BOTTLENECK}, "resnet50", _OUR_RESNET,
     ),
+    "regnet": ("RegNetForImageClassification", _REGNET, "regnety_004", TINY_REGNET),
 }  # fmt: skip
 
 

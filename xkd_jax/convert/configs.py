@@ -19,6 +19,10 @@ _SAME = {
     "swin_b": "swin_base_patch4_window7_224",
     "swin_v2_t": "swinv2_tiny_window8_256",
     "swin_v2_b": "swinv2_base_window8_256",
+    "regnet_y_400mf": "regnety_004",
+    "regnet_y_800mf": "regnety_008_tv",
+    "regnet_y_1_6gf": "regnety_016",
+    "regnet_y_3_2gf": "regnety_032",
 }
 # Names of classes, which don't say which network it is: some versions of timm store them.
 _CLASSES = {variant.network.__name__.lower() for variant in MODELS.values()} | {"dataparallel"}
@@ -33,7 +37,7 @@ _ACTIVATIONS = {"gelu": "gelu", "quick_gelu": "quick_gelu", "gelu_pytorch_tanh":
 # Hugging Face's model types that are read.
 _HUGGING_FACE = (
     "vit", "deit", "dinov2", "dinov2_with_registers", "dinov3_vit", "beit", "swin", "swinv2",
-    "resnet",
+    "resnet", "regnet",
 )  # fmt: skip
 
 

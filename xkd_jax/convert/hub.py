@@ -96,6 +96,10 @@ DEFAULT_TAGS = {
     **dict.fromkeys(("mobilenetv2_110d", "mobilenetv2_120d", "mobilenetv2_140"), "ra_in1k"),
     "efficientnet_b0": "ra_in1k",
     "tf_efficientnet_lite0": "in1k",
+    **dict.fromkeys(("regnety_004", "regnety_008_tv", "regnety_016"), "tv2_in1k"),
+    "regnety_008": "pycls_in1k",
+    "regnety_032": "ra_in1k",
+    "ghostnet_100": "in1k",
     "legacy_xception": "tf_in1k",
     "inception_v3": "tv_in1k",
 }

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping
 import numpy as np
 
 from xkd_jax.augment.normalization import IMAGENET_MEAN, IMAGENET_STD
-from xkd_jax.convert import layouts_clip, layouts_eva
+from xkd_jax.convert import layouts_clip, layouts_eva, layouts_regnet
 from xkd_jax.convert.layout import Layout
 from xkd_jax.convert.layouts_swinv2 import name_biases
 
@@ -234,6 +234,7 @@ _LAYOUTS = (
     _TORCHVISION_SWIN,
     _TORCHVISION_MOBILENETV2,
     _TORCHVISION_EFFICIENTNET,
+    *layouts_regnet.LAYOUTS,  # before ResNet, whose stem has the same name
     _META_DINOV2,
     _HUGGING_FACE_VIT,
     _HUGGING_FACE_SWIN,
@@ -245,7 +246,7 @@ _LAYOUTS = (
 # Names that no network here has, whose they are, and what to do about them.
 _UNREAD = (
     (r"features\.\d+\.\d+\.block\.5\.weight", "torchvision's ConvNeXt"),
-    (r"trunk_output\.block1\..*", "torchvision's RegNet"),
+    (r"trunk_output\.block1\..*", "torchvision's RegNet of another size"),
     (r"stage0\.rbr_(dense|reparam)\..*", "RepVGG from its authors' code"),
     (r"features\.denseblock1\..*", "torchvision's DenseNet"),
     (r"features\.\d+\.weight", "torchvision's VGG, AlexNet or SqueezeNet"),
