@@ -15,7 +15,8 @@ CASES = {
     "1x1 padded": ((2, 5, 6, 3), (1, 1, 3, 4), (1, 1), ((1, 0), (0, 1)), 1),
     "3x3": ((2, 5, 6, 3), (3, 3, 3, 4), (1, 1), ((1, 1), (1, 1)), 1),
     "grouped": ((2, 5, 6, 4), (3, 3, 2, 6), (2, 2), ((1, 1), (1, 1)), 2),
-    "bundles": ((1, 5, 6, 96), (3, 3, 24, 8), (1, 1), ((1, 1), (1, 1)), 4),
+    "bundles": ((1, 5, 6, 40), (3, 3, 8, 10), (1, 1), ((1, 1), (1, 1)), 5),
+    "the most bundles": ((1, 3, 3, 800), (1, 1, 32, 50), (1, 1), ((0, 0), (0, 0)), 25),
     "depthwise": ((2, 5, 6, 3), (3, 3, 1, 3), (1, 1), ((1, 1), (1, 1)), 3),
     "depthwise, two filters a channel": ((2, 5, 6, 3), (3, 3, 1, 6), (1, 1), ((1, 1), (1, 1)), 3),
     "depthwise strided": ((2, 8, 7, 3), (3, 3, 1, 3), (2, 2), ((1, 1), (1, 1)), 3),
@@ -25,7 +26,10 @@ CASES = {
 }
 
 
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize(
+    "case",
+    [pytest.param(c, marks=pytest.mark.slow) if c == "the most bundles" else c for c in CASES],
+)
 def test_every_way_is_xlas_convolution(case):
     shape, kernel_shape, stride, padding, groups = CASES[case]
     rng = np.random.default_rng(0)

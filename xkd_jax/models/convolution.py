@@ -6,6 +6,8 @@ seconds, and its 1x1 convolutions are slower than a matrix product.
 `docs/results/networks_speed.md` has the measurements.
 """
 
+import itertools
+import math
 from collections.abc import Sequence
 from functools import partial
 
@@ -13,6 +15,8 @@ import jax
 import jax.numpy as jnp
 
 from xkd_jax import backend
+
+_MOST_BUNDLES = 24  # each takes time to compile
 
 Pairs = tuple[tuple[int, int], tuple[int, int]]
 
@@ -62,20 +66,20 @@ def _xla(
 def _grouped(
     x: jax.Array, kernel: jax.Array, stride: tuple[int, int], pads: Pairs, groups: int
 ) -> jax.Array:
-    """Merges groups into bundles of about 64 channels: dense, with zeros between the groups."""
+    """Merges groups into bundles of about 32 channels: dense, with zeros between the groups."""
     height, width, channels, features = kernel.shape
-    size = max(
-        n for n in range(1, groups + 1) if n == 1 or (groups % n == 0 and n * channels <= 64)
-    )
-    bundles = groups // size
-    kernel = kernel.reshape(height, width, channels, bundles, size, features // groups)
     # Multiplying by zeros costs less than many convolutions of a few channels.
-    kernel = jnp.einsum("hwcbgf,gn->bhwncgf", kernel, jnp.eye(size, dtype=kernel.dtype))
-    kernel = kernel.reshape(bundles, height, width, size * channels, features // bundles)
-    parts = jnp.split(x, bundles, axis=-1)
-    return jnp.concatenate(
-        [_xla(*pair, stride, pads) for pair in zip(parts, kernel, strict=True)], axis=-1
-    )
+    size = max(1, 32 // channels, math.ceil(groups / _MOST_BUNDLES))
+    count = math.ceil(groups / size)
+    bounds = [i * groups // count for i in range(count + 1)]
+    kernel = kernel.reshape(height, width, channels, groups, features // groups)
+    parts = []
+    for begin, end in itertools.pairwise(bounds):
+        eye = jnp.eye(end - begin, dtype=kernel.dtype)
+        dense = jnp.einsum("hwcgf,gn->hwncgf", kernel[:, :, :, begin:end], eye)
+        dense = dense.reshape(height, width, (end - begin) * channels, -1)
+        parts.append(_xla(x[..., begin * channels : end * channels], dense, stride, pads))
+    return jnp.concatenate(parts, axis=-1)
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(2, 3))
