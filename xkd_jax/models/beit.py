@@ -19,7 +19,8 @@ from xkd_jax.augment.normalization import HALF_MEAN, HALF_STD
 from xkd_jax.models import scan
 from xkd_jax.models.layers import add_logits, drop_path, layer_norm, recomputed
 from xkd_jax.models.variant import Variant
-from xkd_jax.models.vit import SIZES, Grid, PatchEmbed, add_block, check_images
+from xkd_jax.models.vit import SIZES
+from xkd_jax.models.vit_layers import Grid, PatchEmbed, add_block, check_images
 
 # torch's trunc_normal_ truncates at an absolute +-2: with std 0.02 that is a plain normal.
 weight_init = nn.initializers.normal(0.02)

@@ -31,7 +31,8 @@ from xkd_jax.models.beit import (
 )
 from xkd_jax.models.layers import drop_path, layer_norm, recomputed
 from xkd_jax.models.variant import Variant
-from xkd_jax.models.vit import SIZES, Grid, PatchEmbed
+from xkd_jax.models.vit import SIZES
+from xkd_jax.models.vit_layers import Grid, PatchEmbed
 
 _ROPE_TYPES = ("cat", "dinov3")
 _REFERENCE_SIDE = 16  # of EVA-02's grid in pretraining; the positions of others are scaled to it

@@ -19,7 +19,7 @@ from xkd_jax import errors
 from xkd_jax.models import swin
 from xkd_jax.models.layers import drop_path, layer_norm
 from xkd_jax.models.variant import Variant
-from xkd_jax.models.vit import Mlp
+from xkd_jax.models.vit_layers import Mlp
 
 _weight_init = nn.initializers.normal(0.02)  # as in `swin`
 # Every block starts as the identity.

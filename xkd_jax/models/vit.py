@@ -21,11 +21,9 @@ from xkd_jax.models.vit_layers import (
     AttentionPool,
     Block,
     Grid,
-    LayerScale,  # noqa: F401 - other families import it and `project_patches` from here
     PatchEmbed,
     add_block,
     check_images,
-    project_patches,  # noqa: F401
     weight_init,
 )
 
