@@ -29,7 +29,7 @@ _BLOCK = re.compile(r"(layers_\d+/(blocks_\d+|downsample)|blocks_\d+(_\d+)?|laye
 _STEM = re.compile(
     r"(patch_embed|pos_embed|(cls|dist|reg)_token|rel_pos_bias|norm_pre|conv1|conv_stem|bn1)(/|$)"
 )
-_AFTER_BLOCKS = re.compile(r"(norm|conv_head|bn2)/")
+_AFTER_BLOCKS = re.compile(r"(norm|conv_head|norm_head|bn2)/")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -326,8 +326,7 @@ def layer_ids(params: Any) -> Any:
     Apache-2.0): layers between the last block and the head count as part of that block.
 
     Args:
-      params: the parameters of a ViT, DeiT, Swin, ResNet, MobileNetV2 or EfficientNet, a nested
-        dict.
+      params: the parameters of a ViT, DeiT, Swin, ResNet, MobileNet or EfficientNet, a nested dict.
 
     Returns:
       A tree of integers with the same structure.
@@ -345,8 +344,8 @@ def layer_ids(params: Any) -> Any:
     order = sorted({block(path) for path in paths} - {()})
     if not order:
         raise UserError(
-            "layer_decay needs a ViT, DeiT, Swin, ResNet, MobileNetV2 or EfficientNet; set it to 1 "
-            "for other networks."
+            "layer_decay needs a ViT, DeiT, Swin, ResNet, MobileNet or EfficientNet; set it to 1 for "
+            "other networks."
         )
     numbers = {key: number for number, key in enumerate(order, 1)}
 

@@ -6,7 +6,8 @@ from flax import linen as nn
 
 from tests.models.networks import images, init, shapes
 from xkd_jax.errors import UserError
-from xkd_jax.models.efficientnet import VARIANTS, InvertedResidual, round_channels
+from xkd_jax.models.efficientnet import VARIANTS
+from xkd_jax.models.inverted_residual import InvertedResidual, round_channels
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 
@@ -114,7 +115,7 @@ def test_drop_path_rises_from_zero():
     rates = []
 
     def note(call, args, kwargs, context):
-        if isinstance(context.module, InvertedResidual):
+        if isinstance(context.module, InvertedResidual) and context.method_name == "__call__":
             rates.append(context.module.drop_path)
         return call(*args, **kwargs)
 
@@ -124,12 +125,12 @@ def test_drop_path_rises_from_zero():
 
 
 def test_drop_path_drops_whole_samples():
-    block = InvertedResidual(8, 3, 1, 6, "silu", True, None, 1e-5, drop_path=0.5)
+    block = InvertedResidual(8, drop_path=0.5, squeeze_excite="efficientnet")
     x = np.random.default_rng(0).normal(size=(16, 4, 4, 8)).astype(np.float32)
 
     def run(key, rngs):
         variables = block.init(key, x)
-        return block.apply(variables, x, train=True, mutable=["batch_stats"], rngs=rngs)[0]
+        return block.apply(variables, x, train=True, mutable=["batch_stats"], rngs=rngs)[0][0]
 
     y = jax.jit(run)(jax.random.key(0), {"dropout": jax.random.key(1)})
     same = np.all(y == x, axis=(1, 2, 3))
@@ -210,7 +211,7 @@ def test_bfloat16_computes_in_bfloat16():
     ("args", "message"),
     [
         ({"stem": "cifar10"}, "did you mean cifar"),
-        ({"activation": "relu"}, "did you mean relu6"),
+        ({"activation": "swish"}, "did you mean hard_swish"),
         ({"padding": "same"}, "None or 'SAME', not 'same'"),
         ({"width": 0.0}, "width must be above 0, not 0.0"),
         ({"depth": -1.0}, "depth must be above 0"),

@@ -13,9 +13,12 @@ from tests.parity.pairs import two_at_a_time
 from xkd_jax.models import MODELS
 from xkd_jax.models.beit import Beit
 from xkd_jax.models.efficientnet import EfficientNet
+from xkd_jax.models.efficientnetv2 import EfficientNetV2
 from xkd_jax.models.ghostnet import GhostNet
 from xkd_jax.models.inception import InceptionV3
 from xkd_jax.models.mobilenetv2 import MobileNetV2
+from xkd_jax.models.mobilenetv3 import MobileNetV3
+from xkd_jax.models.mobilenetv4 import MobileNetV4
 from xkd_jax.models.regnet import RegNet
 from xkd_jax.models.repvgg import RepVGG
 from xkd_jax.models.swinv2 import SwinTransformerV2
@@ -52,8 +55,8 @@ def differences(name):
 
 
 LARGE = {  # 2 to 12 s each
-    Beit, EfficientNet, GhostNet, InceptionV3, MobileNetV2, RegNet, RepVGG, SwinTransformerV2,
-    Xception,
+    Beit, EfficientNet, EfficientNetV2, GhostNet, InceptionV3, MobileNetV2, MobileNetV3,
+    MobileNetV4, RegNet, RepVGG, SwinTransformerV2, Xception,
 }  # fmt: skip
 
 

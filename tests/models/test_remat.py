@@ -41,6 +41,9 @@ NETWORKS = {
     "efficientnet": (_small("efficientnet_b0", width=0.1, depth=0.1), 32, 7),
     "regnet": (_small("regnety_004_32", **TINY_REGNET, drop_path_rate=0.5), 32, 4),
     "ghostnet": (_small("ghostnet_100_32", width=0.1), 32, 16),
+    "efficientnetv2": (_small("efficientnetv2_rw_t", width=0.1, depth=0.1), 32, 7),
+    "mobilenetv3": (_small("mobilenetv3_small_100_32", width=0.1, depth=0.1), 32, 8),
+    "mobilenetv4": (_small("mobilenetv4_hybrid_medium", width=0.1, depth=0.01), 32, 32),
     "xception": (_small("legacy_xception", width=0.04), 32, 12),
     "inception": (_small("inception_v3", aux_logits=False), 75, 11),
     "cifar": (_small("resnet8"), 32, 3),
@@ -70,7 +73,7 @@ def trace(model, size, train=True):
 
 
 # These take most of the time.
-LONG = ("xception", "inception", "ghostnet")
+LONG = ("mobilenetv3", "mobilenetv4", "xception", "inception", "ghostnet")
 BLOCKS = [
     pytest.param(name, marks=pytest.mark.exhaustive) if name in LONG else name for name in NETWORKS
 ]
@@ -120,10 +123,11 @@ def test_the_backward_pass_is_left_less_than_half(family):
     assert kept(make(remat=True)) < kept(make()) / 2
 
 
-# Inception would take as long as all others together; EfficientNet's blocks are MobileNetV2's.
+# Inception would take as long as all others together; EfficientNet's blocks are MobileNetV2's, and
+# MobileNetV3's too.
 OTHERS = (
-    "dinov2", "siglip", "beit", "eva", "repvgg", "mobilenetv2", "regnet", "xception", "cifar",
-    "wide",
+    "dinov2", "siglip", "beit", "eva", "repvgg", "mobilenetv2", "efficientnetv2", "mobilenetv4",
+    "regnet", "xception", "cifar", "wide",
 )  # fmt: skip
 
 

@@ -48,7 +48,14 @@ def _cifar_resnet_stem(model: nn.Module) -> None:
 
 
 def _cifar_efficientnet_strides(model: nn.Module) -> None:
-    model.conv_stem.stride = model.blocks[1][0].conv_dw.stride = (1, 1)
+    convolutions = (module for module in model.blocks.modules() if isinstance(module, nn.Conv2d))
+    first = next(module for module in convolutions if module.stride == (2, 2))
+    model.conv_stem.stride = first.stride = (1, 1)
+
+
+def _cifar_mobilenetv3_strides(model: nn.Module) -> None:
+    _cifar_efficientnet_strides(model)
+    model.blocks[0][0].has_skip = True  # as timm's, had it been built with stride 1
 
 
 def _cifar_repvgg_strides(model: nn.Module) -> None:
@@ -100,6 +107,9 @@ _CHANGED: dict[str, tuple[str, dict[str, Any], Callable[[nn.Module], None] | Non
     "repvgg_a0_32": ("repvgg_a0", {}, _cifar_repvgg_strides),
     "regnety_004_32": ("regnety_004", {}, hooks_regnet.regnet_strides),
     "ghostnet_100_32": ("ghostnet_100", {}, hooks_regnet.ghostnet_strides),
+    "mobilenetv3_small_100_32": ("mobilenetv3_small_100", {}, _cifar_mobilenetv3_strides),
+    "mobilenetv4_conv_small_32": ("mobilenetv4_conv_small", {}, _cifar_efficientnet_strides),
+    "tf_efficientnetv2_b0_32": ("tf_efficientnetv2_b0", {}, _cifar_efficientnet_strides),
     "vit_tiny_patch4_32": ("vit_tiny_patch16_224", {"patch_size": 4}, None),
     "vit_small_patch4_32": ("vit_small_patch16_224", {"patch_size": 4}, None),
     "swin_tiny_patch2_window4_32": (
@@ -254,10 +264,14 @@ def _byobnet(model: nn.Module, taps: Taps):
 
 
 def _efficientnet(model: nn.Module, taps: Taps):
-    for stage, blocks in enumerate((1, 2, 4, 6), start=1):
-        # Linear bottlenecks: without an activation the two are equal.
-        taps.after(model.blocks[blocks], f"stage{stage}_pre")
-        taps.after(model.blocks[blocks], f"stage{stage}")
+    ends = [info["module"] for info in model.feature_info if info["reduction"] > 2]
+    for stage, name in enumerate(ends, start=1):
+        blocks = model.get_submodule(name)
+        if type(blocks[-1]).__name__ == "ConvBnAct":
+            taps.before(blocks[-1].bn1.act, f"stage{stage}_pre")
+        else:  # a linear bottleneck: without an activation the two are equal
+            taps.after(blocks, f"stage{stage}_pre")
+        taps.after(blocks, f"stage{stage}")
     return _cnn(model, taps)
 
 
@@ -393,6 +407,7 @@ _HOOKS = {
     "EfficientNet": _efficientnet,
     "RegNet": _staged(hooks_regnet.regnet),
     "GhostNet": _staged(hooks_regnet.ghostnet),
+    "MobileNetV3": _efficientnet,
     "Xception": _xception,
     "InceptionV3": _inception,
     "VisionTransformer": _vit,

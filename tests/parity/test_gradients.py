@@ -37,7 +37,13 @@ SPECIMENS = {
     "resnet": Specimen("resnet18_32", 16, args={"layers": (1, 1, 1, 1)}),
     "resnet_d": Specimen("resnet18d", 33, args={"layers": (1, 1, 1, 1)}),
     "repvgg": Specimen("repvgg_a0_32", 16),
+    "efficientnet": Specimen("efficientnet_b0_32", 16),
+    "efficientnetv2": Specimen("tf_efficientnetv2_b0_32", 16),
+    "mobilenetv3": Specimen("mobilenetv3_small_100_32", 16),
+    "mobilenetv4": Specimen("mobilenetv4_hybrid_medium", 48),
 }
+# A shift of all keys does not change the attention: nothing but rounding.
+ZERO = "attn.key.norm.bias"
 
 
 # The loss is a sum of the logits and, for Vision Transformers, of the normalised tokens, with these
@@ -89,5 +95,5 @@ def ours(specimen):
 def test_gradients_are_pytorchs(name):
     got, want = ours(SPECIMENS[name]), theirs(SPECIMENS[name])
     assert got.keys() == want.keys()
-    found = {key: difference(np.asarray(got[key]), want[key]) for key in want}
+    found = {key: difference(np.asarray(got[key]), want[key]) for key in want if ZERO not in key}
     assert not {key: value for key, value in found.items() if not value < TOLERANCE}

@@ -7,7 +7,7 @@ layout follows timm (Ross Wightman, Apache-2.0), whose MobileNetV2 is also an `E
 from typing import Any, ClassVar
 
 from xkd_jax.augment.normalization import CIFAR100_MEAN, CIFAR100_STD
-from xkd_jax.models.efficientnet import EfficientNet, round_channels
+from xkd_jax.models.efficientnet import EfficientNet
 from xkd_jax.models.variant import Variant
 
 
@@ -32,7 +32,7 @@ class MobileNetV2(EfficientNet):
     squeeze_excite: bool = False
 
     def _head_channels(self) -> int:
-        return 1280 if self.fix_stem_head else max(1280, round_channels(1280, self.width))
+        return max(1280, super()._head_channels())
 
 
 _ARGS: dict[str, dict[str, Any]] = {
