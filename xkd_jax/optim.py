@@ -344,8 +344,8 @@ def layer_ids(params: Any) -> Any:
     order = sorted({block(path) for path in paths} - {()})
     if not order:
         raise UserError(
-            "layer_decay needs a ViT, DeiT, Swin, ResNet, MobileNet or EfficientNet; set it to 1 for "
-            "other networks."
+            "layer_decay needs a ViT, DeiT, Swin, ResNet, MobileNet or EfficientNet; set it to 1 "
+            "for other networks."
         )
     numbers = {key: number for number, key in enumerate(order, 1)}
 

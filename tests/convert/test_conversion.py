@@ -63,6 +63,23 @@ NAMES = {
         "blocks.0.0.conv_dw.weight": (32, 1, 3, 3),
         "classifier.weight": (1000, 1280),
     },
+    "tf_efficientnetv2_b0": {
+        "blocks.0.0.conv.weight": (16, 32, 3, 3),
+        "blocks.1.0.conv_exp.weight": (64, 16, 3, 3),
+        "blocks.5.7.se.conv_expand.bias": (1152,),
+    },
+    "mobilenetv3_small_100": {
+        "blocks.5.0.bn1.running_var": (576,),
+        "conv_head.weight": (1024, 576, 1, 1),
+        "conv_head.bias": (1024,),
+    },
+    "mobilenetv4_hybrid_medium": {
+        "blocks.2.4.attn.key.down_conv.weight": (160, 1, 3, 3),
+        "blocks.2.4.attn.query.proj.weight": (256, 160, 1, 1),
+        "blocks.2.4.layer_scale.gamma": (160,),
+        "blocks.3.0.dw_start.bn.running_mean": (160,),
+        "norm_head.weight": (1280,),
+    },
     "legacy_xception": {"block1.rep.0.conv1.weight": (64, 1, 3, 3), "bn4.bias": (2048,)},
     "inception_v3": {
         "Conv2d_1a_3x3.conv.weight": (32, 3, 3, 3),
@@ -105,11 +122,15 @@ def test_every_class_of_network_is_tested():
     assert {MODELS[name].network for name in NAMES} == {v.network for v in MODELS.values()}
 
 
+# The default suite has little time.
 LARGE = (
     "beit_base_patch16_224",
     "vit_small_patch16_dinov3",
     "eva02_base_patch14_224",
     "swinv2_tiny_window8_256",
+    "tf_efficientnetv2_b0",
+    "mobilenetv3_small_100",
+    "mobilenetv4_hybrid_medium",
 )
 
 
@@ -288,7 +309,7 @@ def test_old_swin(theirs, timms):
     ],
 )
 def test_efficientnet_pytorch(theirs, timms):
-    layout = find_layout(["_conv_stem.weight"])
+    layout = find_layout(["_blocks.15._depthwise_conv.weight"])
     assert layout
     assert rename(theirs, layout) == timms
 

@@ -1,5 +1,6 @@
 """Other libraries' names: torchvision, Hugging Face, and CIFAR ResNets without projections."""
 
+import functools
 import importlib
 
 import numpy as np
@@ -255,8 +256,9 @@ def compare(torch, theirs, model, args, size):
     images = torch.randn(2, 3, size, size)
     with torch.no_grad():
         want = theirs(images).numpy()
-    model = result.metadata["model"]
-    module = create_model(model, num_classes=result.metadata["num_classes"], **(args or {}))
+    metadata = result.metadata
+    model, classes = metadata["model"], metadata["num_classes"]
+    module = create_model(model, num_classes=classes, **metadata["args"])
     got, _ = module.apply(result.variables, images.numpy().transpose(0, 2, 3, 1))
     scale = max(1, np.abs(want).max())
     np.testing.assert_allclose(np.asarray(got) / scale, want / scale, atol=1e-4)
@@ -340,3 +342,28 @@ def test_torchvisions_regnets(torch, theirs, timms):
     assert result.metadata["model"] == timms
     assert state_network(theirs) == {"model": timms}
     assert result.metadata["mean"] == list(IMAGENET_MEAN)
+
+
+@pytest.mark.parity
+def test_torchvisions_mobile_networks(torch):
+    from tests.parity import reference
+
+    assert reference.timm  # its import makes torchvision's possible
+    models = importlib.import_module("torchvision.models")
+    for theirs, ours in (
+        ("mobilenet_v3_small", "mobilenetv3_small_100"),
+        ("mobilenet_v3_large", "mobilenetv3_large_100"),
+        ("efficientnet_b1", "efficientnet_b1"),
+    ):
+        network = getattr(models, theirs)(num_classes=5)
+        result = compare(torch, randomise(torch, network), ours, None, 64)
+        assert result.metadata["mean"] == list(IMAGENET_MEAN)
+    # Of all its blocks, random ones would magnify rounding errors too much.
+    rows, last = models.efficientnet._efficientnet_conf("efficientnet_v2_s")
+    for row in rows:
+        row.num_layers = -(-row.num_layers // 4)
+    norm = functools.partial(torch.nn.BatchNorm2d, eps=1e-3)
+    network = models.EfficientNet(rows, 0, num_classes=5, norm_layer=norm, last_channel=last)
+    args = {"depth": 0.25}
+    result = compare(torch, randomise(torch, network), "tf_efficientnetv2_s", args, 64)
+    assert result.metadata["args"] == {"padding": None, "bn_epsilon": 1e-3, "depth": 0.25}

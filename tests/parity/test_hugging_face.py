@@ -28,6 +28,8 @@ _OUR_RESNET = {"layers": (1, 2, 1, 1), "width": 0.125}
 _BASIC = {"layer_type": "basic", "hidden_sizes": [8, 16, 32, 64]}
 _BOTTLENECK = {"layer_type": "bottleneck", "hidden_sizes": [32, 64, 128, 256]}
 _REGNET = {"hidden_sizes": [8, 16, 24, 32], "depths": [1, 1, 1, 1], "groups_width": 8}
+_EFFICIENTNET = {"width_coefficient": 0.5, "depth_coefficient": 1.0, "hidden_dim": 640}
+_EFFICIENTNET |= {"image_size": 64}  # the maps have even sides wherever the stride is 2
 # Their class, its config's fields, and our network and arguments. Heads and window sizes come from
 # the config.json.
 NETWORKS = {
@@ -67,6 +69,9 @@ NETWORKS = {
         "ResNetForImageClassification", {**_RESNET, **_BOTTLENECK}, "resnet50", _OUR_RESNET,
     ),
     "regnet": ("RegNetForImageClassification", _REGNET, "regnety_004", TINY_REGNET),
+    "efficientnet": (
+        "EfficientNetForImageClassification", _EFFICIENTNET, "efficientnet_b0", {"width": 0.5},
+    ),
 }  # fmt: skip
 
 
@@ -82,7 +87,8 @@ def write_random(folder, network, fields):
         if not tensor.is_floating_point():
             continue
         centre, spread = 0.0, 0.3
-        norms = ("norm.weight", "normalization.weight", "_before.weight", "_after.weight")
+        norms = ("norm.weight", "normalization.weight", "_bn.weight")
+        norms += ("_before.weight", "_after.weight")
         if name.endswith(("running_var", *norms)):
             centre, spread = 1.0, 0.1
         tensor.copy_(centre + spread * torch.randn(tensor.shape, generator=generator))

@@ -10,6 +10,9 @@ from xkd_jax.models import MODELS
 # torchvision's names, where they differ from timm's.
 _SAME = {
     "mobilenet_v2": "mobilenetv2_100",
+    "mobilenet_v3_small": "mobilenetv3_small_100",
+    "mobilenet_v3_large": "mobilenetv3_large_100",
+    "efficientnet_v2_s": "tf_efficientnetv2_s",
     "vit_b_16": "vit_base_patch16_224",
     "vit_b_32": "vit_base_patch32_224",
     "vit_l_16": "vit_large_patch16_224",
@@ -37,7 +40,7 @@ _ACTIVATIONS = {"gelu": "gelu", "quick_gelu": "quick_gelu", "gelu_pytorch_tanh":
 # Hugging Face's model types that are read.
 _HUGGING_FACE = (
     "vit", "deit", "dinov2", "dinov2_with_registers", "dinov3_vit", "beit", "swin", "swinv2",
-    "resnet", "regnet",
+    "resnet", "regnet", "efficientnet",
 )  # fmt: skip
 
 
@@ -116,6 +119,8 @@ def _hugging_faces(config: Mapping[str, Any], images: Mapping[str, Any]) -> dict
         args["window_size"] = config["window_size"]
     if kind == "swinv2":
         args["pretrained_window_sizes"] = config["pretrained_window_sizes"]
+    if kind == "efficientnet":
+        args["bn_epsilon"] = config["batch_norm_eps"]
     if args:
         metadata["args"] = args
     for field, theirs in (("mean", "image_mean"), ("std", "image_std")):

@@ -94,6 +94,8 @@ def convert(
     model = choose_model(checkpoint, model, state, layout, changes)
     given = {"mean": list(mean), "std": list(std), "image_size": image_size}
     known = _known(checkpoint, model, layout) | {k: v for k, v in given.items() if v}
+    if layout and layout.args:
+        args = {**layout.args, **(known.get("args", {}) if args is None else args)}
     stated = {*known, *known.get("args", {}), *(args or {})}
     args, image_size = _arguments(model, state, known, args, image_size)
     places = get_places(model, args)

@@ -1,7 +1,8 @@
 """A set of names for tensors, other than timm's: what `layouts` and its parts list."""
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from typing import Any
 
 import numpy as np
 
@@ -22,6 +23,9 @@ class Layout:
       mean: the mean that all of its published weights were trained with; None if they differ.
       std: the standard deviation, likewise.
       arrange: turns renamed tensors of other shapes than timm's, by timm's names, into timm's.
+      args: the arguments that make our network compute the same, where the tensors don't tell.
+      convolutions: pattern of tensors, by timm's names, that are linear layers' there and 1x1
+        convolutions' here.
     """
 
     source: str
@@ -32,3 +36,5 @@ class Layout:
     mean: Statistics | None = None
     std: Statistics | None = None
     arrange: Callable[[dict[str, np.ndarray]], dict[str, np.ndarray]] | None = None
+    args: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    convolutions: str = r"(?!)"

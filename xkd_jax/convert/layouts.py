@@ -8,6 +8,7 @@ import numpy as np
 from xkd_jax.augment.normalization import IMAGENET_MEAN, IMAGENET_STD
 from xkd_jax.convert import layouts_clip, layouts_eva, layouts_regnet
 from xkd_jax.convert.layout import Layout
+from xkd_jax.convert.layouts_efficientnet import EFFICIENTNETS
 from xkd_jax.convert.layouts_swinv2 import name_biases
 
 _BATCH_NORM_EPSILON = 1e-5
@@ -23,30 +24,6 @@ _OLD_SWIN = Layout(
     "Microsoft's, or timm's before 0.9",
     r"layers\.0\.downsample\..*",
     (*_LATER_DOWNSAMPLING, (r"^head\.(weight|bias)$", r"head.fc.\1")),
-)
-
-# Stage and index of the blocks: 16 in EfficientNet-B0 and Lite0, 17 in MobileNetV2.
-_B0_BLOCKS = [(i, j) for i, depth in enumerate((1, 2, 2, 3, 3, 4, 1)) for j in range(depth)]
-_V2_BLOCKS = [(i, j) for i, depth in enumerate((1, 2, 3, 4, 3, 3, 1)) for j in range(depth)]
-_EFFICIENTNET_PYTORCH = Layout(
-    "efficientnet-pytorch's",
-    r"_conv_stem\.weight",
-    (
-        (r"^_conv_(stem|head)", r"conv_\1"),
-        (r"^_bn1", "bn2"),
-        (r"^_bn0", "bn1"),
-        (r"^_fc", "classifier"),
-        (r"^(_blocks\.0\.)_project_conv", r"\1conv_pw"),
-        (r"^(_blocks\.0\.)_(bn[12])", r"\1\2"),
-        (r"\._expand_conv", ".conv_pw"),
-        (r"\._depthwise_conv", ".conv_dw"),
-        (r"\._project_conv", ".conv_pwl"),
-        (r"\._se_(reduce|expand)", r".se.conv_\1"),
-        (r"\._bn2", ".bn3"),
-        (r"\._bn1", ".bn2"),
-        (r"\._bn0", ".bn1"),
-        *((rf"^_blocks\.{n}\.", f"blocks.{i}.{j}.") for n, (i, j) in enumerate(_B0_BLOCKS)),
-    ),
 )
 
 _TORCHVISION_VIT = Layout(
@@ -83,61 +60,6 @@ _TORCHVISION_SWIN = Layout(
         (r"^head\.", "head.fc."),
     ),
     prefix=r"swin_|swinv2_\w+_window8_",
-    mean=IMAGENET_MEAN,
-    std=IMAGENET_STD,
-)
-
-_TORCHVISION_MOBILENETV2 = Layout(
-    "torchvision's",
-    r"features\.1\.conv\.0\.0\.weight",
-    (
-        (r"^features\.0\.0\.", "conv_stem."),
-        (r"^features\.0\.1\.", "bn1."),
-        (r"^features\.18\.0\.", "conv_head."),
-        (r"^features\.18\.1\.", "bn2."),
-        (r"^classifier\.1\.", "classifier."),
-        (r"^features\.1\.conv\.0\.0\.", "blocks.0.0.conv_dw."),
-        (r"^features\.1\.conv\.0\.1\.", "blocks.0.0.bn1."),
-        (r"^features\.1\.conv\.1\.", "blocks.0.0.conv_pw."),
-        (r"^features\.1\.conv\.2\.", "blocks.0.0.bn2."),
-        *(
-            (rf"^features\.{n}\.conv\.", f"blocks.{i}.{j}.conv.")
-            for n, (i, j) in enumerate(_V2_BLOCKS, start=1)
-        ),
-        (r"\.conv\.0\.0\.", ".conv_pw."),
-        (r"\.conv\.0\.1\.", ".bn1."),
-        (r"\.conv\.1\.0\.", ".conv_dw."),
-        (r"\.conv\.1\.1\.", ".bn2."),
-        (r"\.conv\.2\.", ".conv_pwl."),
-        (r"\.conv\.3\.", ".bn3."),
-    ),
-    mean=IMAGENET_MEAN,
-    std=IMAGENET_STD,
-)
-
-_TORCHVISION_EFFICIENTNET = Layout(
-    "torchvision's",
-    r"features\.1\.0\.block\.1\.fc1\.weight",
-    (
-        (r"^features\.0\.0\.", "conv_stem."),
-        (r"^features\.0\.1\.", "bn1."),
-        (r"^features\.8\.0\.", "conv_head."),
-        (r"^features\.8\.1\.", "bn2."),
-        (r"^classifier\.1\.", "classifier."),
-        (r"^features\.1\.(\d+)\.block\.0\.0\.", r"blocks.0.\1.conv_dw."),
-        (r"^features\.1\.(\d+)\.block\.0\.1\.", r"blocks.0.\1.bn1."),
-        (r"^features\.1\.(\d+)\.block\.2\.0\.", r"blocks.0.\1.conv_pw."),
-        (r"^features\.1\.(\d+)\.block\.2\.1\.", r"blocks.0.\1.bn2."),
-        (r"\.block\.[12]\.fc1\.", ".block.se.conv_reduce."),
-        (r"\.block\.[12]\.fc2\.", ".block.se.conv_expand."),
-        (r"\.block\.0\.0\.", ".block.conv_pw."),
-        (r"\.block\.0\.1\.", ".block.bn1."),
-        (r"\.block\.1\.0\.", ".block.conv_dw."),
-        (r"\.block\.1\.1\.", ".block.bn2."),
-        (r"\.block\.3\.0\.", ".block.conv_pwl."),
-        (r"\.block\.3\.1\.", ".block.bn3."),
-        *((rf"^features\.{i + 1}\.(\d+)\.block\.", rf"blocks.{i}.\1.") for i in range(7)),
-    ),
     mean=IMAGENET_MEAN,
     std=IMAGENET_STD,
 )
@@ -229,11 +151,9 @@ _PYTORCH_RESNET_CIFAR10 = Layout(
 _LAYOUTS = (
     *layouts_eva.LAYOUTS,  # first: DINOv2 and ViT have some of the same names
     _OLD_SWIN,
-    _EFFICIENTNET_PYTORCH,
+    *EFFICIENTNETS,
     _TORCHVISION_VIT,
     _TORCHVISION_SWIN,
-    _TORCHVISION_MOBILENETV2,
-    _TORCHVISION_EFFICIENTNET,
     *layouts_regnet.LAYOUTS,  # before ResNet, whose stem has the same name
     _META_DINOV2,
     _HUGGING_FACE_VIT,
@@ -297,6 +217,9 @@ def translate(state: Mapping[str, np.ndarray], layout: Layout) -> dict[str, np.n
     """The state under timm's names, with queries, keys and values in one tensor."""
     kept = {name: array for name, array in state.items() if not re.fullmatch(layout.skipped, name)}
     renamed = name_biases({rename(name, layout): array for name, array in kept.items()})
+    for name, array in renamed.items():
+        if re.fullmatch(layout.convolutions, name) and array.ndim == 2:
+            renamed[name] = array[:, :, None, None]
     joined = {}
     for name, array in renamed.items():
         found = re.fullmatch(r"(.*\.attn\.)(query|key|value)\.(weight|bias)", name)
