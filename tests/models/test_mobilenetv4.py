@@ -106,6 +106,21 @@ def test_keys_of_half_the_size():
 
 
 @pytest.mark.slow
+def test_attention_starts_as_timms():
+    run = jax.jit(MobileAttention(64, kv_stride=2).init)
+    params = run(jax.random.key(0), jnp.zeros((1, 4, 4, 64)))["params"]
+    attention = params["attn"]
+    for kernel, fans in (  # Xavier: uniform, and the largest is near the bound
+        (attention["query"]["proj"]["kernel"], 64 + 256),
+        (attention["key"]["down_conv"]["kernel"], 9 + 9 * 64),
+        (attention["value"]["proj"]["kernel"], 64 + 64),
+        (attention["output"]["proj"]["kernel"], 256 + 64),
+    ):
+        np.testing.assert_allclose(jnp.abs(kernel).max(), (6 / fans) ** 0.5, rtol=0.02)
+    np.testing.assert_array_equal(params["layer_scale"]["gamma"], np.float32(1e-5))
+
+
+@pytest.mark.slow
 def test_the_last_stage_ends_with_an_activation():
     model = build(width=0.1, depth=0.01, num_classes=5)
     _, out = jax.jit(model.apply)(init(model), images())

@@ -24,7 +24,7 @@ from xkd_jax.models.inverted_residual import (
 )
 from xkd_jax.models.layers import BatchNorm, Conv, drop_path
 from xkd_jax.models.variant import Variant
-from xkd_jax.models.vit import LayerScale
+from xkd_jax.models.vit_layers import LayerScale
 
 _xavier = nn.initializers.xavier_uniform()
 
