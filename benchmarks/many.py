@@ -55,7 +55,7 @@ def runner(step_fn: Stepper, state: Any) -> Callable[[], int]:
 
 def main() -> None:
     """The command line."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=str(__doc__).splitlines()[0])
     parser.add_argument("--config", default="quickstart", help="a recipe")
     parser.add_argument("--method", default="cakd")
     parser.add_argument("--steps", type=int, default=8, help="steps per dispatch; 1: leave it out")

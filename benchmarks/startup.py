@@ -50,7 +50,7 @@ def first_step(cache: str, method: str) -> float:
 
 def main() -> None:
     """The command line."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=str(__doc__).splitlines()[0])
     parser.add_argument("--deep", action="store_true", help="also compile a step of ViT-L/16")
     options = parser.parse_args()
     print("| | s |\n| --- | ---: |")
