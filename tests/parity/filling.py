@@ -13,17 +13,19 @@ _POOL = np.random.RandomState(0).standard_normal(65537).astype(np.float32)
 # What is added to a Transformer's residual stream. It and whatever goes into a BatchNorm are kept
 # near 0.1, where the epsilons still show in the results; all else is near 1.
 _STREAM = re.compile(
-    r"(patch_embed\.(proj|norm)|norm_pre|attn_pool\.proj)\.(weight|bias)"
-    r"|.*\.(attn\.proj|mlp\.fc2|downsample\.reduction)\.(weight|bias)"
+    r"(patch_embed\.(proj|norm)|norm_pre|attn_pool\.proj|stem\.proj"
+    r"|.*\.(attn\.proj|mlp(_tokens|_channels)?\.fc2|downsample\.reduction))\.(weight|bias)"
     r"|pos_embed|cls_token|dist_token|reg_token"
 )
 # The last norm of a residual block: more, and a hundred blocks would magnify every rounding error.
 _LAST_NORM = re.compile(r"layer\d\.\d+\.bn[23]\.weight")
 # The BatchNorm of a RepVGG block's input: near 1, it would magnify it tenfold in every block.
 _IDENTITY_NORM = re.compile(r".*\.identity\.weight")
-# Convolutions that no BatchNorm follows: squeeze-excite's, and the depthwise ones of Xception.
+# Convolutions that no BatchNorm follows: squeeze-excite's, the depthwise ones of Xception, and the
+# first of ConvNeXt's MLPs.
 _UNNORMED = re.compile(
     r".*\.se\.(conv_(reduce|expand)|fc[12])\.weight|(block\d+\.rep\.\d|conv[34])\.conv1\.weight"
+    r"|.*\.mlp\.fc1\.weight"
 )
 
 

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from tests.parity import cifar_torch, hooks_regnet
+from tests.parity import cifar_torch, hooks_convnext, hooks_regnet
 from tests.parity.filling import fill, images
 from tests.parity.hooks_eva import hook_attention
 from tests.parity.hooks_swinv2 import project
@@ -123,6 +123,7 @@ _CHANGED: dict[str, tuple[str, dict[str, Any], Callable[[nn.Module], None] | Non
         None,
     ),
     "inception_v3": ("inception_v3", {"aux_logits": True}, None),
+    "convnext_atto_32": ("convnext_atto", {}, hooks_convnext.cifar_convnext_stem),
 }
 
 
@@ -419,4 +420,6 @@ _HOOKS = {
     "CifarResNet": _cifar,
     "WideResNet": _cifar,
     "CifarVGG": _cifar,
+    "ConvNeXt": hooks_convnext.convnext,
+    "MlpMixer": hooks_convnext.mixer,
 }

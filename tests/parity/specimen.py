@@ -14,6 +14,7 @@ from xkd_jax.convert.files import to_state
 from xkd_jax.convert.networks import get_places
 from xkd_jax.convert.rules import from_torch
 from xkd_jax.models import MODELS, create_model
+from xkd_jax.models.convnext import ConvNeXt
 
 TOLERANCE = 1e-4
 CLASSES = 10
@@ -94,14 +95,20 @@ def small(name: str) -> Specimen:
         return Specimen(name, size, 1 if size > 128 else 2)
     if name == "inception_v3":
         return Specimen(name, size, 2, 299, 2)
-    return Specimen(name, size, 4, size, 4)
+    return Specimen(name, size, 4, size if _has_statistics(name) else 0, 4)
+
+
+def _has_statistics(name: str) -> bool:
+    """Whether the network has running statistics."""
+    network = MODELS[name].network
+    return network.kind == "cnn" and network is not ConvNeXt
 
 
 def native(name: str) -> Specimen:
     """The network at its own size."""
     variant = MODELS[name]
     size = variant.image_size
-    trains = variant.network.kind == "cnn"
+    trains = _has_statistics(name)
     # A lone image leaves Inception's auxiliary classifier one value to normalise.
     return Specimen(name, size, 1, size if trains else 0, 2 if trains else 0)
 

@@ -13,6 +13,7 @@ from xkd_jax.models import create_model
 pytestmark = [pytest.mark.parity, pytest.mark.usefixtures("quick_compilation")]
 
 _SHALLOW = {"depth": 2, "embed_dim": 48, "num_heads": 3}
+_CONVNEXT = {"depths": (1, 1, 1, 1), "dims": (16, 24, 32, 40)}
 SPECIMENS = {
     "vit": Specimen("vit_tiny_patch4_32", 16, args=_SHALLOW),
     "dinov2": Specimen("vit_small_patch14_dinov2", 42, args=_SHALLOW),
@@ -41,6 +42,9 @@ SPECIMENS = {
     "efficientnetv2": Specimen("tf_efficientnetv2_b0_32", 16),
     "mobilenetv3": Specimen("mobilenetv3_small_100_32", 16),
     "mobilenetv4": Specimen("mobilenetv4_hybrid_medium", 48),
+    "convnext": Specimen("convnext_atto_32", 16, args=_CONVNEXT),
+    "convnextv2": Specimen("convnextv2_atto", 32, args=_CONVNEXT),
+    "mixer": Specimen("mixer_b16_224", 32, args={"mlp_ratio": (0.1, 0.2)}),  # timm fixes the rest
 }
 # A shift of all keys does not change the attention: nothing but rounding.
 ZERO = "attn.key.norm.bias"

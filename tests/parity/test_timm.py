@@ -47,6 +47,7 @@ SPECIMENS = {
     "swin_tiny-60": Specimen("swin_tiny_patch4_window7_224", 60),
     "swin_tiny_patch2-36": Specimen("swin_tiny_patch2_window4_32", 36),
     "swinv2_tiny-60": Specimen("swinv2_tiny_window8_256", 60),
+    "convnext_atto-79": Specimen("convnext_atto", 79),
     # Options of Vision Transformers.
     "vit-avg": Specimen("vit_tiny_patch4_32", 28, args={**_SHALLOW, "global_pool": "avg"}),
     "vit-avg_normed_tokens": Specimen(

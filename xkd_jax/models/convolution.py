@@ -19,6 +19,9 @@ from xkd_jax import backend
 _MOST_BUNDLES = 24  # each takes time to compile
 
 Pairs = tuple[tuple[int, int], tuple[int, int]]
+# From this many products per output on, a depthwise convolution is kept apart from its readers.
+# Smaller ones gain from being fused with a BatchNorm and an activation.
+_LARGE = 49
 
 
 def convolve(
@@ -84,14 +87,37 @@ def _grouped(
 
 @partial(jax.custom_vjp, nondiff_argnums=(2, 3))
 def _depthwise(x: jax.Array, kernel: jax.Array, stride: tuple[int, int], pads: Pairs) -> jax.Array:
-    """One filter per channel, [kh, kw, 1, C], as shifted products: XLA fuses them into one loop."""
+    """One filter per channel, [kh, kw, 1, C], as shifted products: XLA fuses them into one loop.
+
+    It also fuses them into whatever reads their sum and computes them again for each reader, which
+    for a large kernel in front of a LayerNorm takes longer than all else. Inside a `lax.scan`, over
+    two or more parts of the rows, they stay by themselves.
+    """
     x = jnp.pad(x, ((0, 0), *pads, (0, 0)))
     height, width = kernel.shape[:2]
     rows = (x.shape[1] - height) // stride[0] + 1
     columns = (x.shape[2] - width) // stride[1] + 1
+    if rows == 1 or height * width < _LARGE:
+        return _shifted_products(x, kernel, stride, rows, columns)
+    size = rows // next(n for n in range(2, rows + 1) if rows % n == 0)
+    reach = stride[0] * (size - 1) + height
+
+    def add_part(y: jax.Array, first: jax.Array) -> tuple[jax.Array, None]:
+        lines = jax.lax.dynamic_slice_in_dim(x, first * stride[0], reach, 1)
+        part = _shifted_products(lines, kernel, stride, size, columns)
+        return jax.lax.dynamic_update_slice_in_dim(y, part, first, 1), None
+
+    y = jnp.zeros((len(x), rows, columns, x.shape[-1]), x.dtype)
+    return jax.lax.scan(add_part, y, jnp.arange(0, rows, size))[0]
+
+
+def _shifted_products(
+    x: jax.Array, kernel: jax.Array, stride: tuple[int, int], rows: int, columns: int
+) -> jax.Array:
+    """The depthwise convolution of `x`, already padded, to [N, rows, columns, C]."""
     total = jnp.zeros((), x.dtype)
-    for i in range(height):
-        for j in range(width):
+    for i in range(kernel.shape[0]):
+        for j in range(kernel.shape[1]):
             shifted = x[:, i : i + stride[0] * (rows - 1) + 1 : stride[0]]
             shifted = shifted[:, :, j : j + stride[1] * (columns - 1) + 1 : stride[1]]
             total = total + shifted * kernel[i, j, 0]

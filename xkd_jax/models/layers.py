@@ -1,5 +1,6 @@
 """Layers shared by several families, with PyTorch's padding, statistics and initialisation."""
 
+import math
 from collections.abc import Sequence
 from functools import partial
 from typing import Any
@@ -143,6 +144,32 @@ def _normalize_backward(epsilon, saved, cotangents):
 
 
 normalize_batch.defvjp(_normalize_forward, _normalize_backward)
+
+
+@jax.custom_vjp
+def gelu(x: jax.Array) -> jax.Array:
+    """The exact GELU of `x` (arXiv:1606.08415), with its derivative written by hand.
+
+    On a CPU, `nn.gelu` takes four times as long, because erfc costs more than erf, and its
+    automatic derivative doubles the time of a Transformer's MLP.
+    """
+    return x * _normal_cdf(x)
+
+
+def _normal_cdf(x: jax.Array) -> jax.Array:
+    return 0.5 * (1 + jax.lax.erf(x * math.sqrt(0.5)))
+
+
+def _gelu_forward(x):
+    return x * _normal_cdf(x), x
+
+
+def _gelu_backward(x, dy):
+    density = jnp.exp(-0.5 * x * x) / math.sqrt(2 * math.pi)
+    return (dy * (_normal_cdf(x) + x * density),)
+
+
+gelu.defvjp(_gelu_forward, _gelu_backward)
 
 
 def layer_norm(
