@@ -87,6 +87,18 @@ NAMES = {
         "Mixed_7c.branch3x3dbl_3a.conv.weight": (384, 384, 1, 3),
         "AuxLogits.conv0.conv.weight": (128, 768, 1, 1),
     },
+    "convnext_atto": {
+        "stem.1.weight": (40,),
+        "stages.1.downsample.1.weight": (80, 40, 2, 2),
+        "stages.0.blocks.1.mlp.fc1.weight": (160, 40, 1, 1),
+        "stages.0.blocks.1.gamma": (40,),
+        "head.fc.weight": (1000, 320),
+    },
+    "mixer_b16_224": {
+        "stem.proj.weight": (768, 3, 16, 16),
+        "blocks.11.mlp_tokens.fc1.weight": (384, 196),
+        "blocks.0.mlp_channels.fc2.weight": (768, 3072),
+    },
     "resnet8": {"layer3.0.downsample.0.weight": (64, 32, 1, 1)},
     "wrn_16_2": {"block1.layer.0.convShortcut.weight": (32, 16, 1, 1)},
     "vgg8": {"block0.0.bias": (64,), "block4.1.running_mean": (512,), "classifier.bias": (100,)},

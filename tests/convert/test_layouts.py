@@ -216,7 +216,7 @@ def test_cifar10_statistics():
 @pytest.mark.slow  # all networks' shapes are looked at
 def test_networks_that_are_known_and_not_read():
     for name, network in (
-        ("features.1.0.block.5.weight", "torchvision's ConvNeXt"),
+        ("features.denseblock1.norm.weight", "torchvision's DenseNet"),
         ("backbone.layers.0.ln1.weight", "mmpretrain's ViT"),
         ("blocks.0.mlp.w12.weight", "DINOv2's ViT-g"),
     ):
@@ -315,6 +315,11 @@ def test_torchvisions_networks(torch):
     compare(torch, randomise(torch, mobile), "mobilenetv2_050", None, 64)
     efficient = models.efficientnet_b0(num_classes=5)
     compare(torch, randomise(torch, efficient), "efficientnet_b0", None, 64)
+    sizes = ((8, 16, 1), (16, 24, 1), (24, 32, 2), (32, None, 1))
+    blocks = [models.convnext.CNBlockConfig(*size) for size in sizes]
+    convnext = models.ConvNeXt(blocks, num_classes=5)
+    args = {"dims": (8, 16, 24, 32), "depths": (1, 1, 2, 1)}
+    compare(torch, randomise(torch, convnext), "convnext_tiny", args, 64)
     resnet = models.ResNet(models.resnet.BasicBlock, [1, 1, 1, 1], num_classes=5)
     compare(torch, randomise(torch, resnet), "resnet18", {"layers": (1, 1, 1, 1)}, 64)
 

@@ -137,8 +137,8 @@ def test_a_stated_network_is_not_overridden(tmp_path):
     # Without the images' preparation, the name still counts.
     other = stated(tmp_path, architecture="resnet18d.ra2_in1k")
     assert "the nearest name is resnet18, and --model NAME" in message(other)
-    assert "states that it is ConvNextForImageClassification" in message(
-        stated(tmp_path, model_type="convnext", architectures=["ConvNextForImageClassification"])
+    assert "states that it is LevitForImageClassification" in message(
+        stated(tmp_path, model_type="levit", architectures=["LevitForImageClassification"])
     )
 
 

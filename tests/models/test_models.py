@@ -54,7 +54,7 @@ def test_every_name_builds():
     for name in MODELS:
         model = create_model(name, num_classes=3)
         hash(model)  # jit needs it
-        kind = "transformer" if re.search("patch|window", name) else "cnn"
+        kind = "transformer" if re.search("patch|window|mixer", name) else "cnn"
         assert model.kind == kind  # pyright: ignore[reportAttributeAccessIssue]
         assert "kind" not in {field.name for field in dataclasses.fields(model)}
         size = getattr(model, "img_size", MODELS[name].image_size)

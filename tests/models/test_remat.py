@@ -46,6 +46,8 @@ NETWORKS = {
     "mobilenetv4": (_small("mobilenetv4_hybrid_medium", width=0.1, depth=0.01), 32, 32),
     "xception": (_small("legacy_xception", width=0.04), 32, 12),
     "inception": (_small("inception_v3", aux_logits=False), 75, 11),
+    "convnext": (_small("convnextv2_atto", depths=(1, 1, 2, 1), dims=(4, 4, 4, 4)), 32, 5),
+    "mixer": (_small("mixer_b16_224", img_size=32, embed_dim=8, num_blocks=3), 32, 3),
     "cifar": (_small("resnet8"), 32, 3),
     "wide": (_small("wrn_16_1", depth=10, drop_rate=0.3), 32, 3),
 }  # fmt: skip
@@ -127,7 +129,7 @@ def test_the_backward_pass_is_left_less_than_half(family):
 # MobileNetV3's too.
 OTHERS = (
     "dinov2", "siglip", "beit", "eva", "repvgg", "mobilenetv2", "efficientnetv2", "mobilenetv4",
-    "regnet", "xception", "cifar", "wide",
+    "regnet", "xception", "convnext", "mixer", "cifar", "wide",
 )  # fmt: skip
 
 

@@ -46,8 +46,6 @@ SPECIMENS = {
     "convnextv2": Specimen("convnextv2_atto", 32, args=_CONVNEXT),
     "mixer": Specimen("mixer_b16_224", 32, args={"mlp_ratio": (0.1, 0.2)}),  # timm fixes the rest
 }
-# A shift of all keys does not change the attention: nothing but rounding.
-ZERO = "attn.key.norm.bias"
 
 
 # The loss is a sum of the logits and, for Vision Transformers, of the normalised tokens, with these
@@ -99,5 +97,8 @@ def ours(specimen):
 def test_gradients_are_pytorchs(name):
     got, want = ours(SPECIMENS[name]), theirs(SPECIMENS[name])
     assert got.keys() == want.keys()
-    found = {key: difference(np.asarray(got[key]), want[key]) for key in want if ZERO not in key}
+    # The gradient of a shift that a norm removes is zero: both sides have rounding errors there.
+    zero = 1e-6 * max(np.abs(array).max() for array in want.values())
+    vanish = {key for key in want if max(np.abs(got[key]).max(), np.abs(want[key]).max()) < zero}
+    found = {key: difference(np.asarray(got[key]), want[key]) for key in want.keys() - vanish}
     assert not {key: value for key, value in found.items() if not value < TOLERANCE}

@@ -40,7 +40,7 @@ _ACTIVATIONS = {"gelu": "gelu", "quick_gelu": "quick_gelu", "gelu_pytorch_tanh":
 # Hugging Face's model types that are read.
 _HUGGING_FACE = (
     "vit", "deit", "dinov2", "dinov2_with_registers", "dinov3_vit", "beit", "swin", "swinv2",
-    "resnet", "regnet", "efficientnet",
+    "resnet", "regnet", "efficientnet", "convnext", "convnextv2",
 )  # fmt: skip
 
 

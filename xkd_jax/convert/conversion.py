@@ -282,7 +282,8 @@ def _put(
         elif array is None:
             after = f" {list(want)} is missing"
             wrong.append(Misfit(name, "missing", after, path=place.path))
-        elif array.shape == want:
+        elif array.shape == want or (not place.in_head and place.takes(array.shape)):
+            array = array.reshape(want)
             flat[place.path] = np.asarray(from_torch(place.path, array), order="C")
         elif fitted := resize(name, from_torch(place.path, array), shape, antialias):
             flat[place.path], change = fitted

@@ -113,6 +113,13 @@ DEFAULT_TAGS = {
     "efficientnetv2_rw_t": "ra2_in1k",
     "legacy_xception": "tf_in1k",
     "inception_v3": "tv_in1k",
+    "convnext_atto": "d2_in1k",
+    "convnext_femto": "d1_in1k",
+    **dict.fromkeys(("convnext_nano", "convnext_tiny", "convnext_small"), "in12k_ft_in1k"),
+    "convnext_base": "fb_in22k_ft_in1k",
+    "convnextv2_atto": "fcmae_ft_in1k",
+    **dict.fromkeys(("convnextv2_nano", "convnextv2_tiny"), "fcmae_ft_in22k_in1k"),
+    "mixer_b16_224": "goog_in21k_ft_in1k",
 }
 # Weights of networks with QuickGELU, which timm also loads into those with GELU.
 _QUICK_GELU = re.compile(

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping
 import numpy as np
 
 from xkd_jax.augment.normalization import IMAGENET_MEAN, IMAGENET_STD
-from xkd_jax.convert import layouts_clip, layouts_eva, layouts_regnet
+from xkd_jax.convert import layouts_clip, layouts_convnext, layouts_eva, layouts_regnet
 from xkd_jax.convert.layout import Layout
 from xkd_jax.convert.layouts_efficientnet import EFFICIENTNETS
 from xkd_jax.convert.layouts_swinv2 import name_biases
@@ -159,13 +159,14 @@ _LAYOUTS = (
     _HUGGING_FACE_VIT,
     _HUGGING_FACE_SWIN,
     _HUGGING_FACE_RESNET,
+    *layouts_convnext.LAYOUTS,
     _PYTORCH_CIFAR,
     *layouts_clip.LAYOUTS,
 )
 
 # Names that no network here has, whose they are, and what to do about them.
 _UNREAD = (
-    (r"features\.\d+\.\d+\.block\.5\.weight", "torchvision's ConvNeXt"),
+    (r"features\.\d+\.\d+\.block\.5\.weight", "torchvision's ConvNeXt of another size"),
     (r"trunk_output\.block1\..*", "torchvision's RegNet of another size"),
     (r"stage0\.rbr_(dense|reparam)\..*", "RepVGG from its authors' code"),
     (r"features\.denseblock1\..*", "torchvision's DenseNet"),

@@ -42,8 +42,13 @@ class Place:
         return torch_shape(self.path, self.shape)
 
     def takes(self, shape: tuple[int, ...]) -> bool:
-        """Whether a tensor of PyTorch's `shape` fits, for some number of classes."""
+        """Whether a tensor of PyTorch's `shape` fits, for some number of classes.
+
+        Outside the head, axes of length 1 don't count: a 1x1 convolution is a linear layer.
+        """
         want = self.torch_shape
+        if not self.in_head:
+            return [side for side in shape if side != 1] == [side for side in want if side != 1]
         return len(shape) == len(want) and all(
             side in (-1, have) for side, have in zip(want, shape, strict=True)
         )

@@ -99,6 +99,11 @@ def is_transformer(out: Outputs) -> bool:
     return "tokens" in out
 
 
+def why_no_attention(out: Outputs) -> str:
+    """Why these outputs have no query, key and value, to end a sentence about their network."""
+    return "is an MLP without attention" if is_transformer(out) else "is a CNN"
+
+
 def choose_stage(
     student_out: Outputs, grid: tuple[int, int], stage: str, sides: tuple[int, int] = (0, 0)
 ) -> str:

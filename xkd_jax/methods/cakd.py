@@ -16,6 +16,7 @@ from typing_extensions import override
 
 from xkd_jax import backend
 from xkd_jax.errors import UserError, unknown
+from xkd_jax.methods import align
 from xkd_jax.methods.align import level_grid, level_map, match_stage, resize_map
 from xkd_jax.methods.base import Method, Outputs, PairError, Tree, apply, weighted_sum
 from xkd_jax.methods.taps import block_numbers, block_prefix, teacher_bias, teacher_taps
@@ -257,7 +258,8 @@ class CAKD(Method):
     def check(self, teacher_out, student_out):
         if "query" not in teacher_out:
             raise PairError(
-                "cakd taps a Transformer's query, key and value, but this teacher is a CNN"
+                "cakd taps a Transformer's query, key and value, but this teacher "
+                f"{align.why_no_attention(teacher_out)}"
             )
         self._stage(teacher_out, student_out)
         if self.generator not in GENERATORS:

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from typing_extensions import override
 
 from xkd_jax.errors import UserError, unknown
-from xkd_jax.methods.align import is_transformer
+from xkd_jax.methods.align import why_no_attention
 from xkd_jax.methods.base import Method, Outputs, PairError, weighted_sum
 from xkd_jax.methods.logits import softened_kl
 
@@ -80,9 +80,10 @@ class MiniLM(Method):
         if self.variant not in RELATIONS:
             raise unknown("variant of minilm", self.variant, RELATIONS)
         for role, out in (("teacher", teacher_out), ("student", student_out)):
-            if not is_transformer(out):
+            if "query" not in out:
                 raise PairError(
-                    f"minilm compares the attention of two Transformers, but this {role} is a CNN"
+                    f"minilm compares the attention of two Transformers, but this {role} "
+                    f"{why_no_attention(out)}"
                 )
         grids = ["x".join(map(str, out["grid"])) for out in (teacher_out, student_out)]
         if grids[0] != grids[1]:
