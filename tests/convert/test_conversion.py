@@ -43,6 +43,15 @@ NAMES = {
         "layers.2.blocks.5.attn.relative_position_bias_table": (169, 12),
         "head.fc.bias": (1000,),
     },
+    "regnety_004": {
+        "s1.b1.conv1.conv.weight": (48, 32, 1, 1),
+        "s4.b6.se.fc1.bias": (52,),
+        "head.fc.weight": (1000, 440),
+    },
+    "ghostnet_100": {
+        "blocks.0.0.ghost1.primary_conv.0.weight": (8, 16, 1, 1),
+        "classifier.bias": (1000,),
+    },
     "repvgg_a0": {
         "stem.conv_1x1.conv.weight": (48, 3, 1, 1),
         "stages.2.13.conv_kxk.bn.running_var": (192,),
@@ -143,6 +152,7 @@ LARGE = (
     "tf_efficientnetv2_b0",
     "mobilenetv3_small_100",
     "mobilenetv4_hybrid_medium",
+    "mixer_b16_224",
 )
 
 

@@ -16,6 +16,7 @@ from xkd_jax.models.efficientnet import EfficientNet
 from xkd_jax.models.efficientnetv2 import EfficientNetV2
 from xkd_jax.models.ghostnet import GhostNet
 from xkd_jax.models.inception import InceptionV3
+from xkd_jax.models.mixer import MlpMixer
 from xkd_jax.models.mobilenetv2 import MobileNetV2
 from xkd_jax.models.mobilenetv3 import MobileNetV3
 from xkd_jax.models.mobilenetv4 import MobileNetV4
@@ -55,7 +56,7 @@ def differences(name):
 
 
 LARGE = {  # 2 to 12 s each
-    Beit, EfficientNet, EfficientNetV2, GhostNet, InceptionV3, MobileNetV2, MobileNetV3,
+    Beit, EfficientNet, EfficientNetV2, GhostNet, InceptionV3, MlpMixer, MobileNetV2, MobileNetV3,
     MobileNetV4, RegNet, RepVGG, SwinTransformerV2, Xception,
 }  # fmt: skip
 

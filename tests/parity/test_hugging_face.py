@@ -30,7 +30,7 @@ _BOTTLENECK = {"layer_type": "bottleneck", "hidden_sizes": [32, 64, 128, 256]}
 _REGNET = {"hidden_sizes": [8, 16, 24, 32], "depths": [1, 1, 1, 1], "groups_width": 8}
 _EFFICIENTNET = {"width_coefficient": 0.5, "depth_coefficient": 1.0, "hidden_dim": 640}
 _EFFICIENTNET |= {"image_size": 64}  # the maps have even sides wherever the stride is 2
-_CONVNEXT = {"hidden_sizes": [8, 16, 24, 32], "depths": [1, 1, 2, 1], "image_size": 64}
+_CONVNEXT = {"hidden_sizes": [8, 16, 24, 32], "depths": [1, 1, 2, 1], "image_size": 32}
 _OUR_CONVNEXT = {"dims": (8, 16, 24, 32), "depths": (1, 1, 2, 1)}
 # Their class, its config's fields, and our network and arguments. Heads and window sizes come from
 # the config.json.
