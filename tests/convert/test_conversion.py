@@ -45,7 +45,7 @@ NAMES = {
     },
     "regnety_004": {
         "s1.b1.conv1.conv.weight": (48, 32, 1, 1),
-        "s4.b6.se.fc1.bias": (52,),
+        "s4.b1.se.fc1.bias": (52,),
         "head.fc.weight": (1000, 440),
     },
     "ghostnet_100": {
