@@ -50,6 +50,7 @@ def several(experiment):
     return trained(experiment, SIZE)
 
 
+@pytest.mark.slow
 def test_several_steps_in_one_program_equal_single_ones(experiment, several):
     # To rounding: on a CPU, XLA takes other kernels inside a loop.
     state, dispatches = several
@@ -70,18 +71,21 @@ def test_several_steps_in_one_program_equal_single_ones(experiment, several):
         np.testing.assert_allclose(got[path], want[path], rtol=1e-3, atol=1e-4, err_msg=path)
 
 
+@pytest.mark.slow
 def test_where_dispatches_end_changes_nothing(experiment, several):
     state, dispatches = trained(experiment, SIZE, ends=(2, 4, END))
     assert [list(steps) for steps, _ in dispatches] == [[1, 2], [3, 4], [5, 6, 7]]
     assert_identical(state, several[0])
 
 
+@pytest.mark.slow
 def test_a_resumed_run_ends_bit_identical(experiment, several):
     half, _ = trained(experiment, SIZE, ends=(4,))
     state, _ = trained(experiment, SIZE, start=4, state=jax.tree.map(jnp.copy, half))
     assert_identical(state, several[0])
 
 
+@pytest.mark.slow
 def test_a_run_saves_evaluates_and_logs_at_its_steps(tmp_path):
     config = tiny.get_config("none")
     # Without convolutions, which are slow in a loop on a CPU.

@@ -213,7 +213,7 @@ def test_teacher_files(tmp_path):
     ("entry", "value", "message"),
     [
         ("model", None, "has model=None, but it must be the name of a network"),
-        ("model", "vit_tiny", "unknown network in .*'vit_tiny'; did you mean vit_tiny_patch"),
+        ("model", "vit_tiny", "unknown network in .*'vit_tiny'; did you mean .*vit_tiny_patch"),
         ("args", "none", "has args='none', but it must be an object"),
         ("image_size", "28", "has image_size='28', but it must be a positive integer"),
         ("num_classes", -1, "has num_classes=-1"),

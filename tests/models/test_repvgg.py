@@ -31,9 +31,8 @@ def trained(model):
     return jax.tree_util.tree_map_with_path(lambda *leaf: fill(*leaf).astype(np.float32), tree)
 
 
-@pytest.mark.parametrize(
-    "name", ["repvgg_a0_32", pytest.param("repvgg_a0", marks=pytest.mark.slow)]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["repvgg_a0_32", "repvgg_a0"])
 def test_folded_branches_compute_the_same(name):
     model, x = tiny(name), images()
     variables = trained(model)
