@@ -19,7 +19,7 @@ def ghostnet_strides(model: nn.Module) -> None:
 
 
 def regnet(model: nn.Module, taps: Any) -> None:
-    """Keeps the stages in `taps`, a `reference.Taps`."""
+    """Keeps the stages in `taps`, a `hooks.Taps`."""
     for stage in range(1, 5):
         layer = getattr(model, f"s{stage}")
         *_, last = layer.children()
