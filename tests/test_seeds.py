@@ -11,6 +11,7 @@ from xkd_jax.errors import UserError
 from xkd_jax.experiment import create_experiment
 from xkd_jax.seeds import SideBySide
 from xkd_jax.train import Alone
+from xkd_jax.validation import validate
 
 SEEDS = (3, 1)
 STEPS = 2
@@ -130,3 +131,19 @@ def test_what_comes_from_the_host_is_refused(tmp_path):
     config.teacher.update(cache=str(tmp_path / "cache"), cache_views=1)
     with pytest.raises(UserError, match="images and teacher on the devices"):
         seeds.check(create_experiment(config))
+
+
+@pytest.mark.parametrize(
+    ("chosen", "message"),
+    [
+        ((1, 1), "must be different integers"),
+        (("a",), "must be different integers"),
+        ((-1,), "must be different integers"),
+        ((0, 1), "a random one depends on the seed"),
+    ],
+)
+def test_wrong_seeds_are_refused(chosen, message):
+    config = tiny_config("logits")
+    config.seeds = chosen
+    with pytest.raises(UserError, match=message):
+        validate(config)

@@ -68,21 +68,19 @@ def convert(
 ) -> Converted:
     """Turns a checkpoint into a network's variables; arguments default to the checkpoint's own.
 
-    Where the network's image or patch size differs, position embeddings, bias tables and patch
-    projections are resized as in timm. With another number of classes, the head is set to zero
-    (as in arXiv:2010.11929, section 3.2); a checkpoint without a head stays without one.
+    For another image or patch size, position embeddings, bias tables and patch projections are
+    resized as in timm. For other classes the head is zero (arXiv:2010.11929, section 3.2).
 
     Args:
       checkpoint: from `read_checkpoint` or `download`.
       model: a key of `MODELS`, which overrides the name that the checkpoint states; recognised
         from the tensors if there is neither.
-      num_classes: the number of classes; 0 leaves out the head.
+      num_classes: the number of classes; 0: no head; a checkpoint without one stays without.
       image_size: the side of the images, pixels.
       args: all fields of the network's module that differ from the variant's.
       mean: the mean per channel of images in [0, 1] that the network expects.
       std: the standard deviation per channel, in the same units.
-      antialias: whether position embeddings are resized with antialiasing, as in timm; DINOv2
-        without registers does without.
+      antialias: of resized position embeddings, as in timm; DINOv2 without registers has none.
       allow_not_finite: whether tensors may hold NaN or infinite values.
 
     Raises:
@@ -112,10 +110,10 @@ def convert(
     if new_head:
         known.pop("class_names", None)
     metadata = {"source": checkpoint.name, **_statistics(model, old_classes)}
-    metadata |= {**_record(known, changes), "model": model, "args": args}
-    metadata |= {"num_classes": classes, "image_size": image_size}
-    assumed = describe_assumptions(metadata, stated)
-    return Converted(traverse_util.unflatten_dict(flat, sep="/"), metadata, changes, assumed)
+    metadata |= _record(known, changes)
+    metadata |= {"model": model, "args": args, "num_classes": classes, "image_size": image_size}
+    variables = traverse_util.unflatten_dict(flat, sep="/")
+    return Converted(variables, metadata, changes, describe_assumptions(metadata, stated))
 
 
 def _without_head(
