@@ -25,6 +25,15 @@ CNNS = {
     "mobilenetv2_100": (32, {"width": 0.25}),
     "efficientnet_b0": (32, {"width": 0.25}),
     "tf_efficientnet_lite0": (33, {"width": 0.25}),
+    "tf_efficientnetv2_b0_32": (32, {"width": 0.1, "depth": 0.1}),
+    "efficientnetv2_rw_t": (33, {"width": 0.1, "depth": 0.1}),
+    "mobilenetv3_small_100_32": (32, {"width": 0.1}),
+    "mobilenetv4_conv_small_32": (32, {"width": 0.1, "depth": 0.1}),
+    "ghostnet_100_32": (32, {"width": 0.1}),
+    "regnety_004_32": (32, {"depth": 6, "w0": 8, "wa": 8.0, "wm": 2.0}),
+    "convnext_atto_32": (32, {"depths": (1, 1, 1, 1), "dims": (8, 12, 16, 24)}),
+    # 64 pixels: at least 2x2 positions in every stage.
+    "convnextv2_atto": (64, {"depths": (1, 1, 1, 1), "dims": (8, 12, 16, 24)}),
     "legacy_xception": (71, {"width": 0.05}),
     "inception_v3": (75, {}),
     "resnet8": (32, {}),
@@ -32,6 +41,10 @@ CNNS = {
     "vgg8": (32, {}),
 }
 NAMES = ("cat", "dog", "emu", "fox", "gnu")
+
+
+# Their matrices have a row per position of a single image, which fixes LiteRT's batch.
+FIXED = ("convnext_atto_32", "convnextv2_atto")
 
 
 def create(name, size, args):
@@ -94,7 +107,8 @@ def test_onnx_runtime_computes_the_same_logits(cnn, tmp_path, fold):
 def test_litert_computes_the_same_logits(cnn, tmp_path):
     pytest.importorskip("litert_converter", reason="needs LiteRT, see docs/export.md")
     file, about = student.export(cnn, "litert", tmp_path, student.Options(0.9, uint8=True))
-    assert json.loads(about.read_text())["images"] == "[N, H, W, 3]"
+    layout = "[1, H, W, 3]" if cnn.name in FIXED else "[N, H, W, 3]"
+    assert json.loads(about.read_text())["images"] == layout
     exported, crop_pct = runtime.load(file)
     assert (exported.class_names, crop_pct) == (NAMES, 0.9)
     for count in (1, 3):
@@ -102,11 +116,18 @@ def test_litert_computes_the_same_logits(cnn, tmp_path):
         assert_close(exported(images), cnn(images))
 
 
+# Networks with attention, and the side of their images.
+ATTENTION = {
+    "vit_tiny_patch16_224": (32, {"img_size": 32, "depth": 1, "embed_dim": 16, "num_heads": 2}),
+    "mobilenetv4_hybrid_medium": (64, {"width": 0.1, "depth": 0.1}),
+}
+
+
 @pytest.mark.slow
-def test_litert_runs_a_transformer_on_one_image_at_a_time(tmp_path):
+@pytest.mark.parametrize("name", ATTENTION)
+def test_litert_runs_attention_on_one_image_at_a_time(tmp_path, name):
     pytest.importorskip("litert_converter", reason="needs LiteRT, see docs/export.md")
-    args = {"img_size": 32, "depth": 1, "embed_dim": 16, "num_heads": 2}
-    model = create("vit_tiny_patch16_224", 32, args)
+    model = create(name, *ATTENTION[name])
     file, about = student.export(model, "litert", tmp_path, student.Options())
     assert json.loads(about.read_text())["images"] == "[1, H, W, 3]"
     images = photos(model, 3)
@@ -156,6 +177,25 @@ def test_branches_that_only_training_needs_are_folded(tmp_path):
     count = exported.mlir_module().count("stablehlo.convolution(")
     assert count == 6 * len(exported.platforms)  # each has its own
     assert_close(exported.call(images), model(images))
+
+
+@pytest.mark.slow
+def test_a_convnext_consists_of_convolutions(tmp_path):
+    onnx = pytest.importorskip("onnx", reason="needs the extra export")
+    model = create("convnextv2_atto", *CNNS["convnextv2_atto"])
+    file, _ = student.export(model, "onnx", tmp_path, student.Options(fold=True))
+    nodes = onnx.load(file).graph.node
+    shapes = [
+        tuple(attribute.ints)
+        for node in nodes
+        for attribute in node.attribute
+        if attribute.name == "kernel_shape"
+    ]
+    # The stem; in each stage a depthwise convolution and two layers; three reductions.
+    counts = {(4, 4): 1, (7, 7): 4, (1, 1): 8, (2, 2): 3}
+    assert collections.Counter(shapes) == counts
+    kinds = collections.Counter(node.op_type for node in nodes)
+    assert (kinds["Erf"], kinds["Gemm"], kinds["Reshape"]) == (4, 1, 0)
 
 
 @pytest.mark.slow
@@ -299,14 +339,12 @@ def test_a_missing_package_is_named(tmp_path, monkeypatch, target, package, sour
 
 
 @pytest.mark.slow
-def test_a_transformer_is_refused_by_onnx(tmp_path, capsys):
+@pytest.mark.parametrize("name", ATTENTION)
+def test_attention_is_refused_by_onnx(tmp_path, capsys, name):
     pytest.importorskip("onnx", reason="needs the extra export")
-    args = {"img_size": 32, "depth": 1, "embed_dim": 16, "num_heads": 2}
-    create("vit_tiny_patch16_224", 32, args).save(tmp_path / "s.safetensors")
+    create(name, *ATTENTION[name]).save(tmp_path / "s.safetensors")
     code = command.main([str(tmp_path / "s.safetensors"), "--to=onnx", f"--out={tmp_path}"])
     assert code == 2
     err = capsys.readouterr().err
-    assert (
-        "because it is made for CNNs; export a CNN, or take --to litert or --to stablehlo." in err
-    )
+    assert "because it covers CNNs without attention only; export such a network, or take" in err
     assert len(err.splitlines()) == 1

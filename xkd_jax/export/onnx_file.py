@@ -21,7 +21,7 @@ def write_onnx(
     """Writes `model` as ONNX: `images` [N, 3, H, W] to `logits` [N, K], with any N.
 
     Args:
-      model: a CNN with its weights.
+      model: a CNN without attention, with its weights.
       path: of the file.
       metadata: recorded in the file, such as the preparation of images.
       fold: whether BatchNorm becomes part of the convolutions.
@@ -29,7 +29,7 @@ def write_onnx(
         normalised float32 images.
 
     Raises:
-      UserError: the network is not a CNN.
+      UserError: the network is not a CNN, or has attention.
     """
     size, variables = model.image_size, model.variables
 
