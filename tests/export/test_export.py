@@ -32,19 +32,18 @@ CNNS = {
     "ghostnet_100_32": (32, {"width": 0.1}),
     "regnety_004_32": (32, {"depth": 6, "w0": 8, "wa": 8.0, "wm": 2.0}),
     "convnext_atto_32": (32, {"depths": (1, 1, 1, 1), "dims": (8, 12, 16, 24)}),
-    # 64 pixels: at least 2x2 positions in every stage.
+    # With 2x2 positions in the last stage, and with a single one.
     "convnextv2_atto": (64, {"depths": (1, 1, 1, 1), "dims": (8, 12, 16, 24)}),
+    "convnextv2_nano": (32, {"depths": (1, 1, 1, 1), "dims": (8, 12, 16, 24)}),
     "legacy_xception": (71, {"width": 0.05}),
     "inception_v3": (75, {}),
     "resnet8": (32, {}),
     "wrn_16_1": (32, {}),
     "vgg8": (32, {}),
 }
-NAMES = ("cat", "dog", "emu", "fox", "gnu")
-
-
 # Their matrices have a row per position of a single image, which fixes LiteRT's batch.
-FIXED = ("convnext_atto_32", "convnextv2_atto")
+FIXED = ("convnext_atto_32", "convnextv2_atto", "convnextv2_nano")
+NAMES = ("cat", "dog", "emu", "fox", "gnu")
 
 
 def create(name, size, args):

@@ -1,9 +1,10 @@
 """Translates the inference pass of a CNN to ONNX nodes, one JAX primitive at a time.
 
 JAX's arrays are [N, H, W, C] and ONNX's [N, C, H, W]: every array of rank 4 is stored in ONNX's
-order from the beginning, so that the graph has no transpositions. So are two kinds of arrays that
-have fewer axes in JAX: [H * W, C], the positions as rows of a matrix, and [N, H, W], a sum over
-channels. What depends on the weights alone is computed here. The batch size stays free.
+order from the beginning, so that the graph has no transpositions. Two kinds of arrays that have
+fewer axes in JAX are stored with rank 4 too: [H * W, C], a matrix whose rows are positions, and
+[N, H, W], a sum over channels. What depends on the weights alone is computed here. The batch size
+stays free.
 """
 
 import collections
@@ -221,7 +222,7 @@ def _text(shape: Sequence[int]) -> str:
 
 
 def _aligned(value: Value, shape: tuple[int, ...]) -> Value:
-    """An operand whose result has `shape`, with as many axes as in the graph."""
+    """`value` as an operand of a result that has `shape` in the graph."""
     if isinstance(value, Node):
         if len(value.shape) != len(shape):
             raise _refusal(f"operations on [N, C] and {_text(shape)}")
