@@ -160,6 +160,7 @@ def test_classifiers_and_unknown_activations_of_transformers(tmp_path):
     assert notes[0].startswith("ignored")
 
 
+@pytest.mark.slow  # it needs the extra hub
 def test_quick_gelu_on_the_hub(monkeypatch, tmp_path):
     """timm's names with and without QuickGELU have the same file; the wrong name warns."""
     asked = []
