@@ -84,7 +84,7 @@ def ours(specimen):
     def loss(params):
         logits, out = model.apply({**variables, "params": params}, images(2, specimen.size))
         total = (logits * logits_weights()).sum()
-        if hasattr(model, "class_token"):
+        if "query" in out and "stage1" not in out:  # a Vision Transformer
             total += (out["tokens"] * tokens_weights(out["tokens"].shape)).sum()
         return total
 
