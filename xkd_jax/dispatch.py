@@ -11,8 +11,10 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from xkd_jax import backend
+from xkd_jax.distributed import sharding
 from xkd_jax.errors import UserError
 
 # step(state, teacher_variables, resident, batch) -> new state, metrics
@@ -58,6 +60,20 @@ def choose(steps: int, fed: bool, flops: Callable[[], float]) -> int:
     if steps or fed or backend.current() == "cpu":
         return max(steps, 1)
     return max(1, min(_MOST, round(_SMALL / flops())))
+
+
+def prepare(step: Step, batch: Any, size: int) -> tuple[Callable[..., Any], tuple[Any, ...]]:
+    """The function to compile for `size` steps, and the shapes of its arguments after the data.
+
+    Args:
+      step: of one batch.
+      batch: its shapes, with shardings.
+      size: 1 for `step` itself, otherwise the function is `repeat`'s.
+    """
+    if size == 1:
+        return step, (batch,)
+    count = jax.ShapeDtypeStruct((), np.int32)
+    return repeat(step, size), (sharding.stacked(batch, size), count)
 
 
 def repeat(step: Step, size: int) -> Callable[..., tuple[Any, Any]]:

@@ -127,7 +127,7 @@ class SeedsStepper(Stepper):
         self._teacher = sharding.put(teacher.variables if teacher else {}, everywhere)
         self._resident = self.loader.arrays
         self._sizes = memory.parts(state, self._teacher, self._resident)
-        step, batch = functools.partial(experiment_step, first), self.loader.shapes()
+        step = functools.partial(experiment_step, first)
         step = side_by_side(step, len(experiments) // mesh.size, shared)
         if mesh.size > 1:
             one, split = PartitionSpec(), PartitionSpec(AXIS)
@@ -139,13 +139,10 @@ class SeedsStepper(Stepper):
                 out_specs=(states, split),
                 check_vma=False,
             )
-        arguments = state, self._teacher, self._resident, batch
-        if self.size > 1:
-            step = dispatch.repeat(step, self.size)
-            stacked = sharding.stacked(batch, self.size), jax.ShapeDtypeStruct((), np.int32)
-            arguments = (*arguments[:3], *stacked)
+        step, batches = dispatch.prepare(step, self.loader.shapes(), self.size)
         step_fn = jax.jit(step, donate_argnums=0, out_shardings=(_layout(mesh), everywhere))
-        self.compiled = compile_lowered(step_fn.lower(*arguments))
+        lowered = step_fn.lower(state, self._teacher, self._resident, *batches)
+        self.compiled = compile_lowered(lowered)
 
 
 def _layout(mesh: Mesh) -> TrainState:

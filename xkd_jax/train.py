@@ -81,18 +81,14 @@ def compile_step(
       UserError: the compiler reports that the step doesn't fit into memory.
     """
     shardings, mesh = experiment.distiller.shardings, experiment.mesh
-    step, batch = functools.partial(experiment_step, experiment), experiment.batch_shapes()
-    arguments = state, teacher_variables, resident, batch
-    if size > 1:
-        step = dispatch.repeat(step, size)
-        stacked = sharding.stacked(batch, size), jax.ShapeDtypeStruct((), np.int32)
-        arguments = (*arguments[:3], *stacked)
+    step = functools.partial(experiment_step, experiment)
+    step, batches = dispatch.prepare(step, experiment.batch_shapes(), size)
     step_fn = jax.jit(
         step,
         donate_argnums=(0,) if donate else (),
         out_shardings=(shardings.state, sharding.replicated(mesh)),
     )
-    return compile_lowered(step_fn.lower(*arguments))
+    return compile_lowered(step_fn.lower(state, teacher_variables, resident, *batches))
 
 
 def compile_lowered(lowered: jax.stages.Lowered) -> jax.stages.Compiled:

@@ -111,15 +111,15 @@ def test_the_hubs_config_beside_a_file(run, resnet, tmp_path):
 
 @pytest.mark.slow
 def test_a_forced_network_is_a_warning(run, resnet, tmp_path):
-    config = {"architecture": "resnet18d", "pretrained_cfg": {"input_size": [3, 64, 64]}}
+    config = {"architecture": "resnet14t", "pretrained_cfg": {"input_size": [3, 64, 64]}}
     (tmp_path / "config.json").write_text(json.dumps(config))
     argv = ["--from", resnet, *TINY_ARGS, "--out", tmp_path / "out.safetensors"]
     code, _, error = run(*argv)
     assert code == 2
-    assert "resnet18d, which is not among the networks here" in error
+    assert "resnet14t, which is not among the networks here" in error
     code, out, _ = run(*argv, "--model", "resnet18")
     assert code == 0
-    assert f"{resnet}: warning: the checkpoint states resnet18d and is read as resnet18" in out
+    assert f"{resnet}: warning: the checkpoint states resnet14t and is read as resnet18" in out
     assert "resnet18, 5 classes, 64 pixels" in out
 
 

@@ -213,7 +213,6 @@ def test_cifar10_statistics():
     assert "mean" not in given.assumed
 
 
-@pytest.mark.slow  # all networks' shapes are looked at
 def test_networks_that_are_known_and_not_read():
     for name, network in (
         ("features.denseblock1.norm.weight", "torchvision's DenseNet"),

@@ -18,7 +18,7 @@ def tiny(**args):
     return create_model("beit_base_patch16_224", num_classes=5, **{**TINY, **args})
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 def test_parameter_count_is_timms():
     model = create_model("beit_base_patch16_224", num_classes=1000)
     x = jax.ShapeDtypeStruct((1, 224, 224, 3), jnp.float32)
@@ -58,7 +58,7 @@ def test_the_bias_is_that_of_the_difference_in_position():
     assert bias[0, 0] == 27
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 def test_starts_as_timms():
     block, head = initial(tiny(embed_dim=64), "blocks_1", "head")
     np.testing.assert_allclose(block["attn"]["qkv"]["kernel"].std(), 0.02, rtol=0.05)

@@ -42,7 +42,7 @@ OTHERS = TIMM_COUNTS.keys() - {"convnext_atto"}
 
 @pytest.mark.parametrize(
     "name",
-    [pytest.param(name, marks=[pytest.mark.slow] * (name in OTHERS)) for name in TIMM_COUNTS],
+    [pytest.param(name, marks=[pytest.mark.exhaustive] * (name in OTHERS)) for name in TIMM_COUNTS],
 )
 def test_parameter_count_is_timms(name):
     model = create_model(name, num_classes=1000)
@@ -79,7 +79,7 @@ def test_conv_mlp_only_changes_how_kernels_are_stored():
     np.testing.assert_array_equal(got, want)
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 def test_initial_values_are_timms():
     stage, head = initial(tiny(dims=(32, 6, 8, 10)), "stages_0", "head")
     block = stage["blocks_0"]

@@ -19,7 +19,7 @@ def build(name="tf_efficientnetv2_b0_32", **args):
     return variant.network(**{**variant.args, **args})
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 @pytest.mark.parametrize("name", TIMM_COUNTS)
 def test_parameter_count_is_timms(name):
     variables = jax.eval_shape(build(name).init, jax.random.key(0), images(1))

@@ -26,7 +26,7 @@ def tiny(name="vit_small_patch16_dinov3", **args):
     return create_model(name, num_classes=5, **{**TINY, **args})
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 @pytest.mark.parametrize("name", TIMM_COUNTS)
 def test_parameter_count_is_timms(name):
     model = create_model(name, num_classes=1000)
@@ -74,7 +74,7 @@ def test_the_positions_of_other_grids_are_scaled():
     np.testing.assert_allclose(angles[-1], [2 * np.pi * 0.8, 2 * np.pi * 0.08])
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 def test_starts_as_timms():
     x = initial(tiny(embed_dim=64), "blocks_1", "head", "reg_token", "cls_token")
     block, head, *tokens = x

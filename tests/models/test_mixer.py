@@ -58,7 +58,7 @@ def test_the_first_mlp_mixes_tokens_and_the_second_channels():
     assert changed("mlp_channels") == list(range(16))
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 def test_initial_values_are_timms():
     block, head = initial(tiny(embed_dim=64), "blocks_0", "head")
     fc1 = block["mlp_channels"]["fc1"]
@@ -116,7 +116,7 @@ def loss_shape(method, teacher_out, student_out):
     return jax.eval_shape(run, *arrays, jax.random.key(0)).shape
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 @pytest.mark.parametrize("name", [name for name in METHODS if name not in NEED_ATTENTION])
 def test_all_other_methods_take_it_and_a_convnext_as_teachers(name):
     students = [cnn(1, n=1, sides=(16, 8, 4, 2)), vit(1, n=1)]

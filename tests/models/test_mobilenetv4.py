@@ -35,7 +35,7 @@ def init_like(module, x):
     return jax.tree.map(lambda leaf: jnp.asarray(rng.normal(size=leaf.shape) * 0.5), tree)
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 @pytest.mark.parametrize("name", TIMM_COUNTS)
 def test_parameter_count_is_timms(name):
     variables = jax.eval_shape(build(name).init, jax.random.key(0), images(1))
@@ -105,7 +105,7 @@ def test_keys_of_half_the_size():
     assert variables["batch_stats"]["attn"].keys() == {"key", "value"}
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 def test_attention_starts_as_timms():
     run = jax.jit(MobileAttention(64, kv_stride=2).init)
     params = run(jax.random.key(0), jnp.zeros((1, 4, 4, 64)))["params"]

@@ -67,7 +67,7 @@ def test_the_stem_has_at_most_64_channels():
     assert wide["params"]["stem"]["conv_1x1"]["conv"]["kernel"].shape == (1, 1, 3, 64)
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 def test_starts_as_timms():
     model = tiny(channels=(64, 8, 8, 512), depths=(2, 1, 1, 1))
     block, head = initial(model, "stages_0_1", "head")

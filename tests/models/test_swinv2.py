@@ -92,7 +92,7 @@ def test_keys_have_no_bias():
     assert not random_params(ATTENTION.clone(qkv_bias=False), X).keys() & changed.keys()
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 def test_starts_as_timms():
     stage = swinv2.Stage((0.0,), True, num_heads=2, window_size=2)
     x = X.repeat(4, axis=2)

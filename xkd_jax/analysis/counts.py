@@ -1,4 +1,4 @@
-"""Parameters, FLOPs and taps of the registered networks.
+"""Parameters, FLOPs, taps and tensors' names of the registered networks.
 
 Tracing a network takes about half a second, so the counts of all networks in `MODELS` are kept in
 assets/networks.json.xz, which `scripts/make_network_counts.py` writes. Networks that are not in it,
@@ -10,11 +10,13 @@ import functools
 import hashlib
 import json
 import lzma
+import re
 from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+from flax import traverse_util
 
 from xkd_jax.analysis.flops import count_flops, count_parameters
 from xkd_jax.errors import UserError
@@ -34,25 +36,40 @@ def describe(name: str) -> dict[str, Any]:
     Raises:
       UserError: the packaged file is missing or damaged.
     """
-    variant = MODELS[name]
-    network: Any = variant.network
-    entry = read().get(name)
-    if entry is None or entry["fingerprint"] != fingerprint(variant):
-        entry = count(variant)
+    network: Any = MODELS[name].network
+    entry = _entry(name)
     return {
         "kind": network.kind,
-        "image_size": variant.image_size,
+        "image_size": MODELS[name].image_size,
         "parameters": entry["parameters"],
         "gflops": entry["flops"] / 1e9,
         "taps": {key: tuple(shape) for key, shape in entry["taps"].items()},
     }
 
 
+def tensors(name: str) -> list[str]:
+    """The paths of a network's variables, such as "params/blocks_0/norm1/scale".
+
+    Of those that differ in numbers alone, one stands for all.
+
+    Raises:
+      UserError: the packaged file is missing or damaged.
+    """
+    return _entry(name)["tensors"]
+
+
+def _entry(name: str) -> dict[str, Any]:
+    entry = read().get(name)
+    if entry is None or entry["fingerprint"] != fingerprint(MODELS[name]):
+        return count(MODELS[name])
+    return entry
+
+
 def count(variant: Variant) -> dict[str, Any]:
     """Traces a network.
 
     Returns:
-      `parameters`, `flops`, and `taps` as in `describe`, with lists as shapes.
+      `parameters`, `flops`, `taps` as in `describe` with lists as shapes, and `tensors`.
     """
     size = variant.image_size
     model: Any = variant.network(**variant.args)
@@ -66,7 +83,13 @@ def count(variant: Variant) -> dict[str, Any]:
         return logits
 
     flops = count_flops(forward, variables, images)
-    return {"parameters": count_parameters(variables["params"]), "flops": flops, "taps": taps}
+    paths = traverse_util.flatten_dict(variables, sep="/")
+    return {
+        "parameters": count_parameters(variables["params"]),
+        "flops": flops,
+        "taps": taps,
+        "tensors": sorted({re.sub(r"\d+", "#", path): path for path in paths}.values()),
+    }
 
 
 def fingerprint(variant: Variant) -> str:

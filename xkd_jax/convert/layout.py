@@ -22,10 +22,8 @@ class Layout:
         networks under other names have the same tensors.
       mean: the mean that all of its published weights were trained with; None if they differ.
       std: the standard deviation, likewise.
-      arrange: turns renamed tensors of other shapes than timm's, by timm's names, into timm's.
+      arrange: turns renamed tensors that timm divides otherwise, by timm's names, into timm's.
       args: the arguments that make our network compute the same, where the tensors don't tell.
-      convolutions: pattern of tensors, by timm's names, that are linear layers' there and 1x1
-        convolutions' here.
     """
 
     source: str
@@ -37,4 +35,3 @@ class Layout:
     std: Statistics | None = None
     arrange: Callable[[dict[str, np.ndarray]], dict[str, np.ndarray]] | None = None
     args: Mapping[str, Any] = dataclasses.field(default_factory=dict)
-    convolutions: str = r"(?!)"

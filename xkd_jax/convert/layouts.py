@@ -62,6 +62,7 @@ _TORCHVISION_SWIN = Layout(
     prefix=r"swin_|swinv2_\w+_window8_",
     mean=IMAGENET_MEAN,
     std=IMAGENET_STD,
+    arrange=name_biases,
 )
 
 _META_DINOV2 = Layout(
@@ -119,6 +120,7 @@ _HUGGING_FACE_SWIN = Layout(
         (r"\.output\.dense\.", ".mlp.fc2."),
     ),
     skipped=r"(.*\.)?embeddings\.mask_token",
+    arrange=name_biases,
 )
 
 _HUGGING_FACE_RESNET = Layout(
@@ -217,10 +219,7 @@ def rename(name: str, layout: Layout) -> str:
 def translate(state: Mapping[str, np.ndarray], layout: Layout) -> dict[str, np.ndarray]:
     """The state under timm's names, with queries, keys and values in one tensor."""
     kept = {name: array for name, array in state.items() if not re.fullmatch(layout.skipped, name)}
-    renamed = name_biases({rename(name, layout): array for name, array in kept.items()})
-    for name, array in renamed.items():
-        if re.fullmatch(layout.convolutions, name) and array.ndim == 2:
-            renamed[name] = array[:, :, None, None]
+    renamed = {rename(name, layout): array for name, array in kept.items()}
     joined = {}
     for name, array in renamed.items():
         found = re.fullmatch(r"(.*\.attn\.)(query|key|value)\.(weight|bias)", name)

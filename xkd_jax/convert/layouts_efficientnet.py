@@ -185,7 +185,6 @@ def _torchvision_mobilenetv3(marker: str, project: int, *depths: int) -> Layout:
         mean=IMAGENET_MEAN,
         std=IMAGENET_STD,
         args={"bn_epsilon": 1e-3},
-        convolutions=r"conv_head\.weight",
     )
 
 

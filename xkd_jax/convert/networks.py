@@ -11,6 +11,7 @@ import jax.numpy as jnp
 from flax import linen as nn
 from flax import traverse_util
 
+from xkd_jax.analysis import counts
 from xkd_jax.convert.resize import is_resizable
 from xkd_jax.convert.rules import family_of, timm_name, torch_shape
 from xkd_jax.models import MODELS, create_model
@@ -97,12 +98,15 @@ def fit(shapes: Mapping[str, tuple[int, ...]], wanted: Mapping[str, Place]) -> f
 def recognize(shapes: Mapping[str, tuple[int, ...]]) -> tuple[list[str], float]:
     """The networks that a checkpoint fits best, and how well, by `fit`.
 
-    Several networks can have the same tensors, such as DeiT and ViT.
+    Several networks can have the same tensors, such as DeiT and ViT; none is named if no class of
+    networks has even a tenth of the names.
 
     Args:
       shapes: of the checkpoint's tensors, by timm's name, in PyTorch's layout.
     """
     likeness = _likeness(shapes)
+    if max(likeness.values()) < 0.1:
+        return [], 0.0
     bound = 0.5 * max(likeness.values())
     dims = {side for shape in shapes.values() for side in shape}
 
@@ -137,7 +141,8 @@ def _likeness(shapes: Iterable[str]) -> dict[type, float]:
     likeness = {}
     for name, variant in MODELS.items():
         if variant.network not in likeness:
-            theirs = {_pattern(place) for place in _places_of(name)}
+            family = family_of(name)
+            theirs = {_pattern(timm_name(path, family)) for path in counts.tensors(name)}
             likeness[variant.network] = len(kinds & theirs) / len(kinds | theirs)
     return likeness
 

@@ -20,7 +20,7 @@ from xkd_jax.models import scan
 from xkd_jax.models.layers import add_logits, drop_path, layer_norm, recomputed
 from xkd_jax.models.variant import Variant
 from xkd_jax.models.vit import SIZES
-from xkd_jax.models.vit_layers import Grid, PatchEmbed, add_block, check_images
+from xkd_jax.models.vit_layers import Grid, Mlp, PatchEmbed, add_block, check_images
 
 # torch's trunc_normal_ truncates at an absolute +-2: with std 0.02 that is a plain normal.
 weight_init = nn.initializers.normal(0.02)
@@ -213,28 +213,6 @@ class Attention(nn.Module):
         return y.reshape(n, t, dim), (query, key, value), bias
 
 
-class Mlp(nn.Module):
-    """The two dense layers of a block, with the exact GELU between them.
-
-    `number` is the block's; only the initial weights depend on it.
-    """
-
-    hidden: int
-    number: int = 0
-    dtype: Any = jnp.float32
-
-    @nn.compact
-    def __call__(self, x: jax.Array) -> jax.Array:
-        """Maps `x` [..., D] to [..., D]."""
-        shape, dim = x.shape, x.shape[-1]
-        x = x.reshape(-1, dim)  # as one matrix: see `vit.Mlp`
-        x = nn.Dense(self.hidden, dtype=self.dtype, kernel_init=weight_init, name="fc1")(x)
-        x = nn.gelu(x, approximate=False)
-        init = residual_init(self.number)
-        x = nn.Dense(dim, dtype=self.dtype, kernel_init=init, name="fc2")(x)
-        return x.reshape(shape)
-
-
 class Block(nn.Module):
     """A pre-norm Transformer block; with `init_values`, each branch ends in a LayerScale.
 
@@ -274,7 +252,8 @@ class Block(nn.Module):
         y = scale_branch(self, "gamma_1", self.init_values, y)
         x = x + drop_path(self, y, rate, train)
         y = _layer_norm("norm2", dtype=self.dtype)(x)
-        y = Mlp(int(x.shape[-1] * self.mlp_ratio), self.number, self.dtype, name="mlp")(y)
+        hidden, init = int(x.shape[-1] * self.mlp_ratio), residual_init(self.number)
+        y = Mlp(hidden, self.dtype, last_init=init, name="mlp")(y)
         y = scale_branch(self, "gamma_2", self.init_values, y)
         return x + drop_path(self, y, rate, train), qkv, bias
 

@@ -18,7 +18,6 @@ from xkd_jax import errors
 from xkd_jax.augment.normalization import CLIP_MEAN, CLIP_STD
 from xkd_jax.models import scan
 from xkd_jax.models.beit import (
-    Mlp,
     add_blocks,
     add_outputs,
     attend,
@@ -32,7 +31,7 @@ from xkd_jax.models.beit import (
 from xkd_jax.models.layers import drop_path, layer_norm, recomputed
 from xkd_jax.models.variant import Variant
 from xkd_jax.models.vit import SIZES
-from xkd_jax.models.vit_layers import Grid, PatchEmbed
+from xkd_jax.models.vit_layers import Grid, Mlp, PatchEmbed
 
 _ROPE_TYPES = ("cat", "dinov3")
 _REFERENCE_SIDE = 16  # of EVA-02's grid in pretraining; the positions of others are scaled to it
@@ -191,11 +190,12 @@ class Block(nn.Module):
         y = scale_branch(self, "gamma_1", self.init_values, y)
         x = x + drop_path(self, y, rate, train)
         y = layer_norm("norm2", self.epsilon, self.dtype)(x)
-        hidden, last = int(x.shape[-1] * self.mlp_ratio), (self.number, self.dtype)
+        hidden = int(x.shape[-1] * self.mlp_ratio)
         if self.swiglu_mlp:
-            y = SwiGlu(hidden, self.scale_mlp, self.epsilon, *last, name="mlp")(y)
+            options = self.scale_mlp, self.epsilon, self.number, self.dtype
+            y = SwiGlu(hidden, *options, name="mlp")(y)
         else:
-            y = Mlp(hidden, *last, name="mlp")(y)
+            y = Mlp(hidden, self.dtype, last_init=residual_init(self.number), name="mlp")(y)
         y = scale_branch(self, "gamma_2", self.init_values, y)
         return x + drop_path(self, y, rate, train), qkv
 

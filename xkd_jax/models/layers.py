@@ -218,6 +218,19 @@ def classify(
     return nn.Dense(num_classes, dtype=jnp.float32, kernel_init=kernel_init, name=name)(x)
 
 
+class Head(nn.Module):
+    """timm's `ClassifierHead` after the pooling: dropout and the linear classifier."""
+
+    num_classes: int
+    drop_rate: float
+    kernel_init: Any
+
+    @nn.compact
+    def __call__(self, x: jax.Array, train: bool = False) -> jax.Array:
+        """Classifies `x` [N, C]: logits [N, num_classes] float32."""
+        return classify(x, self.num_classes, self.drop_rate, train, "fc", self.kernel_init)
+
+
 def max_pool(x: jax.Array, size: int, stride: int, padding: int = 0) -> jax.Array:
     """Maximum over windows of `x` [N, H, W, C], padded with -inf on every side."""
     pads: Any = ((padding, padding), (padding, padding))  # flax annotates only the string

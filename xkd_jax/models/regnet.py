@@ -15,7 +15,7 @@ from flax import linen as nn
 
 from xkd_jax import errors
 from xkd_jax.augment.normalization import CIFAR100_MEAN, CIFAR100_STD
-from xkd_jax.models.layers import BatchNorm, Conv, classify, drop_path, recomputed
+from xkd_jax.models.layers import BatchNorm, Conv, Head, drop_path, recomputed
 from xkd_jax.models.variant import Variant
 
 _STEM_CHANNELS = 32
@@ -156,18 +156,6 @@ class Stage(nn.Module):
         return x, pre
 
 
-class Head(nn.Module):
-    """Dropout and the linear classifier `fc`."""
-
-    num_classes: int
-    drop_rate: float
-
-    @nn.compact
-    def __call__(self, x: jax.Array, train: bool = False) -> jax.Array:
-        """Maps `x` [N, C] to logits [N, num_classes]."""
-        return classify(x, self.num_classes, self.drop_rate, train, "fc", _head_init)
-
-
 class RegNet(nn.Module):
     """A RegNetY of four stages.
 
@@ -235,7 +223,7 @@ class RegNet(nn.Module):
             first += depth
         out["pooled"] = jnp.mean(x, axis=(1, 2))
         if self.num_classes:
-            head = Head(self.num_classes, self.drop_rate, name="head")
+            head = Head(self.num_classes, self.drop_rate, _head_init, name="head")
             out["logits"] = head(out["pooled"], train)
         return out.get("logits"), out
 

@@ -14,7 +14,7 @@ from flax import linen as nn
 
 from xkd_jax import errors
 from xkd_jax.augment.normalization import CIFAR100_MEAN, CIFAR100_STD
-from xkd_jax.models.layers import BatchNorm, Conv, classify, drop_path, recomputed
+from xkd_jax.models.layers import BatchNorm, Conv, Head, drop_path, recomputed
 from xkd_jax.models.variant import Variant
 
 # Of the stem and the first stage; "cifar" drops both, so that 32x32 images end at 4x4.
@@ -70,18 +70,6 @@ class RepVGGBlock(nn.Module):
             return y
         identity = _norm(dtype=self.dtype, name="identity")(x, train)
         return drop_path(self, y, self.drop_path, train) + identity
-
-
-class Head(nn.Module):
-    """timm's `ClassifierHead` after the pooling: dropout and the linear classifier."""
-
-    num_classes: int
-    drop_rate: float
-
-    @nn.compact
-    def __call__(self, x: jax.Array, train: bool) -> jax.Array:
-        """Classifies `x` [N, C]: logits [N, num_classes] float32."""
-        return classify(x, self.num_classes, self.drop_rate, train, "fc", _head_init)
 
 
 class RepVGG(nn.Module):
@@ -143,7 +131,7 @@ class RepVGG(nn.Module):
             out[f"stage{stage + 1}"] = x
         out["pooled"] = jnp.mean(x, axis=(1, 2))
         if self.num_classes:
-            head = Head(self.num_classes, self.drop_rate, name="head")
+            head = Head(self.num_classes, self.drop_rate, _head_init, name="head")
             out["logits"] = head(out["pooled"], train)
         return out.get("logits"), out
 

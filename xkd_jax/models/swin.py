@@ -16,7 +16,7 @@ from flax import linen as nn
 
 from xkd_jax import errors
 from xkd_jax.models import scan
-from xkd_jax.models.layers import classify, drop_path, layer_norm, recomputed
+from xkd_jax.models.layers import Head, drop_path, layer_norm, recomputed
 from xkd_jax.models.variant import Variant
 from xkd_jax.models.vit_layers import Grid, Mlp, add_block, check_images, project_patches
 from xkd_jax.models.windows import find_regions, relative_position_index, score_bias
@@ -222,18 +222,6 @@ class Stage(nn.Module):
         return Block, {name: getattr(self, name) for name in names}
 
 
-class Head(nn.Module):
-    """timm's `ClassifierHead` after the pooling: dropout and the linear classifier."""
-
-    num_classes: int
-    drop_rate: float
-
-    @nn.compact
-    def __call__(self, x: jax.Array, train: bool = False) -> jax.Array:
-        """Classifies `x` [N, C]: logits [N, num_classes] float32."""
-        return classify(x, self.num_classes, self.drop_rate, train, "fc", _weight_init)
-
-
 class SwinTransformer(nn.Module):
     """timm's `SwinTransformer`, with its names and, except for drop_path_rate, its defaults.
 
@@ -303,7 +291,7 @@ class SwinTransformer(nn.Module):
         out["tokens"] = x
         out["pooled"] = jnp.mean(x, axis=1)
         if self.num_classes:
-            head = Head(self.num_classes, self.drop_rate, name="head")
+            head = Head(self.num_classes, self.drop_rate, _weight_init, name="head")
             out["logits"] = head(out["pooled"], train)
         return out.get("logits"), out
 

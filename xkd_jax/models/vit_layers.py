@@ -135,11 +135,15 @@ class Attention(nn.Module):
 
 
 class Mlp(nn.Module):
-    """The two dense layers of a block, with one of `ACTIVATIONS` between them."""
+    """The two dense layers of a block, with one of `ACTIVATIONS` between them.
+
+    `last_init` initialises the second one's weights.
+    """
 
     hidden: int
     dtype: Any = jnp.float32
     act_layer: str = "gelu"
+    last_init: Any = weight_init
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
@@ -150,7 +154,7 @@ class Mlp(nn.Module):
         x = x.reshape(-1, dim)
         x = nn.Dense(self.hidden, dtype=self.dtype, kernel_init=weight_init, name="fc1")(x)
         x = ACTIVATIONS[self.act_layer](x)
-        x = nn.Dense(dim, dtype=self.dtype, kernel_init=weight_init, name="fc2")(x)
+        x = nn.Dense(dim, dtype=self.dtype, kernel_init=self.last_init, name="fc2")(x)
         return x.reshape(shape)
 
 
