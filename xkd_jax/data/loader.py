@@ -15,6 +15,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from xkd_jax.data.decode import decode_crop
+from xkd_jax.data.detection_split import DetectionSplit, PaddedImages
 from xkd_jax.data.encoded import EncodedImages
 from xkd_jax.data.order import batch_indices, batch_views, view_generator
 from xkd_jax.data.source import Examples, Split
@@ -59,9 +60,9 @@ def batch_shapes(
     return sharding.shaped(shapes, sharding.over_batch(mesh))
 
 
-def resident_shapes(split: Split, mesh: Mesh) -> dict[str, jax.ShapeDtypeStruct]:
-    """The loader's `arrays`, as shapes with their shardings."""
-    if isinstance(split.images, EncodedImages):
+def resident_shapes(split: Split | DetectionSplit, mesh: Mesh) -> dict[str, jax.ShapeDtypeStruct]:
+    """The loader's `arrays`, as shapes with their shardings; empty if they stay on the host."""
+    if isinstance(split.images, EncodedImages | PaddedImages):
         return {}
     count, *shape = split.images.shape
     count += -count % mesh.shape["data"]

@@ -12,10 +12,11 @@ import jax.numpy as jnp
 import numpy as np
 from jax.experimental import multihost_utils
 
-from xkd_jax import __version__, data
+from xkd_jax import __version__
 from xkd_jax.analysis.flops import count_flops, count_parameters
 from xkd_jax.distributed import processes, sharding
 from xkd_jax.experiment import Experiment, load_split
+from xkd_jax.inputs import AnySplit
 from xkd_jax.methods.base import apply
 from xkd_jax.model import Model, merge_sources
 from xkd_jax.probing.monitor import create_monitor
@@ -88,7 +89,7 @@ def count_extra(experiment: Experiment) -> int:
     return sum(count_parameters(tree) for part, tree in params.items() if part != "student")
 
 
-def describe_teacher(experiment: Experiment, test: data.Split) -> dict[str, Any]:
+def describe_teacher(experiment: Experiment, test: AnySplit) -> dict[str, Any]:
     """As `describe`, for the teacher: once for all runs of a comparison or a table.
 
     With `teacher.cache` the scores are kept in its folder, for all runs that share it.
@@ -210,7 +211,7 @@ class Best:
 
 
 def describe(
-    model: Model, variables: Any, test: data.Split, experiment: Experiment
+    model: Model, variables: Any, test: AnySplit, experiment: Experiment
 ) -> dict[str, Any]:
     """The task's scores on `test` and, with `data.noisy`, noisy accuracy; parameters and FLOPs.
 
