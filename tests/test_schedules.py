@@ -67,7 +67,7 @@ def test_a_warm_up_in_steps_begins_at_a_part_of_the_rate():
 
 
 def test_a_warm_up_longer_than_the_run_or_given_twice_is_refused():
-    with pytest.raises(UserError, match="warmup_steps is 2000, but .* the run's steps, 2000"):
+    with pytest.raises(UserError, match=r"warmup_steps is 2000, but .* the run's steps, 2000"):
         rates([0], warmup_steps=2000)
     with pytest.raises(UserError, match=r"warmup_epochs=1.0 and .*warmup_steps=5 both give"):
         rates([0], warmup_steps=5, warmup_epochs=1.0)

@@ -53,13 +53,14 @@ AT_LEAST = {
     "teacher.cache_views": 0,
 }
 
-# Fields without an effect on detectors, and their neutral values.
+# Fields that detectors don't know, and their neutral values.
 _NOT_OF_DETECTORS: dict[str, Any] = {
     "image_size": 0,
     "crop_pct": 0.0,
     "label_smoothing": 0.0,
     "layer_decay": 1.0,
     "seeds": (),
+    "pictures": False,
     "augment.crop_padding": 0,
     "data.noisy": False,
     "data.labels": True,
@@ -141,8 +142,8 @@ def _check_task(config: Config) -> None:
         value = functools.reduce(getattr, field.split("."), config)
         if value != neutral:
             raise UserError(
-                f"{field}={value!r} does nothing for detectors, which see whole images, padded and "
-                f"at most mirrored; set it to {neutral!r}."
+                f"{field}={value!r} is not for detectors, whose images are resized, padded and at "
+                f"most mirrored; set it to {neutral!r}."
             )
     if config.data.min_size > config.data.max_size:
         raise UserError(
