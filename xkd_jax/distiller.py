@@ -116,7 +116,8 @@ class Distiller:
         Args:
           state: from `init` or the previous step; donated.
           images: [N, H, W, 3], uint8 or float in [0, 1].
-          labels: int [N].
+          labels: int [N]; or, of a detector, what else its batch has: `size`, `boxes`, `classes` and,
+            with masks, `masks`.
           index: int [N], indices of the examples in the training set, for methods with a memory
             bank.
 
@@ -135,7 +136,8 @@ class Distiller:
                 f"{self.mesh.size * self.accumulate}."
             )
         index = jnp.zeros(len(images), jnp.int32) if index is None else index
-        batch = {"image": images, "label": labels, "index": index}
+        labels = labels if isinstance(labels, dict) else {"label": labels}
+        batch = {"image": images, "index": index, **labels}
         batch = {name: jnp.asarray(array) for name, array in batch.items()}
         batch = jax.device_put(batch, self.shardings.batch)
         state, metrics = self._step(state, self.teacher_variables, batch)
@@ -209,8 +211,8 @@ def train_step(
       distiller: everything that is constant; static.
       state: the training state.
       teacher_variables: the frozen teacher's variables.
-      batch: `image` [N, H, W, 3], uint8 or float in [0, 1]; `label` [N]; `index` [N], the examples'
-        indices in the training set. With fixed views, `view` [N], see `augment.fixed`. If the
+      batch: `image` [N, H, W, 3], uint8 or float in [0, 1]; `label` [N], or what a detector's loader
+        yields; `index` [N], the examples' indices in the training set. With fixed views, `view` [N], see `augment.fixed`. If the
         teacher is cached, its outputs by name under `teacher.CACHED`; `teacher_variables` are then
         the outputs that are the same for all images.
 

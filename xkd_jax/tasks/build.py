@@ -40,7 +40,7 @@ def create_task(config: Config) -> Task:
             f"freeze={config.freeze} counts the four stages of a ResNet or ResNeXt, but the "
             f"backbone is {name}; set it to at most 4 for a ResNet, and to 0 for others."
         )
-    return Detection(config.freeze)
+    return Detection(config.freeze, _has_masks(config))
 
 
 def open_split(config: Config, split: str, training: bool) -> DetectionSplit:
@@ -54,8 +54,7 @@ def open_split(config: Config, split: str, training: bool) -> DetectionSplit:
     Raises:
       UserError: as for `coco.open_split`.
     """
-    options, args = config.data, config.student.args.to_dict()
-    masks = models.create_model(config.student.model, num_classes=1, **args).mask
+    options, masks = config.data, _has_masks(config)
     frame = Frame(options.min_size, options.max_size)
     return _cached_open(options.name, split, frame, training, masks, options.on_error)
 
@@ -67,9 +66,18 @@ def _cached_open(
     return coco.open_split(name, split, frame, training=training, masks=masks, on_error=on_error)
 
 
+def _has_masks(config: Config) -> bool:
+    return _arguments(config)["mask"]
+
+
+def _arguments(config: Config) -> dict[str, Any]:
+    """Those of the student that its name and the config give."""
+    return models.DETECTORS[config.student.model].args | config.student.args.to_dict()
+
+
 def _backbone(config: Config) -> tuple[str, dict[str, Any]]:
     """The name and the arguments of the student's backbone."""
-    args = models.DETECTORS[config.student.model].args | config.student.args.to_dict()
+    args = _arguments(config)
     return args["backbone"], dict(args.get("backbone_args", {}))
 
 

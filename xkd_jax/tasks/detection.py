@@ -34,9 +34,11 @@ class Detection(Task):
     Attributes:
       frozen_stages: this many stages of the backbone, a ResNet's, and its stem keep their values;
         0: none.
+      masks: whether masks are evaluated, of models that have some.
     """
 
     frozen_stages: int = 0
+    masks: bool = False
 
     @override
     def check(self, method, teacher, student):
@@ -141,7 +143,7 @@ class Detection(Task):
     def evaluate(self, model, variables, split, mesh, noisy=False):
         """Average precision (COCO's) of boxes and, as `mask_AP` ..., of masks, in [0, 1]."""
         del noisy  # refused by `validation`
-        masks = model.module.mask
+        masks = self.masks and model.module.mask
         found = evaluate_detector(create_detect_step(model), variables, split, mesh, masks)
         scores = dict(found["bbox"])
         if masks:
