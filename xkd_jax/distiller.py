@@ -116,8 +116,8 @@ class Distiller:
         Args:
           state: from `init` or the previous step; donated.
           images: [N, H, W, 3], uint8 or float in [0, 1].
-          labels: int [N]; or, of a detector, what else its batch has: `size`, `boxes`, `classes` and,
-            with masks, `masks`.
+          labels: int [N]; for a detector the `size`, `boxes`, `classes` and perhaps `masks` of the
+            images, see `data.detection_loader`.
           index: int [N], indices of the examples in the training set, for methods with a memory
             bank.
 
@@ -211,10 +211,11 @@ def train_step(
       distiller: everything that is constant; static.
       state: the training state.
       teacher_variables: the frozen teacher's variables.
-      batch: `image` [N, H, W, 3], uint8 or float in [0, 1]; `label` [N], or what a detector's loader
-        yields; `index` [N], the examples' indices in the training set. With fixed views, `view` [N], see `augment.fixed`. If the
-        teacher is cached, its outputs by name under `teacher.CACHED`; `teacher_variables` are then
-        the outputs that are the same for all images.
+      batch: `image` [N, H, W, 3], uint8 or float in [0, 1]; `index` [N], the examples' indices in
+        the training set; `label` [N], or a detector's targets, see `data.detection_loader`. With
+        fixed views, `view` [N], see `augment.fixed`. If the teacher is cached, its outputs by name
+        under `teacher.CACHED`; `teacher_variables` are then the outputs that are the same for all
+        images.
 
     Returns:
       The new state and the step's metrics: scalars, and `nan_guard.FLAGS` of the gradients.
