@@ -28,6 +28,7 @@ from xkd_jax.methods import IMAGENET
 SMALL = {
     "backbone": "resnet18",
     "backbone_args": {"width": 0.25},
+    "fpn_width": 64,
     "anchor_sizes": (8, 16, 32, 64, 128),
     "rpn_pre_nms_train": 200,
     "rpn_pre_nms_test": 200,

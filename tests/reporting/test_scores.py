@@ -22,15 +22,12 @@ def run(request, tmp_path):
     summary = {"student": student | request.param, "teacher": teacher}
     write_run(tmp_path, 0.0, summary=summary)
     (tmp_path / "data.json").write_text(json.dumps({"train": {"class_names": ["cat", "dog"]}}))
-    lines = [
-        {"step": 2, "label_loss": 1.0},
-        {"step": 2, "eval_AP": 0.2},
-        {"step": 4, "eval_AP": 0.3},
-    ]
-    if "mask_AP" in request.param:
-        lines += [{"step": 2, "eval_mask_AP": 0.1}, {"step": 4, "eval_mask_AP": 0.05}]
+    masks = "mask_AP" in request.param
+    lines = [{"step": 2, "label_loss": 1.0}]
+    for step, box, mask in ((2, 0.2, 0.1), (4, 0.3, 0.05)):
+        lines.append({"step": step, "eval_AP": box} | ({"eval_mask_AP": mask} if masks else {}))
     (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-    return tmp_path, "mask_AP" in request.param
+    return tmp_path, masks
 
 
 def test_runs_are_compared_by_the_first_score_that_they_have(run):

@@ -10,6 +10,7 @@ SIDE, CLASSES = 128, 2
 TINY = {
     "backbone": "resnet18",
     "backbone_args": {"width": 0.125, "layers": (1, 1, 1, 1)},
+    "fpn_width": 16,
     "anchor_sizes": (8, 16, 32, 64, 128),
     "rpn_pre_nms_train": 64,
     "rpn_pre_nms_test": 64,

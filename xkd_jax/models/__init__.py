@@ -79,7 +79,8 @@ def create_model(name: str, *, num_classes: int, dtype: Any = jnp.float32, **arg
 
     A model of the kind "detector" returns `Detections` in place of logits. Its arguments are the
     fields of `detection.detector.Detector`, and: `backbone`, the name of a CNN; `backbone_args`,
-    that network's arguments; and `frozen_norm=False`, if its BatchNorm is to be trained.
+    that network's arguments; `frozen_norm=False`, if its BatchNorm is to be trained; and
+    `fpn_width`, the channels of its pyramid, 256 by default.
 
     Args:
       name: a key of `NETWORKS`: of `MODELS`, or of `DETECTORS`.
@@ -97,7 +98,7 @@ def create_model(name: str, *, num_classes: int, dtype: Any = jnp.float32, **arg
     variant = NETWORKS[name]
     args = {**variant.args, **args}
     fields = {field.name for field in dataclasses.fields(variant.network)} - {"parent", "name"}
-    known = fields | ({"backbone_args", "frozen_norm"} if name in DETECTORS else set())
+    known = fields | ({"backbone_args", "frozen_norm", "fpn_width"} if name in DETECTORS else set())
     for arg in args:
         if arg not in known:
             raise errors.unknown(f"{name} argument", arg, known)
@@ -105,7 +106,7 @@ def create_model(name: str, *, num_classes: int, dtype: Any = jnp.float32, **arg
         args["backbone"] = _create_backbone(
             args["backbone"],
             args.pop("backbone_args", {}),
-            args.pop("frozen_norm", True),
+            (args.pop("frozen_norm", True), args.pop("fpn_width", 256)),
             dtype,
         )
         if num_classes < 1:
@@ -115,9 +116,15 @@ def create_model(name: str, *, num_classes: int, dtype: Any = jnp.float32, **arg
 
 
 def _create_backbone(
-    name: str, args: Mapping[str, Any], frozen_norm: bool, dtype: Any
+    name: str, args: Mapping[str, Any], options: tuple[bool, int], dtype: Any
 ) -> nn.Module:
     """A detector's backbone, the CNN called `name` without its classifier.
+
+    Args:
+      name: the CNN's.
+      args: the CNN's.
+      options: fields of `Backbone`: `frozen_norm` and `width`.
+      dtype: as for `create_model`.
 
     Raises:
       UserError: the network or an argument is unknown, or it isn't a CNN.
@@ -129,7 +136,7 @@ def _create_backbone(
         raise errors.UserError(
             f"the backbone {name} is a Transformer; a detector needs a CNN, such as resnet50."
         )
-    return Backbone(body, frozen_norm, dtype)
+    return Backbone(body, *options, dtype)
 
 
 def _hashable(value: Any) -> Any:

@@ -62,10 +62,12 @@ class Backbone(nn.Module):
 
     With `frozen_norm`, BatchNorm in `body` is a constant affine map (torchvision's
     `FrozenBatchNorm2d`): running statistics in training too, and no gradients of scale and bias.
+    `width` is the number of channels of the pyramid.
     """
 
     body: nn.Module
     frozen_norm: bool = True
+    width: int = 256
     dtype: Any = jnp.float32
 
     @nn.compact
@@ -76,4 +78,4 @@ class Backbone(nn.Module):
         with frozen_batch_norm() if self.frozen_norm else contextlib.nullcontext():
             _, out = self.body(images, train=train)  # pyright: ignore[reportCallIssue]
         stages = [out[f"stage{i}"] for i in range(1, 5)]
-        return FeaturePyramid(dtype=self.dtype, name="fpn")(stages), out
+        return FeaturePyramid(self.width, self.dtype, name="fpn")(stages), out
