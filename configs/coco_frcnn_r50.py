@@ -40,8 +40,33 @@ SMALL = {
 }
 
 
+def overfit(config: Config) -> None:
+    """A small detector that learns a hundred images by heart, from random weights."""
+    config.epochs = 100
+    config.batch_size = 5
+    config.student.weights = ""
+    config.student.args = SMALL | {
+        "backbone_args": {"width": 0.5},
+        "rpn_pre_nms_train": 500,
+        "rpn_pre_nms_test": 500,
+        "rpn_post_nms_train": 300,
+        "rpn_post_nms_test": 200,
+        "rpn_samples": 128,
+        "box_samples": 64,
+        "max_detections": 100,
+    }
+    config.freeze = 0
+    config.data.train = config.data.eval = config.data.test = "train2017"
+    config.data.update(min_size=256, max_size=320, max_objects=50, workers=0)
+    config.augment.flip = False
+    config.eval_every = 25
+    config.optimizer.clip_norm = 10.0
+    config.schedule.name = "cosine"
+    config.schedule.warmup_steps = 100
+
+
 def get_config(variant: str = "") -> Config:
-    common.check_variant(variant, ("2x", "smoke"))
+    common.check_variant(variant, ("2x", "overfit", "smoke"))
     config = default_config()
     config.epochs = 12
     config.batch_size = 16
@@ -66,6 +91,8 @@ def get_config(variant: str = "") -> Config:
     if variant == "2x":
         config.epochs = 26
         config.schedule.boundaries = (16, 22)
+    if variant == "overfit":
+        overfit(config)
     if variant == "smoke":
         common.smoke(config, epochs=1, log_every=1, train="train2017[:8]", test="val2017[:4]")
         common.untrained_teacher(config, "vit_tiny_patch16_224", img_size=96, depth=2)

@@ -188,10 +188,10 @@ def _data_defaults() -> ConfigDict:
             "feed": "auto",
             "repeats": 1,  # times each example appears per epoch: repeated augmentation
             "workers": 0,  # worker processes that decode for "host"; 0: threads
-            # Of "coco:DIR": images are resized so that the shorter side has `min_size` pixels,
-            # unless the longer one would then have more than `max_size`, and padded to a square.
+            # Of "coco:DIR": pixels that the shorter side of an image is resized to, unless the
+            # longer one would then exceed `max_size`; the image is padded to a square.
             "min_size": 800,
-            "max_size": 1333,
+            "max_size": 1333,  # see `min_size`; the square's side is the next multiple of 32
             "max_objects": 100,  # of "coco:DIR": objects of an image to train on, the largest
         }
     )
