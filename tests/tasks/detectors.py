@@ -1,6 +1,5 @@
 """Tiny detectors, teachers and batches for them."""
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 
@@ -45,8 +44,3 @@ def batch_of(count=2, objects=3):
         "boxes": jnp.asarray(boxes),
         "classes": jnp.asarray(classes),
     }
-
-
-def trees_equal(a, b):
-    """For each leaf, whether both trees have the same bits."""
-    return jax.tree.map(lambda x, y: np.array_equal(np.asarray(x), np.asarray(y)), a, b)
