@@ -1,4 +1,7 @@
-"""Data sets of objects in COCO's format: DIR/SPLIT/*.jpg and DIR/annotations/instances_SPLIT.json."""
+"""Data sets of objects in COCO's format.
+
+DIR/SPLIT/ holds the images of a split, and DIR/annotations/instances_SPLIT.json their objects.
+"""
 
 import dataclasses
 import os
@@ -123,12 +126,13 @@ def _usable(about: Annotations, masks: bool, on_error: str) -> np.ndarray:
         shown = ", ".join(faults[:_SHOWN])
         more = f", and {len(faults) - _SHOWN} more" if len(faults) > _SHOWN else ""
         count = len(about.boxes) + len(about.faults)
-        what = f"{len(faults)} of {count} annotations in {about.path} that can't be used: {shown}{more}"
+        what = f"{len(faults)} of {count} annotations in {about.path} that can't be used"
         if on_error == "stop":
             raise UserError(
-                f"found {what}; repair the file, or leave them out with data.on_error=skip."
+                f"found {what}: {shown}{more}; repair the file, or leave them out with "
+                f"data.on_error=skip."
             )
-        _say(f"left out {what}.")
+        _say(f"left out {what}: {shown}{more}.")
     return usable & _with_area(about)
 
 
