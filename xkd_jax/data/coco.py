@@ -20,8 +20,8 @@ from xkd_jax.data.source import parse_split
 from xkd_jax.errors import UserError, unknown
 
 _PREFIX, _SUFFIX = "instances_", ".json"
-# An image all of whose boxes are narrower is not trained on, as in torchvision's references.
-_NARROW = 1.0  # pixels
+# An image whose boxes are all thinner is not trained on, as in torchvision's references.
+_THIN = 1.0  # pixels
 _FLAT = 0.01  # pixels: a thinner box has no area
 _ROUNDING = 0.5  # pixels by which a box may leave its image without being counted
 _SHOWN = 5  # annotations named in a message
@@ -166,7 +166,7 @@ def _with_objects(
     sides = about.corners[:, 2:] - about.corners[:, :2]
     objects = usable & ~about.crowd
     if training:
-        objects &= np.any(sides > _NARROW, axis=1)
+        objects &= np.all(sides > _THIN, axis=1)
     counts = np.bincount(about.owners[objects], minlength=len(about.files))
     kept = rows[counts[rows] > 0]
     if not len(kept):
