@@ -68,9 +68,10 @@ def test_a_case_by_hand(two):
     )["bbox"]
     # Precision 1 up to a recall of 1/3, 34 of COCO's 101 points, then 2/3 up to 2/3: 33 points.
     expected = (34 * 1 + 33 * 2 / 3) / 101
+    # All objects are medium; the wrong box isn't, and only counts among all sizes.
+    medium = 67 / 101
     assert score == pytest.approx(
-        # Medium: two of the objects, 40 x 40 and 50 x 50, as is 30 x 40. None is small or large.
-        {"AP": expected, "AP50": expected, "AP75": expected, "APm": score["APm"]}
+        {"AP": expected, "AP50": expected, "AP75": expected, "APm": medium}
     )
 
 
@@ -204,12 +205,14 @@ def alone(tmp_path_factory):
 def test_every_image_is_evaluated_once(alone):
     """Five images in batches of four, one of them with an object of another class."""
     scores = alone(1, masks=True)
-    # By score: right, right, right, wrong (48 x 48), right; and class 3 is never found. The second
-    # image of 2400 square pixels comes after the first one, or the other way round.
-    expected = (76 * 1 + 25 * 4 / 5) / 101 / 2
-    assert scores["bbox"]["AP"] == pytest.approx(expected)
-    assert 0.9 * expected < scores["segm"]["AP"] <= expected
-    assert alone(3)["bbox"]["AP"] < 0.25
+    # The smallest first: right, right, wrong, right, right; and class 3 is never found. Precision 1
+    # up to a recall of 1/2, 51 of COCO's 101 points, then 4/5.
+    expected = (51 * 1 + 50 * 4 / 5) / 101 / 2
+    assert {kind: score["AP"] for kind, score in scores.items()} == {
+        "bbox": pytest.approx(expected),
+        "segm": pytest.approx(expected),
+    }
+    assert alone(3)["bbox"]["AP"] == pytest.approx(1 / 3 / 2)
     assert alone(2)["bbox"]["AP"] == 0
 
 
