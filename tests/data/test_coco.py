@@ -16,6 +16,7 @@ from tests.data.test_folder import picture
 from xkd_jax import data
 from xkd_jax.data.coco import check_categories, open_split
 from xkd_jax.data.frame import Frame
+from xkd_jax.data.masks import box_mask, decode
 from xkd_jax.errors import UserError
 
 FRAME = Frame(48, 64)
@@ -97,7 +98,7 @@ def test_boxes_beyond_the_image(tmp_path, capsys):
                        "categories": coco_files.CATEGORIES})  # fmt: skip
     split = opened(tmp_path)
     assert split.objects(0).boxes.tolist() == [[0, 2, 10, 11], [2, 2, 20, 11]]
-    expected = "clipped 1 boxes to their images and left out 3 boxes without an area, of 5.\n"
+    expected = "json: of 5 boxes, 1 clipped to the image and 3 without an area left out.\n"
     assert expected in capsys.readouterr().err
 
 
@@ -169,7 +170,9 @@ def test_many_wrong_annotations_are_counted(shapes):
     rewrite(shapes, found)
     with pytest.raises(UserError, match=r"found 11 of 11 .* category, 55, and 6 more; repair"):
         opened(shapes)
-    with pytest.raises(UserError, match="none of the 5 images of 'train2017' has an object"):
+    with pytest.raises(
+        UserError, match=r"no image of 'train2017' has an object in .*; take another"
+    ):
         opened(shapes, on_error="skip", training=False)
 
 
@@ -211,7 +214,7 @@ def text_width(found):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (no_annotations, r"none of the 5 images of 'train2017' has an object in .*\.json; take"),
+        (no_annotations, r"no image of 'train2017' has an object in .*\.json; take another"),
         (drop("categories"), r"train2017\.json has no list 'categories'; .* images, annotations, "),
         (drop("annotations"), r"train2017\.json has no list 'annotations'; it should be"),
         (no_images, r"has no images; export it again with at least one\.$"),
@@ -314,6 +317,14 @@ def test_damaged_images_stop_or_are_skipped(shapes, capsys, damage, message):
     assert "left out 1 of 5 images, which are damaged" in capsys.readouterr().err
 
 
+def test_objects_of_damaged_images_alone_are_none(tmp_path):
+    write(tmp_path, [image(1, (20, 20)), image(2, (20, 20))], [rectangle(1, 1, (2, 2, 9, 9))])
+    remove(tmp_path / "train2017/001.png")
+    for training, message in ((False, "no image of 'train2017'"), (True, "found 1 of 1 images")):
+        with pytest.raises(UserError, match=message):
+            opened(tmp_path, training=training, on_error="skip")
+
+
 @pytest.mark.parametrize("upright", [True, False])
 def test_photographs_that_lie_on_their_side(tmp_path, upright):
     """Annotated as they are shown, or as they are stored."""
@@ -328,3 +339,26 @@ def test_photographs_that_lie_on_their_side(tmp_path, upright):
         1 / 6 if upright else 1 / 3, abs=0.03
     )
     assert (found[30, 62] > 190).all() == upright
+
+
+@pytest.mark.slow
+@pytest.mark.skipif("XKD_JAX_TEST_COCO" not in os.environ, reason="needs a sample of COCO")
+def test_real_photographs():
+    """Every image of a sample can be decoded, and every mask reproduced from its box's cells."""
+    pytest.importorskip("pycocotools", reason="needs the extra detection")
+    root, frame = os.environ["XKD_JAX_TEST_COCO"], Frame(320, 512)
+    split = open_split(f"coco:{root}", "val2017", frame, training=False, masks=True)
+    assert split.num_classes == 80
+    assert split.images[:].shape == (len(split), 512, 512, 3)
+    overlaps = []
+    for index in range(len(split)):
+        boxes, _, rows = split.objects(index)
+        for box, row in zip(boxes, rows, strict=True):
+            mask = decode(split.run_lengths(index, row)).astype(bool)
+            x1, y1, x2, y2 = box
+            cells = box_mask(mask, box, 112) > 127
+            down = np.floor((np.arange(len(mask)) + 0.5 - y1) * 112 / (y2 - y1)).astype(int)
+            across = np.floor((np.arange(mask.shape[1]) + 0.5 - x1) * 112 / (x2 - x1)).astype(int)
+            again = cells[np.clip(down, 0, 111)][:, np.clip(across, 0, 111)]
+            overlaps.append(np.sum(again & mask) / np.sum(again | mask))
+    assert np.mean(overlaps) > 0.95

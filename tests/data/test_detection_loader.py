@@ -11,6 +11,7 @@ from xkd_jax.data.coco import open_split
 from xkd_jax.data.detection_loader import DetectionLoader, detection_batch_shapes
 from xkd_jax.data.frame import Frame
 from xkd_jax.data.loader import Order
+from xkd_jax.data.masks import decode
 from xkd_jax.data.order import batch_indices
 from xkd_jax.distributed import sharding
 
@@ -115,8 +116,6 @@ def test_without_flips_the_masks_are_those_of_the_file(create, split):
     for batch in take(create(flip=False, mask_size=112), 0, 4):
         for n, index in enumerate(batch["index"].tolist()):
             for place, row in enumerate(split.objects(index).rows):
-                from xkd_jax.data.masks import decode
-
                 mask = decode(split.run_lengths(index, row)).astype(bool)
                 height, width = mask.shape
                 x1, y1, x2, y2 = split.objects(index).boxes[place]
@@ -162,7 +161,8 @@ def test_the_largest_of_too_many_objects_are_kept(tmp_path, mesh, capsys):
     write(tmp_path, [image(1, (48, 48)), image(2, (48, 48))], [*objects, rectangle(9, 2, boxes[0])])
     split = open_split(f"coco:{tmp_path}", "train2017", Frame(48, 48), training=True)
     loader = DetectionLoader(split, mesh, Order(2, 2, seed=0), max_objects=2, flip=False)
-    assert "1 images have more than data.max_objects=2 objects, up to 4" in capsys.readouterr().err
+    said = "images with more than data.max_objects=2 objects: 1, with up to 4; only the largest"
+    assert said in capsys.readouterr().err
     (batch,) = take(loader, 0, 1)
     found = batch["boxes"][batch["classes"].sum(axis=1).argmax()] * 48 / batch["size"][0, 0]
     assert found.tolist() == [[20, 20, 30, 30], [30, 2, 42, 11]]

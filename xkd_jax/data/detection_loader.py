@@ -71,8 +71,8 @@ class DetectionLoader:
         counts = split.count_objects()
         if np.any(counts > max_objects):
             tqdm.tqdm.write(
-                f"xkd_jax: {np.sum(counts > max_objects)} images have more than "
-                f"data.max_objects={max_objects} objects, up to {np.max(counts)}; only the largest "
+                f"xkd_jax: images with more than data.max_objects={max_objects} objects: "
+                f"{np.sum(counts > max_objects)}, with up to {np.max(counts)}; only the largest "
                 f"are kept.",
                 file=sys.stderr,
             )

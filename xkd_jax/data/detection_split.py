@@ -76,12 +76,12 @@ class DetectionSplit:
         """The number of classes, without the background."""
         return len(self.class_names)
 
-    @property
+    @functools.cached_property
     def image_ids(self) -> np.ndarray:
         """The file's ids of the images, int64 [n]."""
         return self.annotations.image_ids[self.rows]
 
-    @property
+    @functools.cached_property
     def original_sizes(self) -> np.ndarray:
         """Height and width of the image files in pixels, int64 [n, 2]."""
         return self.annotations.sizes[self.rows]
