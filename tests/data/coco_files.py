@@ -83,3 +83,21 @@ def write_shapes(root: Path, split: str = "train2017") -> Path:
     crowd = {"size": list(SIZES[6]), "counts": [0, 60, 3540]}  # the first column
     annotations.append(rectangle(30, 6, (0, 0, 1, 60), iscrowd=1, segmentation=crowd))
     return write(root, [image(*entry) for entry in SIZES.items()], annotations, split)
+
+
+def in_image(cells: np.ndarray, box: np.ndarray, height: int, width: int) -> np.ndarray:
+    """The mask of a box, uint8 [m, m], in the whole image, by nearest neighbours: bool."""
+    size = len(cells)
+    across, down = (
+        np.floor((np.arange(side) + 0.5 - box[i]) * size / (box[i + 2] - box[i])).astype(int)
+        for i, side in enumerate((width, height))
+    )
+    found = np.zeros((height, width), bool)
+    rows, columns = (np.flatnonzero((at >= 0) & (at < size)) for at in (down, across))
+    found[np.ix_(rows, columns)] = cells[np.ix_(down[rows], across[columns])] > 127
+    return found
+
+
+def overlap(first: np.ndarray, second: np.ndarray) -> float:
+    """The intersection of two masks divided by their union."""
+    return np.sum(first & second) / np.sum(first | second)

@@ -11,7 +11,16 @@ import pytest
 from PIL import Image
 
 from tests.data import coco_files
-from tests.data.coco_files import SIZES, image, rectangle, rewrite, write, write_shapes
+from tests.data.coco_files import (
+    SIZES,
+    image,
+    in_image,
+    overlap,
+    rectangle,
+    rewrite,
+    write,
+    write_shapes,
+)
 from tests.data.test_folder import picture
 from xkd_jax import data
 from xkd_jax.data.coco import check_categories, open_split
@@ -355,10 +364,6 @@ def test_real_photographs():
         boxes, _, rows = split.objects(index)
         for box, row in zip(boxes, rows, strict=True):
             mask = decode(split.run_lengths(index, row)).astype(bool)
-            x1, y1, x2, y2 = box
-            cells = box_mask(mask, box, 112) > 127
-            down = np.floor((np.arange(len(mask)) + 0.5 - y1) * 112 / (y2 - y1)).astype(int)
-            across = np.floor((np.arange(mask.shape[1]) + 0.5 - x1) * 112 / (x2 - x1)).astype(int)
-            again = cells[np.clip(down, 0, 111)][:, np.clip(across, 0, 111)]
-            overlaps.append(np.sum(again & mask) / np.sum(again | mask))
+            again = in_image(box_mask(mask, box, 112), box, *mask.shape)
+            overlaps.append(overlap(again, mask))
     assert np.mean(overlaps) > 0.95

@@ -6,7 +6,16 @@ import jax
 import numpy as np
 import pytest
 
-from tests.data.coco_files import COLOURS, SIZES, image, rectangle, write, write_shapes
+from tests.data.coco_files import (
+    COLOURS,
+    SIZES,
+    image,
+    in_image,
+    overlap,
+    rectangle,
+    write,
+    write_shapes,
+)
 from xkd_jax.data.coco import open_split
 from xkd_jax.data.detection_loader import DetectionLoader, detection_batch_shapes
 from xkd_jax.data.frame import Frame
@@ -77,22 +86,6 @@ def has_colour(pixels, category):
     return np.abs(pixels.astype(int) - COLOURS[category]).max(axis=-1) < 128
 
 
-def overlap(first, second):
-    return np.sum(first & second) / np.sum(first | second)
-
-
-def in_image(mask, box):
-    """The mask of a box in the whole image, by nearest neighbours; bool [SIDE, SIDE]."""
-    across, down = (
-        np.floor((np.arange(SIDE) + 0.5 - box[i]) * MASK / (box[i + 2] - box[i])).astype(int)
-        for i in (0, 1)
-    )
-    found = np.zeros((SIDE, SIDE), bool)
-    rows, columns = (np.flatnonzero((at >= 0) & (at < MASK)) for at in (down, across))
-    found[np.ix_(rows, columns)] = mask[np.ix_(down[rows], across[columns])] > 127
-    return found
-
-
 def test_boxes_and_masks_lie_on_their_objects(create, split):
     """Whatever the image's size and whether or not it is mirrored."""
     mirrored = {}
@@ -104,7 +97,7 @@ def test_boxes_and_masks_lie_on_their_objects(create, split):
                 rows, columns = (np.flatnonzero(shown.any(axis=axis)) for axis in (1, 0))
                 edges = [columns[0], rows[0], columns[-1] + 1, rows[-1] + 1]
                 np.testing.assert_allclose(box, edges, atol=2.5 if category == 7 else 1.1)
-                assert overlap(in_image(batch["masks"][n, place], box), shown) > 0.9
+                assert overlap(in_image(batch["masks"][n, place], box, SIDE, SIDE), shown) > 0.9
             original = split.objects(index).boxes[0] * (width / split.original_sizes[index, 1])
             is_mirrored = abs(batch["boxes"][n, 0, 0] - original[0]) > 2
             mirrored.setdefault(index, set()).add(is_mirrored)
@@ -117,14 +110,8 @@ def test_without_flips_the_masks_are_those_of_the_file(create, split):
         for n, index in enumerate(batch["index"].tolist()):
             for place, row in enumerate(split.objects(index).rows):
                 mask = decode(split.run_lengths(index, row)).astype(bool)
-                height, width = mask.shape
-                x1, y1, x2, y2 = split.objects(index).boxes[place]
-                cells = batch["masks"][n, place] > 127
-                down = np.floor((np.arange(height) + 0.5 - y1) * 112 / (y2 - y1)).astype(int)
-                across = np.floor((np.arange(width) + 0.5 - x1) * 112 / (x2 - x1)).astype(int)
-                again = cells[np.clip(down, 0, 111)][:, np.clip(across, 0, 111)]
-                again[(down < 0) | (down > 111)] = False
-                again[:, (across < 0) | (across > 111)] = False
+                box = split.objects(index).boxes[place]
+                again = in_image(batch["masks"][n, place], box, *mask.shape)
                 assert overlap(again, mask) > 0.97
 
 

@@ -5,6 +5,7 @@ import json
 import numpy as np
 import pytest
 
+from tests.data.coco_files import in_image
 from xkd_jax.data import masks
 from xkd_jax.errors import UserError
 
@@ -101,11 +102,9 @@ def test_cells_hold_the_share_that_is_covered():
 
 
 def test_cells_hold_the_mask(blob):
-    x1, y1, x2, y2 = box = np.array([5, 10, 50, 33])
+    box = np.array([5, 10, 50, 33])
     cells = masks.box_mask(blob, box, 112)
-    rows = ((np.arange(y1, y2) + 0.5 - y1) * 112 / (y2 - y1)).astype(int)
-    columns = ((np.arange(x1, x2) + 0.5 - x1) * 112 / (x2 - x1)).astype(int)
-    np.testing.assert_array_equal(cells[np.ix_(rows, columns)] > 127, blob[y1:y2, x1:x2])
+    np.testing.assert_array_equal(in_image(cells, box, HEIGHT, WIDTH), blob)
 
 
 def test_a_pasted_mask_covers_the_box():
