@@ -1,4 +1,7 @@
-"""Data sets of objects in COCO's format: DIR/SPLIT/*.jpg and DIR/annotations/instances_SPLIT.json."""
+"""Data sets of objects in COCO's format.
+
+DIR/SPLIT/ holds the images of a split, and DIR/annotations/instances_SPLIT.json their objects.
+"""
 
 import dataclasses
 import os
@@ -17,8 +20,8 @@ from xkd_jax.data.source import parse_split
 from xkd_jax.errors import UserError, unknown
 
 _PREFIX, _SUFFIX = "instances_", ".json"
-# An image all of whose boxes are narrower is not trained on, as in torchvision's references.
-_NARROW = 1.0  # pixels
+# An image whose boxes are all thinner is not trained on, as in torchvision's references.
+_THIN = 1.0  # pixels
 _FLAT = 0.01  # pixels: a thinner box has no area
 _ROUNDING = 0.5  # pixels by which a box may leave its image without being counted
 _SHOWN = 5  # annotations named in a message
@@ -57,7 +60,9 @@ def open_split(
     about = read_annotations(root / "annotations" / f"{_PREFIX}{wanted}{_SUFFIX}")
     _, start, stop = parse_split(split, {wanted: len(about.files)})
     usable = _usable(about, masks, on_error)
-    rows = _with_objects(about, np.arange(start, stop), usable, split, training)
+    rows = np.arange(start, stop)
+    if training:
+        rows = _with_objects(about, rows, usable, split)
     found = DetectionSplit(root / wanted, about, rows, usable, frame)
     faults = {
         i: str(fault)
@@ -65,7 +70,10 @@ def open_split(
         if fault
     }
     report_faults(faults, len(found), on_error)
-    return dataclasses.replace(found, rows=np.delete(rows, list(faults)))
+    found = dataclasses.replace(found, rows=np.delete(rows, list(faults)))
+    if not np.any(found.count_objects()):
+        raise UserError(f"no image of {split!r} has an object in {about.path}; take another split.")
+    return found
 
 
 def check_categories(train: DetectionSplit, other: DetectionSplit) -> None:
@@ -123,12 +131,13 @@ def _usable(about: Annotations, masks: bool, on_error: str) -> np.ndarray:
         shown = ", ".join(faults[:_SHOWN])
         more = f", and {len(faults) - _SHOWN} more" if len(faults) > _SHOWN else ""
         count = len(about.boxes) + len(about.faults)
-        what = f"{len(faults)} of {count} annotations in {about.path} that can't be used: {shown}{more}"
+        what = f"{len(faults)} of {count} annotations in {about.path} that can't be used"
         if on_error == "stop":
             raise UserError(
-                f"found {what}; repair the file, or leave them out with data.on_error=skip."
+                f"found {what}: {shown}{more}; repair the file, or leave them out with "
+                f"data.on_error=skip."
             )
-        _say(f"left out {what}.")
+        _say(f"left out {what}: {shown}{more}.")
     return usable & _with_area(about)
 
 
@@ -141,38 +150,23 @@ def _with_area(about: Annotations) -> np.ndarray:
     covers = np.all(sides > _FLAT, axis=1)
     ends = np.concatenate([about.boxes[:, :2], about.boxes[:, :2] + about.boxes[:, 2:]], axis=1)
     clipped = covers & np.any(np.abs(ends - about.corners) > _ROUNDING, axis=1)
-    parts = []
-    if np.any(clipped):
-        parts.append(f"clipped {np.sum(clipped)} boxes to their images")
-    if not np.all(covers):
-        parts.append(f"left out {np.sum(~covers)} boxes without an area")
-    if parts:
-        _say(f"{about.path}: {' and '.join(parts)}, of {len(covers)}.")
+    if np.any(clipped) or not np.all(covers):
+        _say(
+            f"{about.path}: of {len(covers)} boxes, {np.sum(clipped)} clipped to the image and "
+            f"{np.sum(~covers)} without an area left out."
+        )
     return covers
 
 
 def _with_objects(
-    about: Annotations, rows: np.ndarray, usable: np.ndarray, split: str, training: bool
+    about: Annotations, rows: np.ndarray, usable: np.ndarray, split: str
 ) -> np.ndarray:
-    """The images to use: if `training`, those with an object.
-
-    Raises:
-      UserError: no image has an object.
-    """
+    """The images in `rows` that have an object; reports the number of the others."""
     sides = about.corners[:, 2:] - about.corners[:, :2]
-    objects = usable & ~about.crowd
-    if training:
-        objects &= np.any(sides > _NARROW, axis=1)
+    objects = usable & ~about.crowd & np.all(sides > _THIN, axis=1)
     counts = np.bincount(about.owners[objects], minlength=len(about.files))
     kept = rows[counts[rows] > 0]
-    if not len(kept):
-        raise UserError(
-            f"none of the {len(rows)} images of {split!r} has an object in {about.path}; take "
-            f"another split or file."
-        )
-    if not training:
-        return rows
-    if len(kept) < len(rows):
+    if 0 < len(kept) < len(rows):
         _say(f"left out {len(rows) - len(kept)} of {len(rows)} images of {split}: no objects.")
     return kept
 

@@ -9,7 +9,6 @@ import numpy as np
 import tqdm
 from jax.sharding import Mesh
 
-from xkd_jax.data.decode import DamagedImage
 from xkd_jax.data.detection_split import DetectionSplit
 from xkd_jax.data.loader import Batch, Order, read_batches
 from xkd_jax.data.masks import box_mask, decode
@@ -21,7 +20,7 @@ MASK_SIZE = 112  # side of the masks of training objects: four times that of a n
 def detection_batch_shapes(
     split: DetectionSplit, mesh: Mesh, batch_size: int, max_objects: int = 100, mask_size: int = 0
 ) -> dict[str, jax.ShapeDtypeStruct]:
-    """The loader's `batches`, as shapes with their shardings; arguments as for `DetectionLoader`."""
+    """The `batches` of a `DetectionLoader` with these arguments, as shapes with their shardings."""
     shapes = {
         "image": jax.ShapeDtypeStruct((batch_size, *split.images.shape[1:]), np.uint8),
         "index": jax.ShapeDtypeStruct((batch_size,), np.int32),
@@ -72,8 +71,8 @@ class DetectionLoader:
         counts = split.count_objects()
         if np.any(counts > max_objects):
             tqdm.tqdm.write(
-                f"xkd_jax: {np.sum(counts > max_objects)} images have more than "
-                f"data.max_objects={max_objects} objects, up to {np.max(counts)}; only the largest "
+                f"xkd_jax: images with more than data.max_objects={max_objects} objects: "
+                f"{np.sum(counts > max_objects)}, with up to {np.max(counts)}; only the largest "
                 f"are kept.",
                 file=sys.stderr,
             )
@@ -131,16 +130,9 @@ class _Load:
         if not self.mask_size:
             return {"boxes": boxes, "classes": classes}
         masks = np.zeros((self.max_objects, self.mask_size, self.mask_size), np.uint8)
-        for place, number in enumerate(kept):
-            masks[place] = self._mask(index, objects.masks[number], objects.boxes[number])
+        for place, (row, box) in enumerate(
+            zip(objects.rows[kept], objects.boxes[kept], strict=True)
+        ):
+            mask = decode(self.split.run_lengths(index, row))
+            masks[place] = box_mask(mask, box, self.mask_size)
         return {"boxes": boxes, "classes": classes, "masks": masks[..., :: -1 if mirrored else 1]}
-
-    def _mask(self, index: int, segmentation, box: np.ndarray) -> np.ndarray:
-        height, width = self.split.original_sizes[index].tolist()
-        try:
-            mask = decode(segmentation, height, width)
-        except ValueError as error:
-            raise DamagedImage(
-                f"a mask of {self.split.name(index)} is damaged ({error}); repair the annotations."
-            ) from error
-        return box_mask(mask, box, self.mask_size)

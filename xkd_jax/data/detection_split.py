@@ -16,7 +16,7 @@ from xkd_jax.data.annotations import Annotations
 from xkd_jax.data.decode import DamagedImage, check_size, decode_resize
 from xkd_jax.data.frame import Frame
 from xkd_jax.data.intact import looks_intact
-from xkd_jax.data.masks import Segmentation
+from xkd_jax.data.masks import to_rle
 from xkd_jax.data.source import sha256
 
 _COLOUR = np.rint(255 * np.array(IMAGENET_MEAN)).astype(np.uint8)  # of the padding
@@ -28,12 +28,12 @@ class Objects(NamedTuple):
     Attributes:
       boxes: x1, y1, x2, y2 in pixels of the file, clipped to the image, float64 [m, 4].
       classes: int32 [m], from 1.
-      masks: the segmentation of each; None for those without.
+      rows: the position of each in `DetectionSplit.annotations`, int64 [m].
     """
 
     boxes: np.ndarray
     classes: np.ndarray
-    masks: list[Segmentation | None]
+    rows: np.ndarray
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -76,12 +76,12 @@ class DetectionSplit:
         """The number of classes, without the background."""
         return len(self.class_names)
 
-    @property
+    @functools.cached_property
     def image_ids(self) -> np.ndarray:
         """The file's ids of the images, int64 [n]."""
         return self.annotations.image_ids[self.rows]
 
-    @property
+    @functools.cached_property
     def original_sizes(self) -> np.ndarray:
         """Height and width of the image files in pixels, int64 [n, 2]."""
         return self.annotations.sizes[self.rows]
@@ -89,7 +89,9 @@ class DetectionSplit:
     @functools.cached_property
     def sizes(self) -> np.ndarray:
         """Height and width of the images within the frame in pixels, float32 [n, 2]."""
-        return np.array([self.frame.fit(*size) for size in self.original_sizes.tolist()], np.float32)
+        return np.array(
+            [self.frame.fit(*size) for size in self.original_sizes.tolist()], np.float32
+        )
 
     @functools.cached_property
     def images(self) -> "PaddedImages":
@@ -125,12 +127,21 @@ class DetectionSplit:
 
     def objects(self, index: int) -> Objects:
         """The objects of an image."""
-        about = self.annotations
-        found = self.annotations_of(index)
-        found = found[~about.crowd[found]]
+        about, rows = self.annotations, self.annotations_of(index)
+        rows = rows[~about.crowd[rows]]
+        return Objects(about.corners[rows], about.classes[rows], rows)
+
+    def run_lengths(self, index: int, row: int) -> dict[str, Any]:
+        """The mask of one of an image's annotations, as pycocotools computes with it.
+
+        Args:
+          index: of the image.
+          row: from `annotations_of`, of a split that was opened with masks.
+        """
         height, width = self.original_sizes[index].tolist()
-        masks = [about.segments.get(i, height, width) for i in found]
-        return Objects(about.corners[found], about.classes[found], masks)
+        segmentation = self.annotations.segments.get(row, height, width)
+        assert segmentation is not None  # others aren't usable
+        return to_rle(segmentation, height, width)
 
     def read(self, index: int) -> np.ndarray:
         """An image, resized but not padded: uint8 [h, w, 3].

@@ -7,7 +7,9 @@ import numpy as np
 
 from xkd_jax.errors import UserError
 
-MULTIPLE = 32  # stride of a backbone's last stage: every stage's grid then covers the square exactly
+MULTIPLE = (
+    32  # stride of a backbone's last stage: every stage's grid then covers the square exactly
+)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -18,7 +18,7 @@ from xkd_jax.errors import UserError
 # As in a COCO file: a list of polygons [x, y, x, y, ...] in pixels, or run lengths.
 Segmentation = list[list[float]] | dict[str, Any]
 
-NONE, POLYGONS, COUNTS, COMPRESSED = range(4)  # kinds of segmentation
+NONE, POLYGONS, COUNTS = range(3)  # kinds of segmentation
 LARGEST = 1e6  # coordinate that is taken seriously, in pixels; pycocotools would need much memory
 _FEWEST = 6  # numbers of a polygon: three points
 
@@ -41,10 +41,10 @@ class Segments:
     """Many segmentations in a few arrays, which are small and quick to send to workers.
 
     Attributes:
-      kinds: uint8 [n], `NONE` (no mask) to `COMPRESSED`.
+      kinds: uint8 [n], `NONE` (no mask), `POLYGONS` or `COUNTS`.
       parts: int64 [n + 1]; the parts of segmentation i are parts[i] to parts[i + 1].
       offsets: int64 [parts + 1] into `numbers`, in bytes.
-      numbers: float64 for polygons, uint32 for run lengths, characters for compressed ones.
+      numbers: float64 for polygons, uint32 for run lengths.
     """
 
     kinds: np.ndarray
@@ -53,7 +53,7 @@ class Segments:
     numbers: bytes
 
     def get(self, index: int, height: int, width: int) -> Segmentation | None:
-        """One segmentation as in the file; None if it has no mask.
+        """One segmentation, its run lengths not compressed; None if it has no mask.
 
         Args:
           index: of the segmentation.
@@ -63,13 +63,10 @@ class Segments:
         first, last = self.parts[index : index + 2]
         spans = zip(self.offsets[first:last], self.offsets[first + 1 : last + 1], strict=True)
         found = [self.numbers[start:stop] for start, stop in spans]
-        kind = self.kinds[index]
-        if kind == NONE:
+        if self.kinds[index] == NONE:
             return None
-        if kind == POLYGONS:
+        if self.kinds[index] == POLYGONS:
             return [np.frombuffer(part).tolist() for part in found]
-        if kind == COMPRESSED:
-            return {"size": [height, width], "counts": found[0].decode("ascii")}
         return {"size": [height, width], "counts": np.frombuffer(found[0], np.uint32).tolist()}
 
 
@@ -85,8 +82,7 @@ def join(packed: Sequence[tuple[int, list[bytes]]]) -> Segments:
 def pack(segmentation: Any, height: int, width: int) -> tuple[int, list[bytes]]:
     """The kind and the parts of a segmentation from a file.
 
-    Polygons of fewer than three points are left out. The contents of compressed run lengths are
-    not checked here, only when they are decoded.
+    Polygons of fewer than three points are left out.
 
     Args:
       segmentation: as the file has it.
@@ -111,12 +107,33 @@ def pack(segmentation: Any, height: int, width: int) -> tuple[int, list[bytes]]:
         if list(size) != [height, width]:
             raise ValueError(f"its run lengths are for {size}, but the image is {[height, width]}")
         if isinstance(counts, str):
-            return COMPRESSED, [counts.encode("ascii")]
+            counts = _expand(counts)
         if sum(counts) != height * width:
             raise ValueError(f"its run lengths add up to {sum(counts)}, not {height * width}")
         return COUNTS, [np.array(counts, np.uint32).tobytes()]
-    except (TypeError, KeyError, OverflowError, UnicodeEncodeError) as error:
+    except (TypeError, KeyError, OverflowError) as error:
         raise ValueError("it is neither a list of polygons nor run lengths") from error
+
+
+def _expand(text: str) -> list[int]:
+    """Run lengths from pycocotools' compressed form.
+
+    Each is a sequence of characters with 5 bits, the lowest first, a sixth bit in all but the last
+    and a sign; from the fourth on, the difference to the one before the previous one.
+    """
+    counts: list[int] = []
+    value = shift = 0
+    for character in text:
+        bits = ord(character) - 48
+        value |= (bits & 31) << shift
+        shift += 5
+        if bits & 32:
+            continue
+        if bits & 16:
+            value -= 1 << shift
+        counts.append(value + (counts[-2] if len(counts) > 2 else 0))
+        value = shift = 0
+    return counts
 
 
 def to_rle(segmentation: Segmentation, height: int, width: int) -> dict[str, Any]:
@@ -126,30 +143,20 @@ def to_rle(segmentation: Segmentation, height: int, width: int) -> dict[str, Any
       segmentation: from `Segments.get`.
       height: of the image, in pixels.
       width: of the image, in pixels.
-
-    Raises:
-      ValueError: compressed run lengths are damaged.
     """
     from pycocotools import mask
 
     functions: Any = mask
-    if isinstance(segmentation, list):
-        return functions.merge(functions.frPyObjects(segmentation, height, width))
-    if isinstance(segmentation["counts"], list):
-        return functions.frPyObjects(segmentation, height, width)
-    functions.decode(segmentation)  # its other functions don't notice damage
-    return segmentation
+    found = functions.frPyObjects(segmentation, height, width)
+    return functions.merge(found) if isinstance(segmentation, list) else found
 
 
-def decode(segmentation: Segmentation, height: int, width: int) -> np.ndarray:
-    """The pixels of a segmentation: uint8 [height, width] of 0 and 1.
-
-    Arguments and errors are those of `to_rle`.
-    """
+def decode(run_lengths: dict[str, Any]) -> np.ndarray:
+    """The pixels of compressed run lengths, from `to_rle` or `encode`: uint8 [h, w] of 0 and 1."""
     from pycocotools import mask
 
     functions: Any = mask
-    return functions.decode(to_rle(segmentation, height, width))
+    return functions.decode(run_lengths)
 
 
 def encode(mask: np.ndarray) -> dict[str, Any]:
