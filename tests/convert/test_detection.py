@@ -1,3 +1,5 @@
+import dataclasses
+
 import jax
 import numpy as np
 import pytest
@@ -60,6 +62,22 @@ def test_old_names(model):
     assert converted.metadata["num_classes"] == 3
 
 
+def test_published_weights_have_no_epsilon():
+    model = create_model("fasterrcnn_resnet50_fpn", num_classes=90, image_size=64, **ARGS)
+    variables = jax.device_get(init(model.module, 64))
+    state = to_state(variables, model.name)
+    for new, old in OLD.items():
+        state = {name.replace(new, old): array for name, array in state.items()}
+    converted = convert(Checkpoint("published", state, {}), model.name, args=ARGS)
+    assert len(converted.changes) == 2
+    assert "lowered the running variances by BatchNorm's epsilon" in converted.changes[1]
+    for leaf in jax.tree.leaves(converted.variables["batch_stats"]["backbone"]):
+        want = 1.0 if leaf.any() else 0.0
+        np.testing.assert_allclose(leaf + want * 1e-5, want, rtol=1e-6)
+    names = converted.metadata["class_names"]
+    assert (names[0], names[11], names[15], names[-1]) == ("person", "N/A", "bird", "toothbrush")
+
+
 def test_other_classes(model):
     _, variables, state = model
     converted = convert(Checkpoint("three", state, {}), NAME, num_classes=7, args=ARGS)
@@ -105,9 +123,7 @@ def test_unknown_backbone(model, monkeypatch):
 def test_files(model, tmp_path):
     model, variables, state = model
     path = tmp_path / "detector.safetensors"
-    from dataclasses import replace
-
-    replace(model, variables=variables).save(path)
+    dataclasses.replace(model, variables=variables).save(path)
     loaded = load(path)
     assert loaded.module == model.module
     assert loaded.class_names == ("a", "b", "c")

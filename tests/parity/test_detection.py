@@ -9,6 +9,7 @@ from PIL import Image
 from tests.parity.test_real_weights import folder_of
 from xkd_jax.convert.conversion import convert
 from xkd_jax.convert.files import Checkpoint, to_state
+from xkd_jax.convert.layouts_detection import COCO_CATEGORIES
 from xkd_jax.model import create_model
 from xkd_jax.models import create_model as create_module
 from xkd_jax.models.detection import anchors, boxes
@@ -351,6 +352,7 @@ def test_own_networks_are_recognised_and_converted(theirs, name, monkeypatch):
     assert converted.changes == [f"recognised {name}"]
     assert converted.metadata["num_classes"] == 90
     assert converted.metadata["args"] == {}
+    assert [*theirs.CATEGORIES[1:]] == COCO_CATEGORIES
     model = create_model(name, num_classes=90)
     want = jax.tree.map(lambda leaf: leaf.shape, model.shapes)
     assert jax.tree.map(np.shape, converted.variables) == want

@@ -24,7 +24,13 @@ from xkd_jax.convert.layouts import (
     reads_mean_token,
     translate,
 )
-from xkd_jax.convert.layouts_detection import DETECTOR, recognize_detector
+from xkd_jax.convert.layouts_detection import (
+    COCO_CATEGORIES,
+    DETECTOR,
+    cancel_epsilon,
+    is_published,
+    recognize_detector,
+)
 from xkd_jax.convert.messages import Misfit, describe_assumptions, describe_not_finite
 from xkd_jax.convert.networks import Place, background, get_places
 from xkd_jax.convert.resize import resize
@@ -158,6 +164,8 @@ def _known(checkpoint: Checkpoint, model: str, layout: Layout | None) -> dict[st
     elif model != known.get("model", model):
         # The checkpoint's sizes are those of its own network.
         known = {k: v for k, v in known.items() if k not in ("model", "args", "image_size")}
+    if is_published(checkpoint.state):
+        known = {"class_names": COCO_CATEGORIES, **known}
     if layout and layout.mean and layout.std:
         known = {"mean": list(layout.mean), "std": list(layout.std), **known}
     return known
@@ -232,6 +240,9 @@ def _normalize(
         if state.keys() >= {"reg_token", "cls_token", "pos_embed"}:
             state = fold_class_position(state)
             changes.append("added the class token's position embedding to the token, as in timm")
+        if is_published(old):
+            state = cancel_epsilon(state)
+            changes.append("lowered the running variances by BatchNorm's epsilon, not used there")
     if lacks_shortcuts(state):
         state = add_shortcuts(state)
         changes.append("wrote the shortcuts of option A, which have no weights, as convolutions")

@@ -12,11 +12,28 @@ from xkd_jax.errors import UserError
 from xkd_jax.models import DETECTORS
 
 _BODY = "backbone.body."
+_BATCH_NORM_EPSILON = 1e-5
+
+# The categories of torchvision's published weights, by COCO's ids from 1; some ids aren't used.
+COCO_CATEGORIES = (
+    """
+person, bicycle, car, motorcycle, airplane, bus, train, truck, boat, traffic light, fire hydrant,
+N/A, stop sign, parking meter, bench, bird, cat, dog, horse, sheep, cow, elephant, bear, zebra,
+giraffe, N/A, backpack, umbrella, N/A, N/A, handbag, tie, suitcase, frisbee, skis, snowboard,
+sports ball, kite, baseball bat, baseball glove, skateboard, surfboard, tennis racket, bottle, N/A,
+wine glass, cup, fork, knife, spoon, bowl, banana, apple, sandwich, orange, broccoli, carrot,
+hot dog, pizza, donut, cake, chair, couch, potted plant, bed, N/A, dining table, N/A, N/A, toilet,
+N/A, tv, laptop, mouse, remote, keyboard, cell phone, microwave, oven, toaster, sink, refrigerator,
+N/A, book, clock, vase, scissors, teddy bear, hair drier, toothbrush
+""".strip()
+    .replace(",\n", ", ")
+    .split(", ")
+)
 
 DETECTOR = Layout(
     "torchvision's",
     r"roi_heads\.box_predictor\.cls_score\.weight",
-    (  # of its published weights, which are older than the names that its networks have now
+    (  # of weights from before version 0.13, such as those that it publishes
         (r"^(backbone\.fpn\.(?:inner|layer)_blocks\.\d)\.(weight|bias)$", r"\1.0.\2"),
         (r"^rpn\.head\.conv\.(weight|bias)$", r"rpn.head.conv.0.0.\1"),
         *(
@@ -27,6 +44,30 @@ DETECTOR = Layout(
     mean=IMAGENET_MEAN,
     std=IMAGENET_STD,
 )
+
+
+def is_published(state: Mapping[str, np.ndarray]) -> bool:
+    """Whether `state` has the names and the classes of the weights that torchvision publishes.
+
+    Args:
+      state: tensors by their own names, in PyTorch's layout.
+    """
+    scores = state.get("roi_heads.box_predictor.cls_score.weight", np.zeros(0))
+    return "rpn.head.conv.weight" in state and len(scores) == len(COCO_CATEGORIES) + 1
+
+
+def cancel_epsilon(state: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """Lowers running variances by the epsilon that our BatchNorm adds.
+
+    torchvision sets it to 0 for the weights that it publishes (`overwrite_eps`).
+
+    Args:
+      state: tensors by name.
+    """
+    return {
+        name: array - np.float32(_BATCH_NORM_EPSILON) if name.endswith("running_var") else array
+        for name, array in state.items()
+    }
 
 
 def recognize_detector(
