@@ -253,7 +253,8 @@ def create_model(
     """A network by its timm name, or a detector by its torchvision name, without weights.
 
     Args:
-      name: a key of `xkd_jax.models.NETWORKS`; `python -m xkd_jax.models` lists them.
+      name: a key of `xkd_jax.models.MODELS`, which `python -m xkd_jax.models` lists, or of
+        `xkd_jax.models.DETECTORS`.
       num_classes: number of logits, or of a detector's classes; 0: no classifier.
       image_size: side of its input, pixels; the network's default if not given.
       mean: mean per channel, of images in [0, 1]; the network's default if not given.

@@ -61,9 +61,7 @@ class MaskHead(nn.Module):
     def __call__(self, x: jax.Array) -> jax.Array:
         """Maps regions `x` [R, bins, bins, C] to the same shape."""
         for i in range(_MASK_CONVOLUTIONS):
-            x = nn.relu(
-                Conv(x.shape[-1], 3, use_bias=True, dtype=self.dtype, name=f"{i}_0")(x)
-            )
+            x = nn.relu(Conv(x.shape[-1], 3, use_bias=True, dtype=self.dtype, name=f"{i}_0")(x))
         return x
 
 

@@ -88,9 +88,7 @@ def delta_targets(
     return box_ops.encode(jnp.where(positive[..., None], boxes, unit), references, weights)
 
 
-def mask_targets(
-    masks: jax.Array, objects: jax.Array, boxes: jax.Array, side: int
-) -> jax.Array:
+def mask_targets(masks: jax.Array, objects: jax.Array, boxes: jax.Array, side: int) -> jax.Array:
     """The objects' masks inside other boxes, in [0, 1]: [R, side, side].
 
     The mean of bilinear samples in each pixel of the target, as torchvision's `roi_align` of the

@@ -47,7 +47,9 @@ def roi_align(
     for i, j in itertools.product(range(rows.shape[-1]), range(columns.shape[-1])):
         index = rows[..., i][..., :, None] + columns[..., j][..., None, :]
         weight = row_weights[..., i][..., :, None] * column_weights[..., j][..., None, :]
-        features = jax.vmap(lambda image, where: image[where])(flat, index)
+        features = jax.vmap(lambda image, at: image.at[at].get(mode="promise_in_bounds"))(
+            flat, index
+        )
         total += weight[..., None].astype(flat.dtype) * features
     return total
 
