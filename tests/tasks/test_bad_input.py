@@ -85,7 +85,11 @@ def test_weights_of_another_backbone(coco, tmp_path):
     path = save(tmp_path, create_model("resnet34", num_classes=3))
     says = "holds a resnet34, but the backbone of fasterrcnn_resnet50_fpn is a resnet18; give"
     refused(coco, says, student__weights=path)
-    path = save(tmp_path, create_model("resnet18", num_classes=3))  # and not a quarter as wide
+
+
+@pytest.mark.slow
+def test_weights_of_a_wider_backbone(coco, tmp_path):
+    path = save(tmp_path, create_model("resnet18", num_classes=3))
     refused(coco, "resnet18", student__weights=path)
 
 

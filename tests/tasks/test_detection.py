@@ -19,6 +19,8 @@ from xkd_jax.tasks.detection import Detection
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 
+TERMS = {"cakd": "tokens", "fitnet": "hint", "logits": "logits_kl", "ofd": "partial_distance",
+         "review": "review"}  # fmt: skip
 SGD = {"name": "sgd", "weight_decay": 1e-2}
 
 
@@ -49,6 +51,7 @@ def test_nothing_is_frozen_without_weights():
     assert Detection().frozen(student, student.shapes["params"]) is None
 
 
+@pytest.mark.slow
 def test_a_backbone_with_weights_is_where_the_student_starts():
     student, cnn = detector(), create_model("resnet18", num_classes=0, **TINY["backbone_args"])
     variables = jax.jit(cnn.init)(jax.random.key(5))
@@ -84,9 +87,13 @@ def test_what_cannot_teach_a_detector_is_refused(teacher, method, says):
 
 @pytest.mark.parametrize(
     ("teacher", "method"),
-    [(vit, "cakd"), (vit, "fitnet+review"), (vit, "ofd"), (detector, "logits"),
-     (detector, "fitnet+ofd"), (detector, "review+logits")],
-)  # fmt: skip
+    [
+        (vit, "cakd"),
+        (detector, "logits"),
+        pytest.param(vit, "fitnet+review+ofd", marks=pytest.mark.slow),
+        pytest.param(detector, "fitnet+review+ofd", marks=pytest.mark.slow),
+    ],
+)
 def test_every_method_for_detectors_takes_a_step(teacher, method):
     """Up to the shapes that come out of it."""
     teacher = teacher()
@@ -100,10 +107,10 @@ def test_every_method_for_detectors_takes_a_step(teacher, method):
     assert names <= metrics.keys()
     assert {"accuracy", "teacher_accuracy"}.isdisjoint(metrics)
     for part in method.split("+"):
-        term = {"cakd": "tokens", "fitnet": "hint", "logits": "logits_kl"}.get(part, part)
-        assert term in metrics
+        assert TERMS[part] in metrics
 
 
+@pytest.mark.slow
 def test_a_token_and_the_students_map_lie_over_the_same_place():
     """A mark in the padded image changes one token, and the student's map, at the same place."""
     student, teacher = detector(), vit(img_size=160)  # of 128 pixels: tokens of 12.8
