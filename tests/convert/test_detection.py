@@ -90,7 +90,8 @@ def test_other_classes(model):
     equal(converted.variables["params"]["rpn"], variables["params"]["rpn"])
 
 
-def test_other_detectors_do_not_fit(model):
+def test_other_detectors_do_not_fit(model, monkeypatch):
+    few_models(monkeypatch)
     _, _, state = model
     with pytest.raises(UserError, match=r"does not fit fasterrcnn_resnet50_fpn in 12 of its"):
         convert(Checkpoint("masks", state, {}), "fasterrcnn_resnet50_fpn", args=ARGS)

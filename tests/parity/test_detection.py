@@ -1,5 +1,7 @@
 """Detectors against torchvision's, part by part, with random weights."""
 
+import importlib
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -166,7 +168,6 @@ def test_anchors(theirs, side):
 @pytest.mark.parametrize("bins", [7, 14])
 def test_roi_align_and_its_gradient(theirs, bins):
     from torchvision.ops import MultiScaleRoIAlign
-    from torchvision.ops import roi_align as module
 
     rng = np.random.default_rng(0)
     side = (256, 320)
@@ -197,6 +198,7 @@ def test_roi_align_and_its_gradient(theirs, bins):
         close(one, ours_of(other))
     # The operator of these tests is torchvision's, wherever no sample lies outside.
     level, rois = theirs_pyramid["0"], torch.tensor([[1, 30.0, 40.0, 90.0, 70.0]])
+    module = importlib.import_module("torchvision.ops.roi_align")
     eager = module._roi_align.__wrapped__(level, rois, 0.25, bins, bins, 2, False)
     close(theirs.roi_align(level, rois, (bins, bins), 0.25, 2).detach(), eager.detach())
 

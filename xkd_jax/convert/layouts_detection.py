@@ -83,7 +83,11 @@ def recognize_detector(
     Raises:
       UserError: the backbone is not a known CNN.
     """
-    body = {key.removeprefix(_BODY): array.shape for key, array in state.items() if _BODY in key}
+    body = {
+        key.removeprefix(_BODY): array.shape
+        for key, array in state.items()
+        if key.startswith(_BODY)
+    }
     found, score = recognize(body) if body else ([], 0.0)
     if score < 0.9:  # all but the classifier
         raise UserError(

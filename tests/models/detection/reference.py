@@ -4,10 +4,10 @@ import numpy as np
 
 
 def iou(first, second):
-    left, top = np.maximum(first[:2], second[:2])
-    right, bottom = np.minimum(first[2:], second[2:])
-    shared = max(right - left, 0) * max(bottom - top, 0)
-    areas = [(box[2] - box[0]) * (box[3] - box[1]) for box in (first, second)]
+    """Of a box with each of others [n, 4]."""
+    sides = np.minimum(first[2:], second[:, 2:]) - np.maximum(first[:2], second[:, :2])
+    shared = np.prod(np.maximum(sides, 0), 1)
+    areas = [np.prod(box[..., 2:] - box[..., :2], -1) for box in (first, second)]
     return shared / (sum(areas) - shared)
 
 
@@ -15,8 +15,9 @@ def nms(boxes, scores, groups, threshold):
     """The indices of the boxes that greedy non-maximum suppression keeps, best first."""
     kept = []
     for i in np.argsort(-scores, kind="stable"):
-        if all(groups[i] != groups[j] or iou(boxes[i], boxes[j]) <= threshold for j in kept):
-            kept.append(i)
+        rivals = [j for j in kept if groups[j] == groups[i]]
+        if not rivals or np.max(iou(boxes[i], boxes[rivals])) <= threshold:
+            kept.append(int(i))
     return kept
 
 
