@@ -110,6 +110,21 @@ def test_every_method_for_detectors_takes_a_step(teacher, method):
         assert TERMS[part] in metrics
 
 
+def test_a_step_outside_of_the_loop_takes_the_targets_of_a_batch():
+    of, seen = distiller(detector()), {}
+
+    def step(state, variables, batch):
+        seen.update(batch)
+        return state, {"loss": jnp.zeros(()), "flags": jnp.zeros(3)}
+
+    of.__dict__["_step"] = step  # a cached property
+    batch = batch_of()
+    targets = {name: batch[name] for name in ("size", "boxes", "classes")}
+    _, metrics = of.step(of.state_shapes, batch["image"], targets)
+    assert metrics.keys() == {"loss"}
+    assert seen.keys() == {"image", "index", *targets}
+
+
 @pytest.mark.slow
 def test_a_token_and_the_students_map_lie_over_the_same_place():
     """A mark in the padded image changes one token, and the student's map, at the same place."""

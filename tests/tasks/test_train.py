@@ -9,8 +9,8 @@ from flax import traverse_util
 
 from tests.experiments import run
 from tests.runs import assert_same_run
-from tests.tasks.detectors import TINY
-from tests.tasks.shapes import write_coco
+from tests.tasks.detectors import TINY, detector
+from tests.tasks.shapes import COLOURS, write_coco
 from xkd_jax import train
 from xkd_jax.cli import run_folder
 from xkd_jax.config import default_config
@@ -55,6 +55,7 @@ def backbone(folder):
     return str(folder / "cnn.safetensors"), variables
 
 
+@pytest.mark.usefixtures("quick_compilation")
 def test_what_is_frozen_stays_and_the_rest_moves(coco, tmp_path):
     config = config_of(coco, "cakd")
     config.student.weights, given = backbone(tmp_path)
@@ -81,6 +82,16 @@ def test_what_is_frozen_stays_and_the_rest_moves(coco, tmp_path):
     assert np.isfinite(done.metrics[-1]["tokens"])
 
 
+def teacher(folder):
+    """A detector's file, of the data's classes."""
+    model, rng = detector(), np.random.default_rng(0)
+    variables = jax.tree.map(lambda leaf: 0.05 * abs(rng.normal(size=leaf.shape)), model.shapes)
+    variables = jax.tree.map(np.float32, variables)
+    model = dataclasses.replace(model, variables=variables, class_names=tuple(COLOURS))
+    model.save(folder / "teacher.safetensors")
+    return str(folder / "teacher.safetensors")
+
+
 def test_a_detector_learns_six_images_by_heart(coco, tmp_path):
     config = config_of(coco)
     config.epochs = 80
@@ -95,14 +106,13 @@ def test_a_detector_learns_six_images_by_heart(coco, tmp_path):
     assert scores["AP50"] > 0.9
 
 
+@pytest.mark.usefixtures("quick_compilation")
 def test_a_detector_that_a_detector_teaches_resumes_bit_by_bit(coco, tmp_path):
-    config = config_of(coco)
-    unbroken, broken, teacher = (tmp_path / name for name in ("unbroken", "broken", "teacher"))
-    for folder in (unbroken, broken, teacher):
+    config = config_of(coco, "logits+fitnet")
+    unbroken, broken = tmp_path / "unbroken", tmp_path / "broken"
+    for folder in (unbroken, broken):
         folder.mkdir()
-    run_folder.train_one(config, teacher)
-    config = config_of(coco, "logits+fitnet", mask=False)
-    config.teacher.update(model="", weights=str(teacher / "student.safetensors"))
+    config.teacher.update(model="", weights=teacher(tmp_path))
     config.teacher.args = {}
     config.checkpoint_every = 2
     run_folder.train_one(config, unbroken)
