@@ -99,7 +99,7 @@ def test_perfect_detections(two, tmp_path):
         assert scores.keys() == {"bbox", "segm"}
         for score in scores.values():
             assert {"AP", "AP50", "AP75"} <= score.keys() <= set(NAMES)
-            assert set(score.values()) == {pytest.approx(1)}
+            assert list(score.values()) == pytest.approx([1] * len(score))
 
 
 def test_no_detections(two):
@@ -140,7 +140,7 @@ def pycocotools_scores(path, results, kind):
         evaluation.evaluate()
         evaluation.accumulate()
         evaluation.summarize()
-    return dict(zip(NAMES, evaluation.stats, strict=False))
+    return {name: x for name, x in zip(NAMES, evaluation.stats, strict=False) if x != -1}
 
 
 def test_the_numbers_are_those_of_pycocotools_on_the_file(tmp_path, capsys):
@@ -152,7 +152,7 @@ def test_the_numbers_are_those_of_pycocotools_on_the_file(tmp_path, capsys):
             x, y = rng.integers(0, 100, 2)
             w, h = rng.integers(6, 100, 2)
             shape = (rectangle, triangle)[int(rng.integers(2))]
-            objects.append(shape(len(objects), entry["id"], (int(x), int(y), int(w), int(h))))
+            objects.append(shape(len(objects) + 1, entry["id"], (int(x), int(y), int(w), int(h))))
         objects[-1]["iscrowd"] = 1
     root = write(tmp_path, images, objects)
     split, detections, results = opened(root, masks=True), [], []
@@ -208,10 +208,9 @@ def test_every_image_is_evaluated_once(alone):
     # The smallest first: right, right, wrong, right, right; and class 3 is never found. Precision 1
     # up to a recall of 1/2, 51 of COCO's 101 points, then 4/5.
     expected = (51 * 1 + 50 * 4 / 5) / 101 / 2
-    assert {kind: score["AP"] for kind, score in scores.items()} == {
-        "bbox": pytest.approx(expected),
-        "segm": pytest.approx(expected),
-    }
+    assert scores["bbox"]["AP"] == scores["segm"]["AP50"] == pytest.approx(expected)
+    # A pasted mask can lack its first row and column, as torchvision's.
+    assert 0.9 * expected < scores["segm"]["AP"] < expected
     assert alone(3)["bbox"]["AP"] == pytest.approx(1 / 3 / 2)
     assert alone(2)["bbox"]["AP"] == 0
 
@@ -226,4 +225,4 @@ def test_two_processes_share_the_images(alone, tmp_path):
     running = [spawn([*program, number], os.environ | flags) for number in range(2)]
     for code, out, err in map(finish, running):
         assert code == 0, err[-2000:]
-        assert json.loads(out) == alone(1, masks=True)
+        assert json.loads(out.splitlines()[-1]) == alone(1, masks=True)

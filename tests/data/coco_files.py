@@ -81,7 +81,9 @@ def write_shapes(root: Path, split: str = "train2017") -> Path:
             triangle(20 + number, image_id, (width // 2, height // 2, width // 3, height // 3)),
         ]
     crowd = {"size": list(SIZES[6]), "counts": [0, 60, 3540]}  # the first column
-    annotations.append(rectangle(30, 6, (0, 0, 1, 60), iscrowd=1, segmentation=crowd))
+    annotations.append(
+        rectangle(30, 6, (0, 0, 1, 60), category_id=8, iscrowd=1, segmentation=crowd)
+    )
     return write(root, [image(*entry) for entry in SIZES.items()], annotations, split)
 
 

@@ -148,11 +148,12 @@ def average_precision(
 def _evaluate(
     split: DetectionSplit, found: Sequence[ImageDetections], kind: str
 ) -> dict[str, float]:
-    from pycocotools.cocoeval import COCOeval
+    from pycocotools import cocoeval
 
+    functions: Any = cocoeval
     with contextlib.redirect_stdout(io.StringIO()):  # it prints a table
         truth = _indexed(split, _objects(split, kind))
-        evaluation: Any = COCOeval(truth, _indexed(split, _results(split, found, kind)), kind)
+        evaluation = functions.COCOeval(truth, _indexed(split, _results(split, found, kind)), kind)
         evaluation.evaluate()
         evaluation.accumulate()
         evaluation.summarize()

@@ -56,6 +56,10 @@ class Annotations:
     faults: tuple[str, ...]
     mask_faults: dict[int, str]
 
+    def file(self, image: int) -> str:
+        """The file name of an image."""
+        return os.fsdecode(self.files[image].item())
+
     @functools.cached_property
     def owners(self) -> np.ndarray:
         """The image of each annotation, int64 [a]."""
@@ -160,7 +164,7 @@ def _checked(path: Path, name: str, entries: list, wanted: dict[str, type]) -> l
         raise UserError(f"{path} has no {name}; export it again with at least one.")
     for number, entry in enumerate(entries):
         for key, kind in wanted.items():
-            value = entry.get(key) if isinstance(entry, dict) else None
+            value: Any = entry.get(key) if isinstance(entry, dict) else None
             if type(value) is not kind or (kind is int and abs(value) >= 2**63):
                 what = "a text" if kind is str else "a whole number"
                 raise UserError(f"{path} lacks {key!r}, {what}, in {name}[{number}]; add it.")
@@ -216,6 +220,8 @@ def _named(annotation: dict) -> str:
 
 
 def _areas(annotations: Sequence[dict], boxes: np.ndarray) -> np.ndarray:
-    given = (annotation.get("area") for annotation in annotations)
-    areas = [area if _is_number(area) else np.nan for area in given]
-    return np.where(np.isnan(areas), boxes[:, 2] * boxes[:, 3], areas)
+    areas = boxes[:, 2] * boxes[:, 3]
+    for number, annotation in enumerate(annotations):
+        if _is_number(annotation.get("area")):
+            areas[number] = annotation["area"]
+    return areas

@@ -4,7 +4,6 @@ DIR/SPLIT/ holds the images of a split, and DIR/annotations/instances_SPLIT.json
 """
 
 import dataclasses
-import os
 import sys
 from pathlib import Path
 
@@ -123,7 +122,7 @@ def _usable(about: Annotations, masks: bool, on_error: str) -> np.ndarray:
     faults, usable = list(about.faults), np.ones(len(about.boxes), bool)
     if masks:
         for i in np.flatnonzero(about.segments.kinds == NONE).tolist():
-            file = os.fsdecode(about.files[about.owners[i]])
+            file = about.file(about.owners[i])
             bare = f"one of {file} has neither polygons nor run lengths, as masks need"
             faults.append(about.mask_faults.get(i, bare))
             usable[i] = False

@@ -112,7 +112,7 @@ class DetectionSplit:
 
     def name(self, index: int) -> str:
         """The path of an image file."""
-        return os.path.join(self.folder, os.fsdecode(self.annotations.files[self.rows[index]]))
+        return os.path.join(self.folder, self.annotations.file(self.rows[index]))
 
     def annotations_of(self, index: int) -> np.ndarray:
         """The positions of an image's annotations that count, crowds included: int64 [m]."""

@@ -22,6 +22,7 @@ from xkd_jax.data.source import Examples, Split
 from xkd_jax.distributed import sharding
 
 Batch = dict[str, jax.Array]
+_ENDLESS = 2**62  # examples; grain can't count up to int64's largest number in batches of one
 
 
 def create_loader(
@@ -207,7 +208,7 @@ def read_batches(
 
     if not flags.FLAGS.is_parsed():  # grain's workers ask for its flags, in a notebook too
         flags.FLAGS.mark_as_parsed()
-    positions = grain.MapDataset.range(start * local, np.iinfo(np.int64).max)
+    positions = grain.MapDataset.range(start * local, _ENDLESS)
     # An element is a batch here: grain's own 16 threads and 500 elements would hold gigabytes.
     threads = os.cpu_count() or 1
     options = grain.ReadOptions(num_threads=threads, prefetch_buffer_size=2 * threads)
