@@ -10,6 +10,8 @@ AREAS = {  # by the first part of a module's path; other folders have their own 
     "config.py": "Config",
     "validation.py": "Config",
     "optim.py": "Config",
+    "schedules.py": "Config",
+    "tasks": "Training",
     "cli": "Commands and run folders",
     "inputs.py": "Data",
     "augment": "Augmentation",

@@ -19,7 +19,8 @@ from xkd_jax import validation
 from xkd_jax.augment.multiview import MultiView
 from xkd_jax.augment.policies import Augment
 from xkd_jax.methods import METHODS
-from xkd_jax.optim import OptimizerOptions, ScheduleOptions
+from xkd_jax.optim import OptimizerOptions
+from xkd_jax.schedules import ScheduleOptions
 
 # Sections of the config that are the fields of a dataclass, whose docstring describes them.
 _DATACLASSES = {

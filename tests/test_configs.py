@@ -17,6 +17,7 @@ import pytest
 from PIL import Image
 
 from tests.data.test_prepare import write_tar
+from tests.tasks.shapes import write_coco
 from xkd_jax.cli import recipes
 from xkd_jax.config import for_method
 from xkd_jax.data import prepare
@@ -81,11 +82,19 @@ def photos(tmp_path_factory):
     return folder
 
 
+@pytest.fixture(scope="module")
+def coco(tmp_path_factory):
+    """A data set in COCO's format."""
+    return write_coco(tmp_path_factory.mktemp("coco"), 8)
+
+
 RECIPES = {
     "cifar100.py:smoke": "--config.data.dir={tfds}",
     "cifar100_32.py:smoke": "--config.data.dir={tfds}",
     "cifar100_published.py:smoke": "--config.data.dir={tfds}",
     "cifar10_32.py:smoke": "--config.data.dir={tfds}",
+    "coco_frcnn_r50.py:smoke": "--config.data.name={coco}",
+    "coco_mrcnn_r50.py:smoke": "--config.data.name={coco}",
     "dinov2_cifar100.py:smoke": "--config.data.dir={tfds}",
     "finetune_teacher.py:smoke": "--config.data.dir={tfds}",
     "folder.py:smoke": "--config.data.name=folder:{photos}/own",
@@ -96,9 +105,10 @@ RECIPES = {
     "teacher_cifar100_32.py:smoke": "--config.data.dir={tfds}",
     "teacher_cifar100_32.py:swin_smoke": "--config.data.dir={tfds}",
 }
-# Run in CI, in a process of its own: the recipe with a Transformer student. The others differ in
-# options that other tests run; that they fit together is seen without running.
-RUN = ("teacher_cifar100_32.py:smoke",)
+# Run in CI, in a process of its own: the recipe with a Transformer student, and a detector with
+# masks and a teacher. The others differ in options that other tests run; that they fit together is
+# seen without running.
+RUN = ("teacher_cifar100_32.py:smoke", "coco_mrcnn_r50.py:smoke")
 # tests/cli/test_train.py runs the first one, tests/test_probe.py the last one; tables are run by
 # tests/cli/test_tables.py.
 ELSEWHERE = {"quickstart.py", "quickstart_teacher.py", "probe_teacher.py"}
@@ -136,11 +146,11 @@ def test_from_photos_to_a_student_by_the_page(photos, tmp_path):
 
 
 @pytest.mark.parametrize("recipe", RECIPES)
-def test_steps_fit_together(recipe, tfds, photos):
+def test_steps_fit_together(recipe, tfds, photos, coco):
     """Every run of a recipe, up to the shapes that come out of its training step."""
     stem, variant = recipe.split(".py:")
     config = importlib.import_module(f"xkd_jax.configs.{stem}").get_config(variant)
-    name, value = RECIPES[recipe].format(tfds=tfds, photos=photos).split("=")
+    name, value = RECIPES[recipe].format(tfds=tfds, photos=photos, coco=coco).split("=")
     config.update_from_flattened_dict({name.removeprefix("--config."): value})
     validate(config)
     for method in config.compare or [config.method.name]:
@@ -161,8 +171,8 @@ def test_steps_fit_together(recipe, tfds, photos):
     "recipe",
     [pytest.param(name, marks=() if name in RUN else pytest.mark.exhaustive) for name in RECIPES],
 )
-def test_smoke(recipe, tfds, photos, tmp_path):
-    data = RECIPES[recipe].format(tfds=tfds, photos=photos)
+def test_smoke(recipe, tfds, photos, coco, tmp_path):
+    data = RECIPES[recipe].format(tfds=tfds, photos=photos, coco=coco)
     command = [sys.executable, "-m", "xkd_jax.main", f"--config=configs/{recipe}", data]
     done = subprocess.run(
         [*command, f"--workdir={tmp_path}"],
@@ -175,5 +185,6 @@ def test_smoke(recipe, tfds, photos, tmp_path):
     summaries = [json.loads(path.read_text()) for path in tmp_path.rglob("summary.json")]
     assert summaries
     for summary in summaries:
-        assert np.isfinite(summary["student"]["loss"])
+        score = "AP" if recipe.startswith("coco") else "loss"
+        assert np.isfinite(summary["student"][score])
         assert ("eer" in summary["student"]) == recipe.startswith(("folder", "spoof"))

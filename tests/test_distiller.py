@@ -13,11 +13,11 @@ import pytest
 from tests.experiments import change, changed, leaves, run, tiny_experiment
 from xkd_jax.augment.policies import Augment
 from xkd_jax.data.order import batch_indices
-from xkd_jax.distiller import create_views
 from xkd_jax.methods.base import Method, MethodLoss
 from xkd_jax.methods.label import label_loss, label_term
 from xkd_jax.model import Model
 from xkd_jax.state import TrainState, student_variables
+from xkd_jax.tasks.classification import create_views
 
 METHOD_TERMS = ("attention", "value_relation", "tokens", "generator")
 

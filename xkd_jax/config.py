@@ -16,8 +16,9 @@ from xkd_jax.augment.multiview import MultiView
 from xkd_jax.augment.policies import Augment
 from xkd_jax.errors import UserError
 from xkd_jax.methods import METHODS
-from xkd_jax.optim import OptimizerOptions, ScheduleOptions
+from xkd_jax.optim import OptimizerOptions
 from xkd_jax.probing.linear import STRENGTHS
+from xkd_jax.schedules import ScheduleOptions
 
 Config = Any  # a ConfigDict, whose fields are only known at run time
 
@@ -104,8 +105,9 @@ def _optimization_defaults() -> ConfigDict:
     config.adversary_optimizer = ConfigDict(dataclasses.asdict(adversary))
     config.accumulate = 1  # microbatches per batch (gradient accumulation): less memory
     config.remat = False  # recompute the student's blocks: less memory, a third more time
-    # The embedding and this many first blocks of a ViT or DeiT keep the values of student.weights;
-    # their gradients are not computed. 0: none.
+    # The embedding and this many first blocks of a ViT or DeiT keep the values of student.weights,
+    # or the stem and this many first stages of a detector's ResNet; their gradients are not
+    # computed. 0: none.
     config.freeze = 0
     config.layer_decay = 1.0  # factor of the student's learning rate per layer, top down; 1: off
     config.ema = ConfigDict(
@@ -168,7 +170,8 @@ def _run_defaults() -> ConfigDict:
 def _data_defaults() -> ConfigDict:
     return ConfigDict(
         {
-            # Such as "folder:photos", "images:photos", "tfds:cifar100" or "fashion_mnist_mini".
+            # Such as "folder:photos", "images:photos", "tfds:cifar100" or "fashion_mnist_mini"; or,
+            # for detectors, "coco:DIR".
             "name": "",
             "dir": "",  # the folder of TensorFlow Datasets; "": its default
             "train": "train",  # split to train on
@@ -185,6 +188,11 @@ def _data_defaults() -> ConfigDict:
             "feed": "auto",
             "repeats": 1,  # times each example appears per epoch: repeated augmentation
             "workers": 0,  # worker processes that decode for "host"; 0: threads
+            # Of "coco:DIR": pixels that the shorter side of an image is resized to, unless the
+            # longer one would then exceed `max_size`; the image is padded to a square.
+            "min_size": 800,
+            "max_size": 1333,  # see `min_size`; the square's side is the next multiple of 32
+            "max_objects": 100,  # of "coco:DIR": objects of an image to train on, the largest
         }
     )
 

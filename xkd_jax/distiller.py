@@ -15,18 +15,18 @@ import jax.numpy as jnp
 import optax
 from jax.sharding import Mesh
 
-from xkd_jax.augment import fixed, ops
+from xkd_jax.augment import ops
 from xkd_jax.augment.pipeline import Pipeline
 from xkd_jax.distributed import sharding
 from xkd_jax.errors import UserError
-from xkd_jax.methods import check_pair, create_method
-from xkd_jax.methods.base import Method, Outputs, apply
-from xkd_jax.methods.label import label_term
-from xkd_jax.methods.reads import check_logits
+from xkd_jax.methods import create_method
+from xkd_jax.methods.base import Method, Outputs
 from xkd_jax.model import Model, merge_sources
 from xkd_jax.optim import accumulate, average, scale_parts, select
 from xkd_jax.reporting import nan_guard
 from xkd_jax.state import TrainState, create_state, student_variables
+from xkd_jax.tasks.base import Task
+from xkd_jax.tasks.classification import Classification, accuracy
 from xkd_jax.teacher.forward import CACHED, create_teacher_fn
 from xkd_jax.turns import adversarys_turn, epochs, moves
 
@@ -52,6 +52,7 @@ class Distiller:
       mesh: the devices.
       teacher_rule: "replicated", "fsdp" or "auto", see `sharding.of_teacher`.
       student_rule: "replicated" or "fsdp", see `sharding.of_state`.
+      task: what the student is trained for.
 
     Raises:
       UserError: the method doesn't support this pair, or reads logits that the teacher lacks.
@@ -75,6 +76,7 @@ class Distiller:
     mesh: Mesh = dataclasses.field(default_factory=sharding.create_mesh)
     teacher_rule: str = "auto"
     student_rule: str = "replicated"
+    task: Task = dataclasses.field(default_factory=Classification)
 
     def __post_init__(self):
         if isinstance(self.method, str):
@@ -83,8 +85,7 @@ class Distiller:
             return
         if self.teacher is None:
             raise UserError("this method needs a teacher; pass a model with weights.")
-        for check in (check_pair, check_logits):
-            check(self.method, self.teacher.output_shapes, self.student.output_shapes)
+        self.task.check(self.method, self.teacher, self.student)
 
     def init(self, key: jax.Array, images: Any = None) -> TrainState:
         """The state before the first step, on the mesh.
@@ -115,7 +116,8 @@ class Distiller:
         Args:
           state: from `init` or the previous step; donated.
           images: [N, H, W, 3], uint8 or float in [0, 1].
-          labels: int [N].
+          labels: int [N]; for a detector the `size`, `boxes`, `classes` and perhaps `masks` of the
+            images, see `data.detection_loader`.
           index: int [N], indices of the examples in the training set, for methods with a memory
             bank.
 
@@ -134,7 +136,8 @@ class Distiller:
                 f"{self.mesh.size * self.accumulate}."
             )
         index = jnp.zeros(len(images), jnp.int32) if index is None else index
-        batch = {"image": images, "label": labels, "index": index}
+        labels = labels if isinstance(labels, dict) else {"label": labels}
+        batch = {"image": images, "index": index, **labels}
         batch = {name: jnp.asarray(array) for name, array in batch.items()}
         batch = jax.device_put(batch, self.shardings.batch)
         state, metrics = self._step(state, self.teacher_variables, batch)
@@ -190,7 +193,7 @@ class Distiller:
 def _init(distiller: Distiller, key: jax.Array) -> TrainState:
     return create_state(
         key, distiller.teacher, distiller.student, distiller.method, distiller.optimizers,
-        distiller.labels, average=distiller.ema_decay > 0,
+        distiller.labels, average=distiller.ema_decay > 0, task=distiller.task,
     )  # fmt: skip
 
 
@@ -208,10 +211,11 @@ def train_step(
       distiller: everything that is constant; static.
       state: the training state.
       teacher_variables: the frozen teacher's variables.
-      batch: `image` [N, H, W, 3], uint8 or float in [0, 1]; `label` [N]; `index` [N], the examples'
-        indices in the training set. With fixed views, `view` [N], see `augment.fixed`. If the
-        teacher is cached, its outputs by name under `teacher.CACHED`; `teacher_variables` are then
-        the outputs that are the same for all images.
+      batch: `image` [N, H, W, 3], uint8 or float in [0, 1]; `index` [N], the examples' indices in
+        the training set; `label` [N], or a detector's targets, see `data.detection_loader`. With
+        fixed views, `view` [N], see `augment.fixed`. If the teacher is cached, its outputs by name
+        under `teacher.CACHED`; `teacher_variables` are then the outputs that are the same for all
+        images.
 
     Returns:
       The new state and the step's metrics: scalars, and `nan_guard.FLAGS` of the gradients.
@@ -262,15 +266,12 @@ def gradients(
     Returns:
       The new running statistics and method state; and the gradients by part, with the metrics.
     """
-    method, student = distiller.method, distiller.student
+    method, task = distiller.method, distiller.task
     view_key, dropout_key, method_key = random_keys(distiller, state, number)
-    keys = fixed.view_keys(batch["view"], batch["index"]) if "view" in batch else None
-    teacher_view, student_view, targets = create_views(
-        distiller, view_key, batch["image"], batch["label"], keys
-    )
+    teacher_view, student_view, batch = task.create_views(distiller, view_key, batch)
     teacher_out, metrics = teacher_fn(teacher_view, batch.get(CACHED)), {}
-    if "logits" in batch.get(CACHED, teacher_out):
-        metrics["teacher_accuracy"] = _accuracy(teacher_out["logits"], batch["label"])
+    if "label" in batch and "logits" in batch.get(CACHED, teacher_out):
+        metrics["teacher_accuracy"] = accuracy(teacher_out["logits"], batch["label"])
     progress = epochs(distiller, state)
     label_weight = method.label_weight
     if method.first_phase:
@@ -278,21 +279,18 @@ def gradients(
 
     def loss_fn(params: dict[str, Any]) -> tuple[jax.Array, tuple]:
         variables = {"params": params["student"], "batch_stats": state.batch_stats}
-        (logits, student_out), updates = apply(
-            student.module, variables, student_view, train=True,
-            mutable=["batch_stats"], rngs={"dropout": dropout_key},
-        )  # fmt: skip
-        student_out = student_out | {"side": student_view.shape[1]}
+        student_out, batch_stats = task.forward(
+            distiller, variables, student_view, batch, dropout_key
+        )
         term = method.loss(
-            params["method"], state.method_state, teacher_out, student_out,
-            batch | {"target": targets}, method_key, progress, state.params["adversary"],
+            params["method"], state.method_state, task.teach(teacher_out, student_out), student_out,
+            batch, method_key, progress, state.params["adversary"],
         )  # fmt: skip
         loss, scalars = term.value, dict(term.metrics)
-        if logits is not None:  # the data have labels
-            label = label_term(method, student_out, targets)
-            loss = label_weight * label + term.value
-            scalars |= {"label_loss": label, "accuracy": _accuracy(logits, batch["label"])}
-        return loss, (term, updates.get("batch_stats", {}), scalars | {"loss": loss})
+        if labels := task.label_terms(method, student_out, batch):  # the data have labels
+            loss = label_weight * labels["label_loss"] + term.value
+            scalars |= labels
+        return loss, (term, batch_stats, scalars | {"loss": loss})
 
     trained = {part: state.params[part] for part in ("student", "method")}
     grads, (term, batch_stats, scalars) = jax.grad(loss_fn, has_aux=True)(trained)
@@ -318,28 +316,6 @@ def random_keys(distiller: Distiller, state: TrainState, number: jax.Array) -> l
     return keys
 
 
-def create_views(
-    distiller: Distiller, key: jax.Array, images: jax.Array, labels: jax.Array, keys: Any = None
-) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """The networks' inputs for images [N, H, W, 3] with labels [N].
-
-    If views are fixed, `keys` are from `fixed.view_keys`.
-
-    Returns:
-      The teacher's and the student's input, each normalised as its network expects, and the targets
-      [N, K]; without labels K is 1, and the targets mean nothing.
-    """
-    targets = jax.nn.one_hot(labels, max(distiller.student.num_classes, 1))
-    multiple = distiller.method.multi_view
-    if keys is None:
-        *views, targets = distiller.augment(key, images, targets, multiple)
-    else:
-        inputs = distiller.augment, key, keys, images, targets
-        *views, targets = fixed.fixed_views(*inputs, multiple)
-    teacher, student = distiller.teacher or distiller.student, distiller.student
-    return teacher.preprocess(views[0]), student.preprocess(views[1]), targets
-
-
 def adversary_gradient(
     distiller: Distiller, state: TrainState, judged: Any
 ) -> tuple[Any, dict[str, jax.Array]]:
@@ -363,7 +339,3 @@ def adversary_gradient(
     if method.adversary_period == 1:  # XLA doesn't optimise across a conditional
         return compute(adversary)
     return jax.lax.cond(adversarys_turn(distiller, state), compute, skip, adversary)
-
-
-def _accuracy(logits: jax.Array, labels: jax.Array) -> jax.Array:
-    return jnp.mean(jnp.argmax(logits, -1) == labels)

@@ -15,22 +15,27 @@ import jax.numpy as jnp
 import optax
 from jax.sharding import Mesh
 
-from xkd_jax import backend, data, dispatch, weights
+from xkd_jax import backend, data, dispatch, models, weights
 from xkd_jax.augment.multiview import MultiView
 from xkd_jax.augment.pipeline import Pipeline
 from xkd_jax.config import Config, augmentation
 from xkd_jax.convert.conversion import convert, find_weights
 from xkd_jax.convert.files import read_checkpoint
+from xkd_jax.data.coco import check_categories
+from xkd_jax.data.detection_split import DetectionSplit
 from xkd_jax.data.encoded import EncodedImages, open_split
+from xkd_jax.data.loader import resident_shapes
 from xkd_jax.distiller import Distiller
 from xkd_jax.distributed import sharding
 from xkd_jax.errors import UserError
-from xkd_jax.inputs import Inputs
+from xkd_jax.inputs import AnySplit, Inputs
 from xkd_jax.methods import create_method
 from xkd_jax.methods.base import Method
 from xkd_jax.model import Model, check_metadata, create_model, freeze
-from xkd_jax.optim import create_learning_rate_fn, create_optimizer, layer_ids
+from xkd_jax.optim import create_optimizer, layer_ids
 from xkd_jax.reporting.logger import say
+from xkd_jax.schedules import create_learning_rate_fn
+from xkd_jax.tasks import build
 from xkd_jax.teacher import classes
 
 RANDOM = "random"  # teacher.weights of an untrained teacher, as a control
@@ -48,7 +53,7 @@ class Experiment(Inputs):
         number of steps in one program.
     """
 
-    evaluation: data.Split
+    evaluation: AnySplit
     learning_rate_fn: Callable[[Any], Any]
     total_steps: int
     # Not an argument: `dataclasses.replace` must not keep the step for other parts.
@@ -77,7 +82,7 @@ def create_experiment(config: Config, mesh: Mesh | None = None) -> Experiment:
     mesh = mesh or sharding.create_mesh()
     check_batch(config, mesh)
     teacher_file = load_teacher_file(config) if method.needs_teacher else None
-    train = load_split(config, config.data.train)
+    train = load_split(config, config.data.train, training=True)
     if config.batch_size > len(train):
         raise UserError(
             f"batch_size={config.batch_size} is larger than the {len(train)} images of "
@@ -92,16 +97,21 @@ def create_experiment(config: Config, mesh: Mesh | None = None) -> Experiment:
         method = classes.without_labels(method, config.method.name, config.data.name, _say_once)
     student = create_student(config, train)
     teacher = create_teacher(config, train, teacher_file) if teacher_file else None
-    if teacher and config.teacher.weights != RANDOM:
-        names = classes.Names(config.method.name, config.teacher.weights, config.data.name)
+    names = classes.Names(config.method.name, config.teacher.weights, config.data.name)
+    if teacher and isinstance(train, DetectionSplit):
+        teacher = build.fit_teacher(teacher, student, method, train, names)
+    elif teacher and config.teacher.weights != RANDOM:
         teacher = classes.fit_teacher(teacher, student, method, train, names, _say_once)
     evaluation = train  # which is not evaluated on without labels
     if train.num_classes:
-        load_split(config, config.data.test)  # report problems with it now, not after training
+        test = load_split(config, config.data.test)  # report problems now, not after training
         evaluation = load_split(config, config.data.eval)
+        if isinstance(train, DetectionSplit):
+            for split in (test, evaluation):
+                check_categories(train, split)
     load_monitor(config)
     experiment = assemble(config, method, mesh, (train, evaluation), student, teacher)
-    resident = not isinstance(train.images, EncodedImages)
+    resident = bool(resident_shapes(train, mesh))
     dispatch.check(config.steps_per_dispatch, resident, experiment.cache is not None)
     if experiment.cache is not None:
         experiment.cache.check()
@@ -144,7 +154,7 @@ def assemble(
     config: Config,
     method: Method,
     mesh: Mesh,
-    splits: tuple[data.Split, data.Split],
+    splits: tuple[AnySplit, AnySplit],
     student: Model,
     teacher: Model | None,
 ) -> Experiment:
@@ -182,7 +192,7 @@ def assemble(
             student.image_size if isinstance(train.images, EncodedImages) else 0,
         ),
         steps_per_epoch=steps_per_epoch,
-        labels=train.labels,
+        labels=() if isinstance(train, DetectionSplit) else train.labels,
         accumulate=config.accumulate,
         ema_decay=config.ema.decay,
         ema_warmup=config.ema.warmup,
@@ -190,6 +200,7 @@ def assemble(
         mesh=mesh,
         teacher_rule=config.mesh.teacher,
         student_rule=config.mesh.student,
+        task=build.create_task(config),
     )
     total_steps = first_steps + steps_per_epoch * config.epochs
     return Experiment(distiller, train, config, evaluation, rate, total_steps)
@@ -202,8 +213,22 @@ def compute_dtype(name: str) -> Any:
     return jnp.dtype(name)
 
 
-def load_split(config: Config, split: str) -> data.Split:
-    """One split of the config's data set, cached for the other runs of a comparison."""
+def load_split(config: Config, split: str, training: bool = False) -> Any:
+    """One split of the config's data set, cached for the other runs of a comparison.
+
+    Args:
+      config: the config.
+      split: as in `data.train`.
+      training: whether to train on it: a detector's then lacks the images without objects.
+
+    Returns:
+      A `data.Split`, or a detector's `DetectionSplit`.
+
+    Raises:
+      UserError: as for `data.load` and `coco.open_split`.
+    """
+    if config.student.model in models.DETECTORS:
+        return build.open_split(config, split, training)
     options = config.data
     return _cached_open(
         options.name, split, options.dir, config.image_size, options.feed, options.on_error,
@@ -230,7 +255,7 @@ def load_monitor(config: Config) -> tuple[data.Split, data.Split] | None:
 _cached_open = functools.lru_cache(maxsize=6)(open_split)
 
 
-def create_student(config: Config, train: data.Split) -> Model:
+def create_student(config: Config, train: AnySplit) -> Model:
     """The student for the classes, images and statistics of `train`.
 
     Raises:
@@ -255,12 +280,16 @@ def create_student(config: Config, train: data.Split) -> Model:
                 "remat=False, and increase accumulate to save memory."
             )
         model = dataclasses.replace(model, module=model.module.clone(remat=True))
-    if config.freeze:
+    detector = config.student.model in models.DETECTORS
+    if config.freeze and not detector:
         model = freeze(model, config.freeze)
     if not config.student.weights:
-        return model
+        # Without weights, statistics that are worth keeping have yet to be found.
+        return build.with_batch_norm(model, args) if detector else model
     # Weights for other classes or image sizes are adapted: the head, say, is re-initialised.
     checkpoint = read_checkpoint(find_weights(config.student.weights))
+    if detector and build.is_backbone(checkpoint):
+        return build.with_backbone(config, model, checkpoint, _say_once)
     converted = convert(
         checkpoint,
         config.student.model,
@@ -286,7 +315,7 @@ def _say_once(text: str) -> None:
     say(text)  # once, although a run creates its experiment twice
 
 
-def _data_size(config: Config, train: data.Split) -> int:
+def _data_size(config: Config, train: AnySplit) -> int:
     return config.image_size or train.images.shape[1]
 
 
@@ -308,6 +337,8 @@ def load_teacher_file(config: Config) -> tuple[Any, dict[str, Any]]:
     variables, metadata = weights.load_weights(path)
     check_metadata(path, metadata)
     args = json.loads(json.dumps(wanted.args.to_dict()))  # tuples as the file has them
+    if config.student.model in models.DETECTORS and "img_size" in args:
+        variables, metadata = build.resize_teacher(config, path, args.pop("img_size"))
     if args and args != metadata.get("args", {}):
         if wanted.model:
             raise UserError(
@@ -323,7 +354,7 @@ def load_teacher_file(config: Config) -> tuple[Any, dict[str, Any]]:
     return variables, metadata
 
 
-def create_teacher(config: Config, train: data.Split, file: tuple[Any, dict[str, Any]]) -> Model:
+def create_teacher(config: Config, train: AnySplit, file: tuple[Any, dict[str, Any]]) -> Model:
     """The teacher that its file describes, with the file's own image size, mean and std.
 
     Raises:
@@ -340,7 +371,7 @@ def create_teacher(config: Config, train: data.Split, file: tuple[Any, dict[str,
     return dataclasses.replace(model, variables=variables, fingerprint=fingerprint, sources=sources)
 
 
-def describe_teacher(config: Config, train: data.Split, metadata: dict[str, Any]) -> Model:
+def describe_teacher(config: Config, train: AnySplit, metadata: dict[str, Any]) -> Model:
     """The teacher that its file's metadata describes, without weights."""
     size = metadata.get("image_size", 0)
     model = create_model(

@@ -10,6 +10,8 @@ from jax.sharding import Mesh
 
 from xkd_jax import data
 from xkd_jax.config import Config
+from xkd_jax.data.detection_loader import MASK_SIZE, DetectionLoader, detection_batch_shapes
+from xkd_jax.data.detection_split import DetectionSplit
 from xkd_jax.data.encoded import EncodedImages
 from xkd_jax.data.loader import DeviceLoader, HostLoader, Order, batch_shapes, create_loader
 from xkd_jax.distiller import Distiller
@@ -18,6 +20,8 @@ from xkd_jax.reporting.logger import say
 from xkd_jax.teacher.cache import TeacherCache
 from xkd_jax.teacher.forward import CACHED
 from xkd_jax.teacher.loader import CachedLoader
+
+AnySplit = data.Split | DetectionSplit
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -31,7 +35,7 @@ class Inputs:
     """
 
     distiller: Distiller
-    train: data.Split
+    train: AnySplit
     config: Config
 
     @property
@@ -63,12 +67,15 @@ class Inputs:
             tuple(config.crop_scale),
         )
 
-    def create_loader(self) -> DeviceLoader | HostLoader | CachedLoader:
+    def create_loader(self) -> DeviceLoader | HostLoader | CachedLoader | DetectionLoader:
         """The training batches, after what the teacher's cache lacks has been written."""
         config, cores = self.config, os.cpu_count() or 1
         workers = min(config.data.workers, cores)
         if workers < config.data.workers:
             say(f"data.workers={config.data.workers} is reduced to the {cores} cores here.")
+        if isinstance(self.train, DetectionSplit):
+            flip, sizes = config.augment.flip, self._target_sizes
+            return DetectionLoader(self.train, self.mesh, self.order, *sizes, flip, workers)
         loader = create_loader(
             self.train, self.mesh, self.order, tuple(config.crop_scale), workers, self.crop_size
         )
@@ -76,6 +83,12 @@ class Inputs:
             return loader
         self.cache.fill()
         return self.cache.loader(loader, self.order)
+
+    @property
+    def _target_sizes(self) -> tuple[int, int]:
+        """The number of objects of an image, and the side of their masks; 0: no masks."""
+        masks = self.distiller.student.module.mask
+        return self.config.data.max_objects, MASK_SIZE if masks else 0
 
     @property
     def crop_size(self) -> int:
@@ -92,6 +105,8 @@ class Inputs:
     def batch_shapes(self) -> dict[str, Any]:
         """The loader's batches, as shapes with their shardings."""
         count, fixed = self.config.batch_size, self.order.views > 0
+        if isinstance(self.train, DetectionSplit):
+            return detection_batch_shapes(self.train, self.mesh, count, *self._target_sizes)
         shapes: dict[str, Any] = batch_shapes(self.train, self.mesh, count, self.crop_size, fixed)
         if self.cache is not None:
             shapes[CACHED] = self.cache.row_shapes(count)

@@ -27,7 +27,7 @@ class Model:
       mean: mean per channel, of images in [0, 1].
       std: standard deviation per channel, of images in [0, 1].
       variables: `params` and `batch_stats`, or None for a model without weights.
-      name: its name in `xkd_jax.models.MODELS`.
+      name: its name in `xkd_jax.models.NETWORKS`.
       args: arguments of `create_model` that differ from the network's defaults.
       class_names: class names by label; empty if unknown.
       fingerprint: fingerprint of `variables`, see `weights.fingerprint`; empty if not needed.
@@ -128,8 +128,15 @@ class Model:
         return {key: jnp.zeros_like(value) for key, value in arrays.items()} | static
 
     @property
+    def is_detector(self) -> bool:
+        """Whether the network finds objects; others classify images."""
+        return getattr(self.module, "kind", "") == "detector"
+
+    @property
     def num_classes(self) -> int:
-        """The number of logits; 0 without a classifier."""
+        """The number of logits, or of a detector's classes; 0 without a classifier."""
+        if self.is_detector:
+            return self.module.num_classes  # pyright: ignore[reportAttributeAccessIssue]
         outs = self.output_shapes
         return outs["logits"].shape[-1] if "logits" in outs else 0
 
@@ -228,8 +235,8 @@ def check_metadata(path: str | os.PathLike, metadata: dict[str, Any]) -> None:
                 f"the metadata of {path} has {entry}={value!r}, but it must be {form}; convert or "
                 "write the file again."
             )
-    if metadata["model"] not in models.MODELS:
-        raise unknown(f"network in {path}", metadata["model"], models.MODELS)
+    if metadata["model"] not in models.NETWORKS:
+        raise unknown(f"network in {path}", metadata["model"], models.NETWORKS)
 
 
 def create_model(
@@ -243,23 +250,25 @@ def create_model(
     dtype: Any = jnp.float32,
     **args: Any,
 ) -> Model:
-    """A network by its timm name, without weights.
+    """A network by its timm name, or a detector by its torchvision name, without weights.
 
     Args:
-      name: a key of `xkd_jax.models.MODELS`; `python -m xkd_jax.models` lists them.
-      num_classes: number of logits; 0: no classifier.
+      name: a key of `xkd_jax.models.MODELS`, which `python -m xkd_jax.models` lists, or of
+        `xkd_jax.models.DETECTORS`.
+      num_classes: number of logits, or of a detector's classes; 0: no classifier.
       image_size: side of its input, pixels; the network's default if not given.
       mean: mean per channel, of images in [0, 1]; the network's default if not given.
       std: standard deviation per channel, of images in [0, 1]; the network's default if not given.
       class_names: class names by label.
       dtype: compute dtype of the layers; parameters and logits are always float32.
-      **args: fields of the network's module, such as `width=0.5` or `img_size=96`.
+      **args: fields of the network's module, such as `width=0.5` or `img_size=96`; see
+        `xkd_jax.models.create_model` for a detector's.
 
     Raises:
       UserError: there is no such network or argument.
     """
     module = models.create_model(name, num_classes=num_classes, dtype=dtype, **args)
-    variant = models.MODELS[name]
+    variant = models.NETWORKS[name]
     size = image_size or getattr(module, "img_size", variant.image_size)
     return Model(
         module,

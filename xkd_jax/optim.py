@@ -1,4 +1,4 @@
-"""Optimizers and learning-rate schedules by name, weight averaging, and gradient accumulation.
+"""Optimizers by name, weight averaging, and gradient accumulation.
 
 The optimizers are optax's, except that the learning rate is a function of the run's step instead of
 the number of updates: parameters that a method freezes for a while resume at the schedule's current
@@ -16,8 +16,8 @@ import jax.numpy as jnp
 import optax
 
 from xkd_jax.errors import UserError
+from xkd_jax.schedules import check_range
 
-SCHEDULES = ("step", "cosine", "linear", "constant")
 OPTIMIZERS = ("sgd", "adam", "adamw", "lamb", "lars", "rmsprop")
 
 # Never decayed with `weight_decay_skip_1d`, whatever their shape, as in timm's `no_weight_decay`.
@@ -30,38 +30,6 @@ _STEM = re.compile(
     r"(patch_embed|pos_embed|(cls|dist|reg)_token|rel_pos_bias|norm_pre|conv1|conv_stem|bn1)(/|$)"
 )
 _AFTER_BLOCKS = re.compile(r"(norm|conv_head|norm_head|bn2)/")
-
-
-@dataclasses.dataclass(frozen=True)
-class ScheduleOptions:
-    """`config.schedule`.
-
-    Attributes:
-      name: how the rate falls; see `SCHEDULES`.
-      boundaries: epochs at which "step" multiplies the rate by `factor`.
-      factor: see `boundaries`.
-      end_factor: final rate of "cosine" and "linear", as a fraction of the peak rate.
-      warmup_epochs: length of the linear warm-up from 0, which counts towards the run's epochs; may
-        be fractional.
-    """
-
-    name: str = "step"
-    boundaries: tuple[float, ...] = (100, 150)
-    factor: float = 0.1
-    end_factor: float = 0.0
-    warmup_epochs: float = 0.0
-
-    def __post_init__(self):
-        _check_range("schedule.factor", self.factor, 0)
-        _check_range("schedule.end_factor", self.end_factor, 0, 1)
-        _check_range("schedule.warmup_epochs", self.warmup_epochs, 0)
-        numbers = all(isinstance(epoch, int | float) for epoch in self.boundaries)
-        rising = numbers and list(self.boundaries) == sorted(set(self.boundaries))
-        if not rising or min(self.boundaries, default=1) <= 0:
-            raise UserError(
-                f"schedule.boundaries are {tuple(self.boundaries)}, but must be increasing epochs "
-                "above 0."
-            )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -90,66 +58,12 @@ class OptimizerOptions:
 
     def __post_init__(self):
         for field in ("learning_rate", "weight_decay", "clip_norm"):
-            _check_range(f"optimizer.{field}", getattr(self, field), 0)
+            check_range(f"optimizer.{field}", getattr(self, field), 0)
         if len(self.betas) != 2:
             raise UserError(f"optimizer.betas are {self.betas}, but must be two numbers.")
         for field, value in (("momentum", self.momentum), *(("betas", b) for b in self.betas)):
             if not 0 <= value < 1:
                 raise UserError(f"optimizer.{field} is {value}, but must be in [0, 1).")
-
-
-def _check_range(field: str, value: float, low: float, high: float = float("inf")) -> None:
-    if not low <= value <= high:
-        wanted = f"in [{low}, {high}]" if high < float("inf") else f"at least {low}"
-        raise UserError(f"{field} is {value}, but must be {wanted}.")
-
-
-def create_learning_rate_fn(
-    schedule: Mapping[str, Any],
-    learning_rate: float,
-    epochs: int,
-    steps_per_epoch: int,
-    first_steps: int = 0,
-) -> optax.Schedule:
-    """The learning rate as a function of the step.
-
-    Args:
-      schedule: fields of `ScheduleOptions`. "step" multiplies by `factor` at every epoch of
-        `boundaries` (the paper: x0.1 at 100 and 150); "cosine" and "linear" decay to `end_factor`
-        times the peak rate at the end.
-      learning_rate: peak learning rate.
-      epochs: length of the training proper.
-      steps_per_epoch: number of full batches per epoch.
-      first_steps: length of the method's first phase, which precedes it, at the peak rate.
-
-    Raises:
-      UserError: an option is out of range, or the warm-up lasts longer than the run.
-    """
-    options = ScheduleOptions(**schedule)
-    if options.warmup_epochs >= epochs:
-        raise UserError(
-            f"schedule.warmup_epochs is {options.warmup_epochs}, but must be below the run's "
-            f"epochs, {epochs}."
-        )
-    warmup = round(options.warmup_epochs * steps_per_epoch)
-    rest = max(1, epochs * steps_per_epoch - warmup)
-    if options.name == "step":
-        scales = {
-            round(epoch * steps_per_epoch) - warmup: options.factor for epoch in options.boundaries
-        }
-        main = optax.piecewise_constant_schedule(learning_rate, scales)
-    elif options.name == "cosine":
-        main = optax.cosine_decay_schedule(learning_rate, rest, options.end_factor)
-    elif options.name == "linear":
-        main = optax.linear_schedule(learning_rate, options.end_factor * learning_rate, rest)
-    else:
-        main = optax.constant_schedule(learning_rate)
-    if warmup:
-        climb = optax.linear_schedule(0.0, learning_rate, warmup)
-        main = optax.join_schedules([climb, main], [warmup])
-    if not first_steps:
-        return main
-    return optax.join_schedules([optax.constant_schedule(learning_rate), main], [first_steps])
 
 
 def create_optimizer(

@@ -10,6 +10,7 @@ import optax
 
 from xkd_jax.methods.base import Method
 from xkd_jax.model import Model
+from xkd_jax.tasks.base import Task
 
 
 @flax.struct.dataclass
@@ -46,20 +47,22 @@ def create_state(
     optimizers: Mapping[str, optax.GradientTransformation],
     labels: Any,
     average: bool,
+    task: Task,
 ) -> TrainState:
     """The state before the first step.
 
     Args:
       key: a typed key.
       teacher: the teacher, if there is one.
-      student: the student; starts from its weights if it has any.
+      student: the student.
       method: the method, which initialises its parameters, its state and the adversary.
       optimizers: optimizers by part.
       labels: labels of the training set [n], for methods with a memory bank.
       average: whether to keep a moving average of the student.
+      task: the task, which initialises the student.
     """
     student_key, method_key, adversary_key, train_key = jax.random.split(key, 4)
-    variables = student.variables or student.init(student_key)
+    variables = task.initial(student, student_key)
     outs = teacher.zero_outputs() if teacher else {}, student.zero_outputs()
     of_method, method_state = method.init(method_key, *outs, labels)
     adversary = method.init_adversary(adversary_key, *outs) if method.adversary_period else {}

@@ -5,7 +5,6 @@ from typing import TYPE_CHECKING, Any
 import jax
 import jax.numpy as jnp
 
-from xkd_jax.optim import layer_ids
 from xkd_jax.state import TrainState
 
 if TYPE_CHECKING:
@@ -32,11 +31,11 @@ def moves(distiller: "Distiller", state: TrainState, grads: dict[str, Any]) -> d
         moving["student"] = jax.tree.map(
             lambda g: moving["batch_stats"] & ((progress >= 0) | jnp.any(g != 0)), grads["student"]
         )
-    if frozen := getattr(distiller.student.module, "frozen", 0):
-        layers = layer_ids(grads["student"])
+    frozen = distiller.task.frozen(distiller.student, grads["student"])
+    if frozen is not None:
         moving["student"] = jax.tree.map(
-            lambda layer, move: move & (layer > frozen),
-            layers, jax.tree.broadcast(moving["student"], layers),
+            lambda still, move: move & (not still),
+            frozen, jax.tree.broadcast(moving["student"], frozen),
         )  # fmt: skip
     moving["adversary"] = adversarys_turn(distiller, state)
     return moving

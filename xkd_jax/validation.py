@@ -1,17 +1,22 @@
 """The checks of a config that need no data."""
 
+import dataclasses
+import functools
 import math
 from collections.abc import Sequence
 from typing import Any
 
 from xkd_jax import optim
 from xkd_jax.augment.multiview import MultiView
+from xkd_jax.augment.policies import Augment
 from xkd_jax.config import Config, augmentation, default_config, fields, has_field
 from xkd_jax.data.encoded import FEEDS
 from xkd_jax.data.examples import ON_ERROR
 from xkd_jax.errors import UserError, unknown
 from xkd_jax.methods import create_method
-from xkd_jax.optim import OptimizerOptions, ScheduleOptions
+from xkd_jax.models import DETECTORS
+from xkd_jax.optim import OptimizerOptions
+from xkd_jax.schedules import SCHEDULES, ScheduleOptions
 
 DTYPES = ("auto", "float32", "bfloat16")
 SMALLEST_IMAGE = 8  # pixels: below, networks have nothing left to pool
@@ -19,7 +24,7 @@ SMALLEST_IMAGE = 8  # pixels: below, networks have nothing left to pool
 CHOICES: dict[str, Sequence[str]] = {
     "optimizer.name": optim.OPTIMIZERS,
     "adversary_optimizer.name": optim.OPTIMIZERS,
-    "schedule.name": optim.SCHEDULES,
+    "schedule.name": SCHEDULES,
     "dtype": DTYPES,
     "data.feed": FEEDS,
     "data.on_error": ON_ERROR,
@@ -41,9 +46,29 @@ AT_LEAST = {
     "data.seed": -1,
     "data.repeats": 1,
     "data.workers": 0,
+    "data.min_size": 32,
+    "data.max_size": 32,
+    "data.max_objects": 1,
     "augment.crop_padding": 0,
     "teacher.cache_views": 0,
 }
+
+# Fields that detectors don't know, and their neutral values.
+_NOT_OF_DETECTORS: dict[str, Any] = {
+    "image_size": 0,
+    "crop_pct": 0.0,
+    "label_smoothing": 0.0,
+    "layer_decay": 1.0,
+    "seeds": (),
+    "pictures": False,
+    "augment.crop_padding": 0,
+    "data.noisy": False,
+    "data.labels": True,
+    "monitor.name": "",
+    "probe.pool": "",
+    "teacher.cache": "",
+    "teacher.cache_views": 0,
+} | {f"augment.{name}": value for name, value in dataclasses.asdict(Augment()).items()}
 
 
 def validate(config: Config) -> None:
@@ -90,10 +115,47 @@ def validate(config: Config) -> None:
     _check_seeds(config)
     if not config.data.name:
         raise UserError("data.name is empty; name a data set such as 'tfds:cifar100'.")
+    _check_task(config)
     strengths: tuple[Any, ...] = tuple(config.probe.l2)
     if not strengths or not all(isinstance(s, int | float) and s > 0 for s in strengths):
         raise UserError(f"probe.l2 is {strengths}, but must be one or more numbers above 0.")
     _check_methods(config)
+
+
+def _check_task(config: Config) -> None:
+    """Checks that data and student are of one task, and that a detector's options have an effect.
+
+    Raises:
+      UserError: they are not, or one hasn't.
+    """
+    model, name = config.student.model, config.data.name
+    if (model in DETECTORS) != name.startswith("coco:"):
+        if model in DETECTORS:
+            raise UserError(f"{model} is a detector, but {name} has no boxes; take 'coco:DIR'.")
+        raise UserError(
+            f"{name} has boxes, which {model} doesn't learn; take {next(iter(DETECTORS))} or "
+            "another detector."
+        )
+    if model not in DETECTORS:
+        return
+    for field, neutral in _NOT_OF_DETECTORS.items():
+        value = functools.reduce(getattr, field.split("."), config)
+        if value != neutral:
+            raise UserError(
+                f"{field}={value!r} is not for detectors, whose images are resized, padded and at "
+                f"most mirrored; set it to {neutral!r}."
+            )
+    if config.data.min_size > config.data.max_size:
+        raise UserError(
+            f"data.min_size={config.data.min_size} is larger than "
+            f"data.max_size={config.data.max_size}; make it the smaller one."
+        )
+    for method in "+".join(config.compare or (config.method.name,)).split("+"):
+        if create_method(method, config.method).multi_view:
+            raise UserError(
+                f"method {method} would crop, rotate and mask the student's view, which moves and "
+                f"hides objects; set method.{method}.multi_view=False."
+            )
 
 
 def _check_numbers(name: str, value: Any) -> None:

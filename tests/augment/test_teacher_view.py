@@ -10,8 +10,8 @@ from tests.augment.images import images_of, key
 from xkd_jax.augment import multiview, ops
 from xkd_jax.augment.pipeline import Pipeline
 from xkd_jax.config import default_config
-from xkd_jax.distiller import create_views
 from xkd_jax.experiment import create_experiment
+from xkd_jax.tasks.classification import create_views
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 

@@ -14,7 +14,7 @@ from xkd_jax.methods import Sum
 from xkd_jax.methods.ab import AB
 from xkd_jax.methods.base import Method, MethodLoss
 from xkd_jax.methods.fitnet import FitNet
-from xkd_jax.optim import create_learning_rate_fn
+from xkd_jax.schedules import create_learning_rate_fn
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 

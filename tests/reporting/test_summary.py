@@ -5,6 +5,7 @@ from types import SimpleNamespace
 import numpy as np
 
 from xkd_jax.reporting import summary
+from xkd_jax.tasks.classification import Classification
 from xkd_jax.weights import save_weights
 
 
@@ -41,7 +42,8 @@ def test_a_cached_teacher_is_evaluated_once_for_all_processes(tmp_path, monkeypa
             data=SimpleNamespace(noisy=False),
             dtype="float32",
         )
-        experiment = SimpleNamespace(config=config, distiller=SimpleNamespace(teacher=teacher))
+        distiller = SimpleNamespace(teacher=teacher, task=Classification())
+        experiment = SimpleNamespace(config=config, distiller=distiller)
         return summary.describe_teacher(experiment, test)
 
     monkeypatch.setattr(summary, "describe", describe)

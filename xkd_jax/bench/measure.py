@@ -6,6 +6,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from xkd_jax import models
 from xkd_jax.analysis.tpu_forecast import CHIPS
 from xkd_jax.bench import parts
 from xkd_jax.bench.timing import Program, alternate, compile_program
@@ -48,6 +49,8 @@ def measure(config: Config, rounds: int) -> dict[str, Any]:
       UserError: any wrong input, or data without labels, on which there is no plain training.
     """
     validate(config)
+    if config.student.model in models.DETECTORS:
+        raise UserError(f"{config.student.model} is a detector; give the recipe of a classifier.")
     jax.config.update("jax_enable_compilation_cache", False)  # or nothing would be compiled
     names = [name for name in config.compare or [config.method.name] if name != "none"]
     experiments = {name: create_experiment(for_method(config, name)) for name in names}

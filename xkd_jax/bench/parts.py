@@ -14,12 +14,13 @@ from xkd_jax.analysis import memory
 from xkd_jax.analysis.flops import count_flops
 from xkd_jax.augment import fixed
 from xkd_jax.bench.timing import Program, compile_program
-from xkd_jax.distiller import Distiller, adversary_gradient, create_views
+from xkd_jax.distiller import Distiller, adversary_gradient
 from xkd_jax.distributed import sharding
 from xkd_jax.experiment import Experiment
 from xkd_jax.methods.base import Outputs, apply, arrays_of, split_static
 from xkd_jax.methods.label import label_term
 from xkd_jax.state import TrainState
+from xkd_jax.tasks.classification import create_views
 from xkd_jax.teacher.forward import CACHED, create_teacher_fn
 from xkd_jax.teacher.plan import read_outputs
 from xkd_jax.train import Stepper, experiment_step, init_state

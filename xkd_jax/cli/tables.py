@@ -354,8 +354,8 @@ class _Sweep:
 
 
 def _result(folder: Path) -> str:
-    top1 = table_report.read_top1(folder)
-    return "no top-1" if math.isnan(top1) else f"top-1 {100 * top1:.2f}%"
+    score = table_report.read_top1(folder)
+    return "no score" if math.isnan(score) else f"{100 * score:.2f}%"
 
 
 def _seedless(config: Config) -> Config:

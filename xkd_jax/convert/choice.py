@@ -13,7 +13,7 @@ from xkd_jax.convert.layouts import Layout, name_unread
 from xkd_jax.convert.messages import Misfit, describe
 from xkd_jax.convert.networks import Place, equal_networks, fit, recognize
 from xkd_jax.errors import UserError, unknown
-from xkd_jax.models import MODELS, create_model
+from xkd_jax.models import MODELS, NETWORKS, create_model
 
 _ENOUGH = 0.5  # share of tensors in common below which a checkpoint matches no network
 _SURE = 0.9  # share of tensors in common above which no other network is considered
@@ -39,13 +39,13 @@ def choose_model(
       changes: sentences about the conversion.
 
     Raises:
-      UserError: the network is not among `MODELS`, no network matches, or several do.
+      UserError: the network is not among `NETWORKS`, no network matches, or several do.
     """
     known = checkpoint.metadata
     stated = known.get("architecture") or known.get("model", "")
     if model:
-        if model not in MODELS:
-            raise unknown("network", model, MODELS)
+        if model not in NETWORKS:
+            raise unknown("network", model, NETWORKS)
         if stated and stated != model:
             changes.append(
                 f"warning: the checkpoint states {stated} and is read as {model}; networks with "
@@ -54,8 +54,8 @@ def choose_model(
         return model
     if "architecture" in known:
         raise _not_here(checkpoint.name, stated, state)
-    if stated and stated not in MODELS:
-        raise unknown("network", stated, MODELS)
+    if stated and stated not in NETWORKS:
+        raise unknown("network", stated, NETWORKS)
     return stated or _recognized(checkpoint, state, layout, changes)
 
 

@@ -24,12 +24,19 @@ from xkd_jax.convert.layouts import (
     reads_mean_token,
     translate,
 )
+from xkd_jax.convert.layouts_detection import (
+    COCO_CATEGORIES,
+    DETECTOR,
+    cancel_epsilon,
+    is_published,
+    recognize_detector,
+)
 from xkd_jax.convert.messages import Misfit, describe_assumptions, describe_not_finite
-from xkd_jax.convert.networks import Place, get_places
+from xkd_jax.convert.networks import Place, background, get_places
 from xkd_jax.convert.resize import resize
-from xkd_jax.convert.rules import Family, family_of, from_torch, torch_shape
+from xkd_jax.convert.rules import family_of, from_torch, torch_shape
 from xkd_jax.errors import UserError
-from xkd_jax.models import MODELS, create_model
+from xkd_jax.models import NETWORKS, create_model
 from xkd_jax.weights import locate, save_weights
 
 TIMM = "timm:"  # prefix of a name: timm's weights, downloaded from the hub and converted once
@@ -73,7 +80,7 @@ def convert(
 
     Args:
       checkpoint: from `read_checkpoint` or `download`.
-      model: a key of `MODELS`, which overrides the name that the checkpoint states; recognised
+      model: a key of `NETWORKS`, which overrides the name that the checkpoint states; recognised
         from the tensors if there is neither.
       num_classes: the number of classes; 0: no head; a checkpoint without one stays without.
       image_size: the side of the images, pixels.
@@ -89,7 +96,7 @@ def convert(
     """
     layout = find_layout(checkpoint.state)
     state, changes = _normalize(checkpoint.state, layout)
-    model = choose_model(checkpoint, model, state, layout, changes)
+    model, args = _choose(checkpoint, model, args, state, layout, changes)
     given = {"mean": list(mean), "std": list(std), "image_size": image_size}
     known = _known(checkpoint, model, layout) | {k: v for k, v in given.items() if v}
     if layout and layout.args:
@@ -97,12 +104,12 @@ def convert(
     stated = {*known, *known.get("args", {}), *(args or {})}
     args, image_size = _arguments(model, state, known, args, image_size)
     places = get_places(model, args)
-    old_classes = _count_classes(state, places)
+    old_classes = _count_classes(state, places) - background(model)
     classes = old_classes if num_classes is None else num_classes
     if not classes:
         state, places = _without_head(model, args, state, places, changes)
     new_head = classes != old_classes
-    flat, done, wrong = _put(state, places, family_of(model), classes, new_head, antialias)
+    flat, done, wrong = _put(state, places, model, classes, new_head, antialias)
     if wrong:
         raise misfit_error(checkpoint, model, state, places, wrong)
     used = {k: state[k] for k, p in places.items() if not (p.in_head and new_head)}
@@ -114,6 +121,22 @@ def convert(
     metadata |= {"model": model, "args": args, "num_classes": classes, "image_size": image_size}
     variables = traverse_util.unflatten_dict(flat, sep="/")
     return Converted(variables, metadata, changes, describe_assumptions(metadata, stated))
+
+
+def _choose(
+    checkpoint: Checkpoint,
+    model: str,
+    args: Mapping[str, Any] | None,
+    state: Mapping[str, np.ndarray],
+    layout: Layout | None,
+    changes: list[str],
+) -> tuple[str, Mapping[str, Any] | None]:
+    """The network's name, by `choose_model` or from a detector's tensors, and its arguments."""
+    stated = model or checkpoint.metadata.keys() & {"model", "architecture"}
+    if layout is DETECTOR and not stated:
+        model, found = recognize_detector(checkpoint.name, state, changes)
+        args = {**found, **(args or {})}
+    return choose_model(checkpoint, model, state, layout, changes), args
 
 
 def _without_head(
@@ -141,6 +164,8 @@ def _known(checkpoint: Checkpoint, model: str, layout: Layout | None) -> dict[st
     elif model != known.get("model", model):
         # The checkpoint's sizes are those of its own network.
         known = {k: v for k, v in known.items() if k not in ("model", "args", "image_size")}
+    if is_published(checkpoint.state):
+        known = {"class_names": COCO_CATEGORIES, **known}
     if layout and layout.mean and layout.std:
         known = {"mean": list(layout.mean), "std": list(layout.std), **known}
     return known
@@ -148,7 +173,7 @@ def _known(checkpoint: Checkpoint, model: str, layout: Layout | None) -> dict[st
 
 def _statistics(model: str, classes: int) -> dict[str, list[float]]:
     """Mean and standard deviation that a network of `classes` was probably trained with."""
-    mean, std = MODELS[model].mean, MODELS[model].std
+    mean, std = NETWORKS[model].mean, NETWORKS[model].std
     if mean == CIFAR100_MEAN and classes == _CIFAR10_CLASSES:
         mean, std = CIFAR10_MEAN, CIFAR10_STD
     return {"mean": list(mean), "std": list(std)}
@@ -215,6 +240,9 @@ def _normalize(
         if state.keys() >= {"reg_token", "cls_token", "pos_embed"}:
             state = fold_class_position(state)
             changes.append("added the class token's position embedding to the token, as in timm")
+        if is_published(old):
+            state = cancel_epsilon(state)
+            changes.append("lowered the running variances by BatchNorm's epsilon, not used there")
     if lacks_shortcuts(state):
         state = add_shortcuts(state)
         changes.append("wrote the shortcuts of option A, which have no weights, as convolutions")
@@ -239,7 +267,7 @@ def _arguments(
         found = any(re.fullmatch(pattern, name) for name in state)
         if arg not in args and found != getattr(create_model(model, num_classes=1), arg):
             args[arg] = found
-    variant = MODELS[model]
+    variant = NETWORKS[model]
     size = image_size or args.get("img_size") or known.get("image_size") or variant.image_size
     args.pop("img_size", None)
     if size != variant.args.get("img_size", size):
@@ -251,14 +279,14 @@ def _count_classes(state: Mapping[str, np.ndarray], places: Mapping[str, Place])
     """The number of classes of the checkpoint's head; 0 without one."""
     for name, place in places.items():
         if place.in_head and name in state and place.takes(state[name].shape):
-            return state[name].shape[place.torch_shape.index(-1)]
+            return place.count_classes(state[name].shape)
     return 0
 
 
 def _put(
     state: Mapping[str, np.ndarray],
     places: Mapping[str, Place],
-    family: Family,
+    model: str,
     classes: int,
     new_head: bool,
     antialias: bool,
@@ -269,10 +297,11 @@ def _put(
       the tensors by our path, the changes made to them, and the tensors that don't fit.
     """
     flat, wrong, reset = {}, [], []
+    family, outputs = family_of(model), classes + background(model)
     resized: Counter[str] = Counter()
     for name, place in places.items():
         array = state.get(name)
-        shape = tuple(classes if side == -1 else side for side in place.shape)
+        shape = place.shape_for(outputs)
         want = torch_shape(place.path, shape)
         if place.in_head and new_head and (array is None or place.takes(array.shape)):
             flat[place.path] = np.zeros(shape, np.float32)

@@ -18,7 +18,7 @@ from xkd_jax.convert.prefixes import strip_prefixes
 from xkd_jax.convert.pytorch import import_torch, read_torch
 from xkd_jax.convert.rules import family_of, timm_name, to_torch
 from xkd_jax.errors import UserError, unknown
-from xkd_jax.models import MODELS
+from xkd_jax.models import NETWORKS
 from xkd_jax.weights import (
     METADATA_KEY,
     parse_metadata,
@@ -38,7 +38,7 @@ class Checkpoint:
       name: its origin, for messages.
       state: tensors by name, in PyTorch's layout, without BatchNorm's counters.
       metadata: model, args, image_size, mean, std, class_names, source ..., where known;
-        `architecture` is the name of a network that is not among `MODELS`.
+        `architecture` is the name of a network that is not among `NETWORKS`.
       notes: a sentence for each thing that was chosen, ignored or renamed while reading.
     """
 
@@ -71,8 +71,8 @@ def read_checkpoint(path: str | os.PathLike, name: str = "", key: str = "") -> C
     if METADATA_KEY in texts:
         metadata = parse_metadata(path, texts[METADATA_KEY])
         model = metadata.get("model", "")
-        if model not in MODELS:
-            raise unknown("network", model, MODELS)
+        if model not in NETWORKS:
+            raise unknown("network", model, NETWORKS)
         return Checkpoint(name, to_state(tensors, model), metadata)
     if _EXPORTED_KEY in texts:
         metadata = parse_metadata(path, texts[_EXPORTED_KEY])
@@ -92,7 +92,7 @@ def to_state(variables: Mapping[str, Any], model: str) -> dict[str, np.ndarray]:
 
     Args:
       variables: nested dict of numpy arrays, or flat by path, "params/conv1/kernel".
-      model: a key of `MODELS`.
+      model: a key of `NETWORKS`.
     """
     family = family_of(model)
     flat: dict[str, Any] = traverse_util.flatten_dict(variables, sep="/")

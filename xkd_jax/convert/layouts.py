@@ -8,6 +8,7 @@ import numpy as np
 from xkd_jax.augment.normalization import IMAGENET_MEAN, IMAGENET_STD
 from xkd_jax.convert import layouts_clip, layouts_convnext, layouts_eva, layouts_regnet
 from xkd_jax.convert.layout import Layout
+from xkd_jax.convert.layouts_detection import DETECTOR
 from xkd_jax.convert.layouts_efficientnet import EFFICIENTNETS
 from xkd_jax.convert.layouts_swinv2 import name_biases
 
@@ -151,6 +152,7 @@ _PYTORCH_RESNET_CIFAR10 = Layout(
 )
 
 _LAYOUTS = (
+    DETECTOR,  # before those of its backbone
     *layouts_eva.LAYOUTS,  # first: DINOv2 and ViT have some of the same names
     _OLD_SWIN,
     *EFFICIENTNETS,

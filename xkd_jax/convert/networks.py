@@ -14,7 +14,7 @@ from flax import traverse_util
 from xkd_jax.analysis import counts
 from xkd_jax.convert.resize import is_resizable
 from xkd_jax.convert.rules import family_of, timm_name, torch_shape
-from xkd_jax.models import MODELS, create_model
+from xkd_jax.models import DETECTORS, MODELS, NETWORKS, create_model
 
 _RESIZING = {"img_size", "patch_size", "window_size", "pretrained_window_sizes"}
 _CLASSES = 999_983  # a prime that no other axis has as length: it marks the axis of classes
@@ -26,7 +26,8 @@ class Place:
 
     Attributes:
       path: in our variables, such as "params/conv1/kernel".
-      shape: in our layout; -1 stands for the number of classes, which only heads have.
+      shape: in our layout; -1 stands for the number of classes, which only heads have, and -4 for
+        four times as many. A detector's background is one of them.
     """
 
     path: str
@@ -35,7 +36,7 @@ class Place:
     @property
     def in_head(self) -> bool:
         """Whether the shape depends on the number of classes."""
-        return -1 in self.shape
+        return min(self.shape, default=0) < 0
 
     @property
     def torch_shape(self) -> tuple[int, ...]:
@@ -51,8 +52,18 @@ class Place:
         if not self.in_head:
             return [side for side in shape if side != 1] == [side for side in want if side != 1]
         return len(shape) == len(want) and all(
-            side in (-1, have) for side, have in zip(want, shape, strict=True)
+            have % side == 0 if side < 0 else side == have
+            for side, have in zip(want, shape, strict=True)
         )
+
+    def count_classes(self, shape: tuple[int, ...]) -> int:
+        """The number of classes of a head's tensor of PyTorch's `shape`, which `takes` accepts."""
+        sides = zip(self.torch_shape, shape, strict=True)
+        return next(have // -side for side, have in sides if side < 0)
+
+    def shape_for(self, classes: int) -> tuple[int, ...]:
+        """The shape, in our layout, for a number of classes."""
+        return tuple(-side * classes if side < 0 else side for side in self.shape)
 
 
 def get_places(
@@ -65,18 +76,24 @@ def get_places(
     Raises:
       UserError: the name or an argument is unknown, or the arguments contradict each other.
     """
-    module = create_model(model, num_classes=num_classes, **args)
-    side = getattr(module, "img_size", MODELS[model].image_size)
+    classes = max(num_classes - background(model), 0)
+    module = create_model(model, num_classes=classes, **args)
+    side = getattr(module, "img_size", NETWORKS[model].image_size)
     image = jax.ShapeDtypeStruct((1, side, side, 3), jnp.float32)
     shapes = jax.eval_shape(module.init, jax.random.key(0), image)
     flat: dict[str, Any] = traverse_util.flatten_dict(shapes, sep="/")
     family = family_of(model)
     return {
         timm_name(path, family): Place(
-            path, tuple(-1 if side == _CLASSES else side for side in leaf.shape)
+            path, tuple(side if side % _CLASSES else -side // _CLASSES for side in leaf.shape)
         )
         for path, leaf in flat.items()
     }
+
+
+def background(model: str) -> int:
+    """How many of the classes of a network's head are not the user's: 1 for detectors."""
+    return int(model in DETECTORS)
 
 
 def fit(shapes: Mapping[str, tuple[int, ...]], wanted: Mapping[str, Place]) -> float:

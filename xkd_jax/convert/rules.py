@@ -10,7 +10,7 @@ import re
 
 import numpy as np
 
-from xkd_jax.models import MODELS
+from xkd_jax.models import NETWORKS
 
 
 @dataclasses.dataclass(frozen=True)
@@ -66,7 +66,7 @@ _LEAVES = {"kernel": "weight", "scale": "weight", "mean": "running_mean", "var":
 
 def family_of(model: str) -> Family:
     """The rules of the network called `model`."""
-    return FAMILIES.get(MODELS[model].network.__module__.rpartition(".")[2], Family())
+    return FAMILIES.get(NETWORKS[model].network.__module__.rpartition(".")[2], Family())
 
 
 def timm_name(path: str, family: Family) -> str:

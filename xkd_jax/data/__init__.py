@@ -85,6 +85,11 @@ def open_source(name: str, data_dir: str = "") -> Source:
         return folder.ImageFolder(Path(rest).expanduser(), leaf=kind == "leaf")
     if kind == "images" and rest:
         return images.UnlabelledFolder(Path(rest).expanduser())
+    if kind == "coco":
+        raise UserError(
+            f"{name} is a data set of objects, for detectors; take a recipe such as "
+            "configs/coco_frcnn_r50.py."
+        )
     if kind in ("folder", "leaf", "images", "idx", "tfds"):
         raise UserError(
             f"the data set {name!r} lacks the part after the colon, as in 'tfds:cifar100'."

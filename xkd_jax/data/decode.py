@@ -146,6 +146,49 @@ def eval_crop(image: bytes | np.ndarray, size: int, crop_pct: float = 0.875) -> 
     return crop
 
 
+@_named
+def decode_resize(
+    image: bytes | np.ndarray, stated: tuple[int, int], size: tuple[int, int]
+) -> np.ndarray:
+    """Decodes a whole image and resizes it.
+
+    Args:
+      image: as for `decode`.
+      stated: height and width that it should have, as for `check_size`.
+      size: height and width of the result, in pixels.
+      name: what an error calls the image.
+
+    Returns:
+      uint8 [*size, 3].
+
+    Raises:
+      DamagedImage: it can't be decoded, or has another size than stated.
+    """
+    orientation = _orientation(image, stated)
+    reduction = min(stated[0] / size[0], stated[1] / size[1])
+    # Enlarged as by torchvision, whose detectors are used to it. It doesn't antialias.
+    interpolation = cv2.INTER_LINEAR if reduction <= 1 else cv2.INTER_AREA
+    with _memory(stated[0] * stated[1]):
+        pixels = _decode(image, orientation, reduction / 2)  # see `eval_crop`
+        return cv2.resize(pixels, size[::-1], interpolation=interpolation)
+
+
+@_named
+def check_size(image: bytes, stated: tuple[int, int]) -> None:
+    """Checks the size of an image, from its header.
+
+    Args:
+      image: as for `decode`.
+      stated: height and width that annotations say, in pixels, either of the upright image or of
+        the stored one.
+      name: what an error calls the image.
+
+    Raises:
+      DamagedImage: it has another size.
+    """
+    _orientation(image, stated)
+
+
 def random_box(
     rng: np.random.Generator,
     width: int,
@@ -166,6 +209,18 @@ def random_box(
     h = min(height, round(width / ratio[0]))
     left, top = (width - w) // 2, (height - h) // 2
     return left, top, left + w, top + h
+
+
+def _orientation(image: bytes | np.ndarray, stated: tuple[int, int]) -> int:
+    """EXIF's orientation by which stored pixels must be turned to have the height and width."""
+    width, height, orientation = _measure(image)
+    if (height, width) == stated:
+        return orientation
+    if orientation >= 5 and (width, height) == stated:
+        return 1  # annotated as stored
+    raise ValueError(
+        f"it has {width} x {height} pixels, but its annotations say {stated[1]} x {stated[0]}"
+    )
 
 
 @contextlib.contextmanager

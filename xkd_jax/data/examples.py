@@ -91,7 +91,7 @@ def scan(examples: Examples, on_error: str = "stop") -> Examples:
       UserError: an image is damaged and `on_error` is "stop", or all images are damaged.
     """
     faults = examples.faults()
-    _report(faults, len(examples), on_error)
+    report_faults(faults, len(examples), on_error)
     if not faults:
         return examples
     return Subset(examples, np.setdiff1d(np.arange(len(examples)), list(faults)))
@@ -152,8 +152,8 @@ def read_kept(
             )
         images[kept] = image
         kept += 1
-    _report(faults, len(examples), on_error)
-    assert images is not None  # _report raises if nothing is left
+    report_faults(faults, len(examples), on_error)
+    assert images is not None  # report_faults raises if nothing is left
     indices = np.setdiff1d(np.arange(len(examples)), list(faults))
     return images[:kept], labels[:kept], indices
 
@@ -186,7 +186,17 @@ def _size(image: np.ndarray) -> str:
     return f"{image.shape[1]}x{image.shape[0]}"
 
 
-def _report(faults: Mapping[int, str], count: int, on_error: str) -> None:
+def report_faults(faults: Mapping[int, str], count: int, on_error: str) -> None:
+    """Says which images are left out, if any.
+
+    Args:
+      faults: by index, a message that names the damaged image.
+      count: the number of images.
+      on_error: as for `scan`.
+
+    Raises:
+      UserError: as for `scan`.
+    """
     if on_error not in ON_ERROR:
         raise unknown("data.on_error", on_error, ON_ERROR)
     if not faults:

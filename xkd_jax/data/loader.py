@@ -8,19 +8,21 @@ import JAX.
 import dataclasses
 import itertools
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import jax
 import numpy as np
-from jax.sharding import Mesh
+from jax.sharding import Mesh, NamedSharding
 
 from xkd_jax.data.decode import decode_crop
+from xkd_jax.data.detection_split import DetectionSplit, PaddedImages
 from xkd_jax.data.encoded import EncodedImages
 from xkd_jax.data.order import batch_indices, batch_views, view_generator
 from xkd_jax.data.source import Examples, Split
 from xkd_jax.distributed import sharding
 
 Batch = dict[str, jax.Array]
+_ENDLESS = 2**62  # examples; grain can't count up to int64's largest number in batches of one
 
 
 def create_loader(
@@ -59,9 +61,9 @@ def batch_shapes(
     return sharding.shaped(shapes, sharding.over_batch(mesh))
 
 
-def resident_shapes(split: Split, mesh: Mesh) -> dict[str, jax.ShapeDtypeStruct]:
-    """The loader's `arrays`, as shapes with their shardings."""
-    if isinstance(split.images, EncodedImages):
+def resident_shapes(split: Split | DetectionSplit, mesh: Mesh) -> dict[str, jax.ShapeDtypeStruct]:
+    """The loader's `arrays`, as shapes with their shardings; empty if they stay on the host."""
+    if isinstance(split.images, EncodedImages | PaddedImages):
         return {}
     count, *shape = split.images.shape
     count += -count % mesh.shape["data"]
@@ -93,6 +95,14 @@ class Order:
     def view(self, step: int) -> np.ndarray:
         """The fixed view of each example, int32 [batch_size]."""
         return batch_views(self.num_examples, self.batch_size, step, self.repeats, self.views)
+
+    def generator(self, step: int, place: int) -> np.random.Generator:
+        """The random numbers of the example at a place in a batch."""
+        # A stream for every example that the run ever sees, whichever worker has its turn; the
+        # high bit keeps clear of the streams that the order comes from.
+        number = step * self.batch_size + place
+        key = np.array([self.seed, 2**63 + number], np.uint64)
+        return np.random.Generator(np.random.Philox(key=key))
 
 
 class DeviceLoader:
@@ -174,28 +184,47 @@ class HostLoader:
 
         With fixed views, also `view` [N].
         """
-        import grain
-        from absl import flags
+        return read_batches(self._load, self._local, self._sharding, self._workers, start)
 
-        if not flags.FLAGS.is_parsed():  # grain's workers ask for its flags, in a notebook too
-            flags.FLAGS.mark_as_parsed()
-        positions = grain.MapDataset.range(start * self._local, np.iinfo(np.int64).max)
-        # An element is a batch here: grain's own 16 threads and 500 elements would hold gigabytes.
-        threads = os.cpu_count() or 1
-        options = grain.ReadOptions(num_threads=threads, prefetch_buffer_size=2 * threads)
-        dataset = positions.map(self._load).batch(self._local).to_iter_dataset(options)
-        if self._workers:
-            options = grain.MultiprocessingOptions(self._workers, per_worker_buffer_size=2)
-            dataset = dataset.mp_prefetch(options)
-        ahead: Batch | None = None
-        for local in dataset:
-            batch = {
-                name: jax.make_array_from_process_local_data(self._sharding, array)
-                for name, array in local.items()
-            }
-            if ahead is not None:
-                yield ahead
-            ahead = batch
+
+def read_batches(
+    load: Callable[[int], dict[str, np.ndarray]],
+    local: int,
+    place: NamedSharding,
+    workers: int,
+    start: int,
+) -> Iterator[Batch]:
+    """Batches that grain's workers read; each is copied to the devices during the previous step.
+
+    Args:
+      load: from a place in this process's sequence of examples to the example; picklable.
+      local: this process's examples in a batch.
+      place: the sharding of the batches.
+      workers: processes that read; 0 reads in threads of this one.
+      start: the first step.
+    """
+    import grain
+    from absl import flags
+
+    if not flags.FLAGS.is_parsed():  # grain's workers ask for its flags, in a notebook too
+        flags.FLAGS.mark_as_parsed()
+    positions = grain.MapDataset.range(start * local, _ENDLESS)
+    # An element is a batch here: grain's own 16 threads and 500 elements would hold gigabytes.
+    threads = os.cpu_count() or 1
+    options = grain.ReadOptions(num_threads=threads, prefetch_buffer_size=2 * threads)
+    dataset = positions.map(load).batch(local).to_iter_dataset(options)
+    if workers:
+        options = grain.MultiprocessingOptions(workers, per_worker_buffer_size=2)
+        dataset = dataset.mp_prefetch(options)
+    ahead: Batch | None = None
+    for examples in dataset:
+        batch = {
+            name: jax.make_array_from_process_local_data(place, array)
+            for name, array in examples.items()
+        }
+        if ahead is not None:
+            yield ahead
+        ahead = batch
 
 
 @dataclasses.dataclass(frozen=True)
@@ -213,11 +242,7 @@ class _Load:
         step, place = divmod(position, self.local)
         place += self.first
         index = int(self.order.indices(step)[place])
-        # A stream for every example that the run ever sees, whichever worker has its turn; the
-        # high bit keeps clear of the streams that the order comes from.
-        number = step * self.order.batch_size + place
-        key = np.array([self.order.seed, 2**63 + number], np.uint64)
-        rng = np.random.Generator(np.random.Philox(key=key))
+        rng = self.order.generator(step, place)
         example: dict[str, np.ndarray] = {}
         if self.order.views:
             example["view"] = self.order.view(step)[place]

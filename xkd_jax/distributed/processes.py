@@ -11,6 +11,7 @@ from collections.abc import Mapping
 from types import FrameType
 
 import jax
+import numpy as np
 from jax.experimental import multihost_utils
 
 from xkd_jax.errors import UserError
@@ -104,6 +105,17 @@ def several() -> bool:
 def is_first() -> bool:
     """Whether this is process 0, the one that prints and writes files."""
     return not several() or jax.process_index() == 0
+
+
+def gather(part: bytes) -> list[bytes]:
+    """The parts of all processes, in each of them; all must call it."""
+    if not several():
+        return [part]
+    lengths = multihost_utils.process_allgather(np.array([len(part)], np.int32))
+    padded = np.zeros(np.max(lengths), np.uint8)
+    padded[: len(part)] = np.frombuffer(part, np.uint8)
+    parts = multihost_utils.process_allgather(padded)
+    return [row[:length].tobytes() for row, length in zip(parts, lengths[:, 0], strict=True)]
 
 
 def fail(text: str, code: int) -> int:

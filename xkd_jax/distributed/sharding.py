@@ -236,6 +236,25 @@ def to_host(tree: Any, mesh: Mesh) -> Any:
     return jax.device_get(tree)
 
 
+def local_rows(tree: Any) -> tuple[np.ndarray, Any]:
+    """This process's rows of arrays that are split over their first axis.
+
+    Args:
+      tree: arrays [N, ...] with the sharding `over_batch`.
+
+    Returns:
+      The rows' indices, int64 [n], and a tree of host arrays [n, ...].
+    """
+
+    def shards(array: jax.Array) -> list[tuple[int, np.ndarray]]:
+        found = [(x.index[0].start or 0, np.asarray(x.data)) for x in array.addressable_shards]
+        return sorted(found, key=operator.itemgetter(0))
+
+    first = shards(jax.tree.leaves(tree)[0])
+    indices = np.concatenate([start + np.arange(len(rows)) for start, rows in first])
+    return indices, jax.tree.map(lambda x: np.concatenate([rows for _, rows in shards(x)]), tree)
+
+
 def put(tree: Any, shardings: Any) -> Any:
     """Copies host arrays, the same in every process, to global arrays on the devices.
 

@@ -59,6 +59,7 @@ class Method:
     # Static properties that the training loop reads before tracing; not options.
     needs_teacher = False
     hard_labels = False  # whether the loss needs one class per image: no mixup, no CutMix
+    detection = False  # whether the method can teach detectors, see `tasks.detection`
     # The original authors' ImageNet settings, where they differ from the defaults, which are their
     # CIFAR-100 settings.
     imagenet: ClassVar[Mapping[str, Any]] = {}

@@ -248,6 +248,7 @@ class CAKD(Method):
     teacher_block: int = -1
 
     needs_teacher = True
+    detection = True
 
     @property
     @override

@@ -96,6 +96,8 @@ class CAKDRelease(cakd.CAKD):
     logit_weight: float = 1.0
     class_token_weight: float = 1.0
 
+    detection = False  # it reads logits and the class token
+
     @override
     def check(self, teacher_out, student_out):
         super().check(teacher_out, student_out)

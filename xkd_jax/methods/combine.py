@@ -48,6 +48,12 @@ class Sum(Method):
 
     @property
     @override
+    def detection(self) -> bool:
+        """Whether all parts can."""
+        return all(method.detection for _, method in self.parts)
+
+    @property
+    @override
     def adversary_period(self) -> int:
         """The period of the only part with an adversary; 0 if there is none."""
         return max(method.adversary_period for _, method in self.parts)

@@ -48,6 +48,7 @@ class FitNet(Method):
     hint_epochs: int = 0
 
     needs_teacher = True
+    detection = True
 
     @property
     @override

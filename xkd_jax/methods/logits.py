@@ -17,7 +17,10 @@ VARIANTS = ("kl", "mse")
 
 
 def softened_kl(
-    student_logits: jax.Array, teacher_logits: jax.Array, temperature: float
+    student_logits: jax.Array,
+    teacher_logits: jax.Array,
+    temperature: float,
+    valid: jax.Array | None = None,
 ) -> jax.Array:
     """KL(teacher || student) of the softened probabilities, times the squared temperature.
 
@@ -25,19 +28,31 @@ def softened_kl(
       student_logits: [N, K].
       teacher_logits: [N, K].
       temperature: divides both before the softmax.
+      valid: which rows count, bool [N]; None: all.
 
     Returns:
-      The batch mean, a float32 scalar.
+      The mean over the rows, a float32 scalar.
     """
     teacher = jax.nn.log_softmax(teacher_logits.astype(jnp.float32) / temperature)
     student = jax.nn.log_softmax(student_logits.astype(jnp.float32) / temperature)
-    return temperature**2 * jnp.mean(jnp.sum(jnp.exp(teacher) * (teacher - student), axis=-1))
+    divergence = jnp.sum(jnp.exp(teacher) * (teacher - student), axis=-1)
+    return temperature**2 * _mean(divergence, valid)
 
 
-def mean_squared_distance(student_logits: jax.Array, teacher_logits: jax.Array) -> jax.Array:
-    """The mean over all N * K logits, a float32 scalar."""
+def mean_squared_distance(
+    student_logits: jax.Array, teacher_logits: jax.Array, valid: jax.Array | None = None
+) -> jax.Array:
+    """The mean over all N * K logits, or those of the rows that `valid` [N] says; float32."""
     difference = student_logits.astype(jnp.float32) - teacher_logits.astype(jnp.float32)
-    return jnp.mean(difference**2)
+    if valid is None:
+        return jnp.mean(difference**2)
+    return _mean(jnp.mean(difference**2, axis=-1), valid)
+
+
+def _mean(values: jax.Array, valid: jax.Array | None) -> jax.Array:
+    if valid is None:
+        return jnp.mean(values)
+    return jnp.sum(jnp.where(valid, values, 0.0)) / jnp.maximum(jnp.sum(valid), 1)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,7 +60,8 @@ class Logits(Method):
     """Hinton's distillation.
 
     Section 2 of the paper with RepDistiller's weights; `variant="mse"` is what the released code of
-    the cross-architecture paper calls "Logits": the mean squared distance of the logits.
+    the cross-architecture paper calls "Logits": the mean squared distance of the logits. For
+    detectors the logits are the class scores of the same proposals, those of the student.
 
     Attributes:
       weight: weight of this term.
@@ -59,6 +75,7 @@ class Logits(Method):
     variant: str = "kl"
 
     needs_teacher = True
+    detection = True
     imagenet: ClassVar = {"label_weight": 0.5, "weight": 0.5, "temperature": 1.0}
 
     @override
@@ -70,9 +87,9 @@ class Logits(Method):
 
     @override
     def loss(self, params, state, teacher_out, student_out, batch, key, progress, adversary=None):
-        logits = student_out["logits"], teacher_out["logits"]
+        logits, valid = (student_out["logits"], teacher_out["logits"]), student_out.get("valid")
         if self.variant == "mse":
-            term = mean_squared_distance(*logits)
+            term = mean_squared_distance(*logits, valid)
         else:
-            term = softened_kl(*logits, self.temperature)
+            term = softened_kl(*logits, self.temperature, valid)
         return weighted_sum({f"logits_{self.variant}": (self.weight, term)}, state)

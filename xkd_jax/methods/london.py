@@ -85,6 +85,7 @@ class LONDON(OFD):
 
     spectral_weight: float = 0.8 / 200
 
+    detection = False  # its spectra are those of whole images
     # 2000 / (batch * 10^4), with the authors' batches of 96.
     imagenet: ClassVar = {"weight": 1e-4, "spectral_weight": 0.2 / 96}
 

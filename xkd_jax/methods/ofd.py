@@ -77,6 +77,7 @@ class OFD(Method):
     teacher_batch_stats: bool = True
 
     needs_teacher = True
+    detection = True
     imagenet: ClassVar = {"weight": 1e-4}
 
     @override

@@ -116,6 +116,7 @@ class ReviewKD(Method):
     fused_width: int = 0
 
     needs_teacher = True
+    detection = True
     imagenet: ClassVar = {"warmup_epochs": 1, "before_activation": True}
 
     @override

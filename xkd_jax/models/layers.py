@@ -71,14 +71,20 @@ class BatchNorm(nn.Module):
     dtype: Any = jnp.float32
 
     @nn.compact
-    def __call__(self, x: jax.Array, train: bool = False) -> jax.Array:
-        """Normalises `x` [..., C] over all axes but the last, keeping its shape."""
+    def __call__(self, x: jax.Array, train: bool = False, frozen: bool = False) -> jax.Array:
+        """Normalises `x` [..., C] over all axes but the last, keeping its shape.
+
+        With `frozen`, by the running statistics whatever `train` is, and without gradients of the
+        parameters.
+        """
         channels = x.shape[-1]
         scale = self.param("scale", self.scale_init, (channels,))
         bias = self.param("bias", self.bias_init, (channels,))
         running_mean = self.variable("batch_stats", "mean", jnp.zeros, (channels,))
         running_var = self.variable("batch_stats", "var", jnp.ones, (channels,))
-        if not train:
+        if frozen:
+            scale, bias = jax.lax.stop_gradient((scale, bias))
+        if frozen or not train:
             factor = scale * jax.lax.rsqrt(running_var.value + self.epsilon)
             shift = bias - running_mean.value * factor
             return x.astype(self.dtype) * factor.astype(self.dtype) + shift.astype(self.dtype)
@@ -98,10 +104,18 @@ def batch_statistics() -> Any:
 
     `apply` then needs `mutable=["batch_stats"]`.
     """
+    return _batch_norm_with(train=True)
 
+
+def frozen_batch_norm() -> Any:
+    """A context in which `BatchNorm` is frozen, also with `train=True`."""
+    return _batch_norm_with(frozen=True)
+
+
+def _batch_norm_with(**options: bool) -> Any:
     def intercept(call: Any, args: tuple, kwargs: dict[str, Any], context: Any) -> Any:
         if isinstance(context.module, BatchNorm) and context.method_name == "__call__":
-            return call(args[0], train=True)
+            return call(args[0], **options)
         return call(*args, **kwargs)
 
     return nn.intercept_methods(intercept)

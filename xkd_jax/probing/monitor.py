@@ -1,11 +1,10 @@
-"""What is measured during training: accuracy, and what a labelled set tells of the features."""
+"""What is measured during training: the task's scores, and what a labelled set says of features."""
 
 from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 
-from xkd_jax.evaluate import create_eval_step, evaluate
 from xkd_jax.experiment import Experiment, load_monitor
 from xkd_jax.probing.features import compute, create_feature_step
 from xkd_jax.probing.linear import accuracy, fit_linear, knn_accuracy
@@ -18,16 +17,15 @@ Evaluator = Callable[[Any], dict[str, float]]
 def create_evaluator(experiment: Experiment) -> Evaluator:
     """A function from the student's variables to its scores for the learning curves.
 
-    With labels, those of `evaluate` on `data.eval`; with `config.monitor`, `create_monitor`'s too.
+    With labels, those of the task on `data.eval`; with `config.monitor`, `create_monitor`'s too.
     """
-    student, evaluation = experiment.distiller.student, experiment.evaluation
-    eval_step = create_eval_step(student, evaluation.crop_pct)
+    student, task = experiment.distiller.student, experiment.distiller.task
     monitor = create_monitor(experiment)
 
     def evaluator(variables: Any) -> dict[str, float]:
         scores = {}
         if student.num_classes:
-            scores = evaluate(eval_step, variables, evaluation, experiment.mesh)
+            scores = task.evaluate(student, variables, experiment.evaluation, experiment.mesh)
         return scores | monitor(variables)
 
     return evaluator

@@ -11,15 +11,16 @@ import statistics
 from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
+from xkd_jax.reporting.scores import EVALUATED, MAIN
 from xkd_jax.reporting.statistics import Difference
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-Curve = Mapping[int, float]  # top-1 in percent by step
+Curve = Mapping[int, float]  # the main score in percent by step
 
-_LOSSES = {"label_loss": "cross-entropy", "loss": "loss"}
+_LOSSES = {"label_loss": "label term", "loss": "loss"}
 _COLUMNS = 3  # panels in a row
 # Without metadata, whose vocabulary is named by addresses.
 _NO_METADATA = dict.fromkeys(("Creator", "Date", "Format", "Type"))
@@ -60,24 +61,24 @@ def first_key(lines: Iterable[Mapping[str, Any]], *names: str) -> str:
 
 
 def plot_runs(metrics: Mapping[str, Sequence[Mapping[str, Any]]], teacher: float | None) -> Figure:
-    """Training loss and evaluation accuracy of runs against the step.
+    """Training loss and evaluation score of runs against the step.
 
     Args:
       metrics: the lines of each run's metrics.jsonl, by the run's label.
-      teacher: the teacher's top-1 on the test split, if it has one.
+      teacher: the teacher's score on the test split, if it has one.
     """
     from matplotlib.figure import Figure
     from matplotlib.ticker import LogLocator, NullFormatter, ScalarFormatter
 
     figure = Figure(figsize=(10, 4), layout="constrained")
-    loss_axes, top1_axes = figure.subplots(1, 2, sharex=True)
+    loss_axes, score_axes = figure.subplots(1, 2, sharex=True)
     every = list(itertools.chain(*metrics.values()))
     loss = first_key(every, "label_loss", "loss")
-    top1 = first_key(every, "eval_top1", "eval_probe_top1")
+    score = first_key(every, *EVALUATED)
     for name, lines in metrics.items():
         for axes, key, scale in (
             (loss_axes, loss, 1),
-            (top1_axes, top1, 100),
+            (score_axes, score, 100),
         ):
             points = [(line["step"], scale * line[key]) for line in lines if key in line]
             # A single evaluation has no line to show.
@@ -85,7 +86,7 @@ def plot_runs(metrics: Mapping[str, Sequence[Mapping[str, Any]]], teacher: float
             axes.plot(*zip(*points, strict=True), label=name, linewidth=1.5, marker=marker)
     if teacher is not None:
         label = "teacher (test split)"
-        top1_axes.axhline(100 * teacher, color="black", linestyle="--", linewidth=1, label=label)
+        score_axes.axhline(100 * teacher, color="black", linestyle="--", linewidth=1, label=label)
     loss_axes.set(xlabel="step", ylabel=f"{_LOSSES[loss]} (training)", yscale="log")
     # Plain numbers also between powers of ten, of which the default labels none.
     low, high = loss_axes.get_ylim()
@@ -93,8 +94,9 @@ def plot_runs(metrics: Mapping[str, Sequence[Mapping[str, Any]]], teacher: float
     loss_axes.yaxis.set_major_locator(LogLocator(subs=subs))
     loss_axes.yaxis.set_major_formatter(ScalarFormatter())
     loss_axes.yaxis.set_minor_formatter(NullFormatter())
-    top1_axes.set(xlabel="step", ylabel="top-1 % (evaluation split)")
-    for axes in (loss_axes, top1_axes):
+    named = MAIN[score.removeprefix("eval_")]
+    score_axes.set(xlabel="step", ylabel=f"{named} % (evaluation split)")
+    for axes in (loss_axes, score_axes):
         axes.set_xlim(left=0)
         axes.grid(alpha=0.3)
         if axes.lines:
@@ -102,8 +104,8 @@ def plot_runs(metrics: Mapping[str, Sequence[Mapping[str, Any]]], teacher: float
     return figure
 
 
-def plot_gains(gains: Mapping[str, Difference], baseline: str) -> Figure:
-    """The paired gain of each cell over `baseline`, with its 95% interval."""
+def plot_gains(gains: Mapping[str, Difference], baseline: str, score: str) -> Figure:
+    """The paired gain of each cell's `score` over `baseline`, with its 95% interval."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(8, 1 + 0.3 * len(gains)), layout="constrained")
@@ -115,7 +117,7 @@ def plot_gains(gains: Mapping[str, Difference], baseline: str) -> Figure:
     axes.errorbar(means, rows, xerr=halves, fmt="o", capsize=3, color="C0")
     axes.set_yticks(rows, list(gains))
     axes.set_ylim(len(gains) - 0.5, -0.5)  # the first one on top
-    axes.set_xlabel(f"gain over {baseline}, percentage points of top-1 (95% interval)")
+    axes.set_xlabel(f"gain over {baseline}, percentage points of {score} (95% interval)")
     axes.grid(alpha=0.3, axis="x")
     return figure
 
@@ -131,12 +133,15 @@ def band(curves: Sequence[Curve]) -> tuple[list[int], list[float], list[float]]:
     return steps, [statistics.mean(v) for v in values], deviations
 
 
-def plot_cells(cells: Mapping[str, Sequence[Curve]], baselines: Mapping[str, str]) -> Figure:
+def plot_cells(
+    cells: Mapping[str, Sequence[Curve]], baselines: Mapping[str, str], score: str
+) -> Figure:
     """Mean learning curves with a band of one deviation over seeds, one panel for each cell.
 
     Args:
       cells: the curves of each cell's runs, at least one.
       baselines: the cell that each cell's panel shows in grey, if it is among the cells.
+      score: what the curves show, in words.
     """
     from matplotlib.figure import Figure
 
@@ -158,7 +163,7 @@ def plot_cells(cells: Mapping[str, Sequence[Curve]], baselines: Mapping[str, str
         axes.grid(alpha=0.3)
         axes.xaxis.set_tick_params(labelbottom=True)
     figure.supxlabel("step", fontsize="medium")
-    figure.supylabel("top-1 % (evaluation split)", fontsize="medium")
+    figure.supylabel(f"{score} % (evaluation split)", fontsize="medium")
     return figure
 
 

@@ -15,10 +15,18 @@ import tqdm
 
 from xkd_jax.distributed import processes
 from xkd_jax.reporting.files import CONFIG, METRICS, read_metrics
+from xkd_jax.reporting.scores import MAIN, main_score
 
 # The bar's values, the most important ones first, and the columns that each leaves at least to the
 # bar itself: a narrow terminal has no room for the last ones.
-_BAR_VALUES = {"loss": 1, "eval top-1": 1, "accuracy": 3, "images/s": 3}
+_BAR_VALUES = {
+    "loss": 1,
+    "eval top-1": 1,
+    "eval mask AP": 1,
+    "eval AP": 1,
+    "accuracy": 3,
+    "images/s": 3,
+}
 _LONGEST_NAME = 12  # characters of a run's name in the bar
 
 
@@ -270,16 +278,14 @@ class Reporter:
         self._progress.pause(seconds)
 
     def evaluated(self, step: int, scores: dict[str, float], seconds: float) -> None:
-        """Writes an evaluation's scores and shows its top-1, now and in the following lines.
-
-        Without labels the top-1 is that of a linear probe, or there is none.
-        """
+        """Writes an evaluation's scores and shows the main one, now and in the following lines."""
         self._progress.pause(seconds)
         if not scores:
             return
         self._log.write(step, scores, prefix="eval_")
-        name = "top1" if "top1" in scores else "probe_top1"
-        self._evaluated = {{"top1": "eval top-1", "probe_top1": "probe top-1"}[name]: scores[name]}
+        name = main_score(scores)
+        shown = MAIN[name] if name == "probe_top1" else f"eval {MAIN[name]}"
+        self._evaluated = {shown: scores[name]}
         self._progress.show(step, self._evaluated)
 
     def close(self) -> None:

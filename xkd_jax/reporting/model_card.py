@@ -24,6 +24,10 @@ _SCORES = {
     "top5": "top-5 %",
     "noisy_top1": "top-1 % on corrupted images",
     "eer": "equal error rate %",
+    "AP": "average precision of boxes %",
+    "AP50": "average precision of boxes at an overlap of 0.5 %",
+    "mask_AP": "average precision of masks %",
+    "mask_AP50": "average precision of masks at an overlap of 0.5 %",
     "probe_top1": "linear probe on its features, top-1 %",
     "knn_top1": "k-NN on its features, top-1 %",
 }
@@ -108,22 +112,22 @@ def describe(folder: Path) -> str:
     classes = train.get("class_names", [])
     size = student.get("image_size", UNKNOWN)
     name, method = student.get("model", UNKNOWN), summary.get("method", UNKNOWN)
-    kind = f"Classifier for {len(classes)} classes" if classes else "Feature extractor"
+    task, kind = _name_task(student, classes)
     versions = _section(summary, "versions")
     command = summary.get("command")
     return string.Template(_TEMPLATE).substitute(
-        task="image-classification" if classes else "image-feature-extraction",
+        task=task,
         title=_title(name, method, summary.get("teacher")),
         about=f"{kind}, {size} x {size} pixels{_describe_cost(student)}.",
         scores=_list_scores(summary),
         measured=f"Measured on {_name_test(summary)}, once, after the last training step.",
         data=_describe_data(summary, train, classes),
         teacher=_describe_teacher(summary),
-        method=_describe_method(config, method),
+        method=_describe_method(config, method, kind),
         recipe=_describe_recipe(config, summary),
         seeds=f"Seed {summary.get('seed', UNKNOWN)}: one run. Other seeds give other numbers; "
         "their spread is not part of this card.",
-        limits=_describe_limits(summary, _section(config, "data"), classes, size),
+        limits=_describe_limits(summary, _section(config, "data"), kind, size),
         command=f"```\n{command}\n```" if command else f"The command is {UNKNOWN}.",
         date=time.strftime("%Y-%m-%d", time.localtime(finished)),
         devices=summary.get("devices", "devices that were not recorded"),
@@ -167,6 +171,18 @@ def _read_object(path: Path) -> dict[str, Any]:
 def _section(contents: Mapping[str, Any], name: str) -> Mapping[str, Any]:
     found = contents.get(name)
     return found if isinstance(found, dict) else {}
+
+
+def _name_task(student: Mapping[str, Any], classes: list[str]) -> tuple[str, str]:
+    """Hugging Face's name of the network's task, and what kind of network it is."""
+    if not classes:
+        return "image-feature-extraction", "Feature extractor"
+    count = f"for {len(classes)} classes"
+    if "mask_AP" in student:
+        return "image-segmentation", f"Detector with masks {count}"
+    if "AP" in student:
+        return "object-detection", f"Detector {count}"
+    return "image-classification", f"Classifier {count}"
 
 
 def _title(name: str, method: str, teacher: Any) -> str:
@@ -224,11 +240,12 @@ def _describe_teacher(summary: Mapping[str, Any]) -> str:
     )
 
 
-def _describe_method(config: Mapping[str, Any], method: str) -> str:
+def _describe_method(config: Mapping[str, Any], method: str, kind: str) -> str:
     if method == "probe":
         return f"Logistic regression on frozen features: {_values(_section(config, 'probe'))}."
     if method == "none":
-        return "Cross-entropy with the labels alone."
+        loss = "The detector's losses" if kind.startswith("Detector") else "Cross-entropy"
+        return f"{loss} with the labels alone."
     options = _section(config, "method")
     lines = [f"- `{part}`: {_values(_section(options, part))}" for part in method.split("+")]
     return "\n".join(lines)
@@ -252,7 +269,7 @@ def _values(options: Mapping[str, Any]) -> str:
 
 
 def _describe_limits(
-    summary: Mapping[str, Any], data: Mapping[str, Any], classes: list[str], size: Any
+    summary: Mapping[str, Any], data: Mapping[str, Any], kind: str, size: Any
 ) -> str:
     share = summary.get("crop_pct", 1)
     crop = f" from a centre crop of {share:g} of the shorter side" if share < 1 else ""
@@ -260,17 +277,17 @@ def _describe_limits(
         f"- The scores are those of {_name_test(summary)}, at {size} x {size} pixels{crop}. This "
         "run has measured nothing else: no other images, no other sizes."
     ]
-    if classes and "probe" not in summary and data.get("eval") == data.get("test"):
+    if "classes" in kind and "probe" not in summary and data.get("eval") == data.get("test"):
         lines.append(
             "- The learning curves are those of the same images: whatever was chosen by them, such "
             "as the recipe, fits these images better than others."
         )
     if "noisy_top1" in summary["student"]:
         lines.append("- The corruptions are synthetic, and applied to the same test images.")
-    if classes:
+    if kind.startswith("Classifier"):
+        count = kind.removeprefix("Classifier for ")
         lines.append(
-            f"- It assigns one of its {len(classes)} classes to every image, also to an image of "
-            "something else."
+            f"- It assigns one of its {count} to every image, also to an image of something else."
         )
     return "\n".join(lines)
 

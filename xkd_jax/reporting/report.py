@@ -11,6 +11,7 @@ from xkd_jax.reporting import cost, document, figures, files, model_card, pictur
 from xkd_jax.reporting.document import Heading, Image, Items, Paragraph, Picture, Table
 from xkd_jax.reporting.figures import first_key
 from xkd_jax.reporting.recipe import Recipe, find_differences, read_recipe
+from xkd_jax.reporting.scores import EVALUATED, main_score
 
 CURVES = "curves.png"
 # Columns, each shown if all rows have it; short, so that the table fits into 80 columns.
@@ -19,6 +20,10 @@ _SCORES = {
     "top5": "top-5 %",
     "noisy_top1": "noisy top-1",
     "eer": "EER %",
+    "AP": "AP %",
+    "AP50": "AP50 %",
+    "mask_AP": "mask AP %",
+    "mask_AP50": "mask AP50 %",
     "probe_top1": "linear probe %",
     "knn_top1": "k-NN %",
 }
@@ -173,8 +178,10 @@ def _show_pictures(runs: Runs, folder: Path) -> list[document.Block]:
 
 def _plot(runs: Runs) -> Any:
     metrics = {_label(name): lines for name, lines in runs.metrics.items()}
-    tops = [_get(summary, "teacher", "top1") for summary in runs.summaries.values()]
-    return figures.plot_runs(metrics, next((top1 for top1 in tops if top1 is not None), None))
+    names = [main_score(summary["student"]) for summary in runs.summaries.values()]
+    found = zip(runs.summaries.values(), names, strict=True)
+    of_teacher = [_get(summary, "teacher", name) for summary, name in found]
+    return figures.plot_runs(metrics, next((s for s in of_teacher if s is not None), None))
 
 
 def _describe_costs(runs: Runs) -> list[document.Block]:
@@ -225,7 +232,7 @@ def _get(summary: dict[str, Any], *keys: str) -> Any:
 def _best(runs: Runs, name: str, folder: Path) -> str:
     """The best evaluation of a run, whose best student is in `folder`."""
     lines = runs.metrics[name]
-    score = first_key(lines, "eval_top1", "eval_probe_top1")
+    score = first_key(lines, *EVALUATED)
     best = max(
         (line for line in lines if score in line),
         key=lambda line: (line[score], -line["step"]),
@@ -233,8 +240,8 @@ def _best(runs: Runs, name: str, folder: Path) -> str:
     )
     if best is None:
         return f"{name}: no evaluation"
-    top1, path = f"{100 * best[score]:.2f}", folder / files.BEST
-    return f"{name}: best evaluation {top1}% at step {best['step']}, in {path}"
+    value, path = f"{100 * best[score]:.2f}", folder / files.BEST
+    return f"{name}: best evaluation {value}% at step {best['step']}, in {path}"
 
 
 def format_table(summaries: dict[str, dict[str, Any]]) -> str:

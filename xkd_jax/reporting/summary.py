@@ -12,20 +12,19 @@ import jax.numpy as jnp
 import numpy as np
 from jax.experimental import multihost_utils
 
-from xkd_jax import __version__, data
+from xkd_jax import __version__
 from xkd_jax.analysis.flops import count_flops, count_parameters
-from xkd_jax.data.encoded import crop_share
 from xkd_jax.distributed import processes, sharding
-from xkd_jax.evaluate import create_eval_step, evaluate
 from xkd_jax.experiment import Experiment, load_split
+from xkd_jax.inputs import AnySplit
 from xkd_jax.methods.base import apply
 from xkd_jax.model import Model, merge_sources
 from xkd_jax.probing.monitor import create_monitor
 from xkd_jax.reporting.files import BEST, STUDENT, SUMMARY, read_json, write_file
+from xkd_jax.reporting.scores import EVALUATED, MAIN, main_score
 from xkd_jax.weights import load_weights, save_weights
 
 _teachers: dict[Any, dict[str, Any]] = {}  # scores, by everything that they depend on
-_EVALUATED = ("eval_top1", "eval_probe_top1")  # what the best student is chosen by, if measured
 
 
 def finish(
@@ -42,6 +41,7 @@ def finish(
       command: the command line that trained it, to be recorded.
     """
     config, student = experiment.config, experiment.distiller.student
+    task = experiment.distiller.task
     labelled = experiment.train.num_classes > 0
     test = load_split(config, config.data.test) if labelled else experiment.evaluation
     measured = config.monitor if config.monitor.name and not labelled else config.data
@@ -61,13 +61,13 @@ def finish(
         "versions": list_versions(),
     }
     if labelled:
-        summary |= {"test_images": len(test), "crop_pct": crop_share(experiment.evaluation)}
+        summary |= {"test_images": len(test), **task.describe_split(experiment.evaluation)}
     if not (labelled or config.monitor.name):
         summary["test"] = "nothing, for lack of labels"
     if experiment.distiller.teacher:
         named = {"model": experiment.distiller.teacher.name, "weights": config.teacher.weights}
         summary["teacher"] = named | describe_teacher(experiment, test)
-    names = [name for name in ("top1", "probe_top1", "knn_top1") if name in summary["student"]]
+    names = [name for name in (*MAIN, "knn_top1") if name in summary["student"]]
     scores = {f"test_{name}": summary["student"][name] for name in names}
     if processes.is_first():
         save_student(experiment, student_variables, folder / STUDENT, scores)
@@ -89,7 +89,7 @@ def count_extra(experiment: Experiment) -> int:
     return sum(count_parameters(tree) for part, tree in params.items() if part != "student")
 
 
-def describe_teacher(experiment: Experiment, test: data.Split) -> dict[str, Any]:
+def describe_teacher(experiment: Experiment, test: AnySplit) -> dict[str, Any]:
     """As `describe`, for the teacher: once for all runs of a comparison or a table.
 
     With `teacher.cache` the scores are kept in its folder, for all runs that share it.
@@ -98,7 +98,8 @@ def describe_teacher(experiment: Experiment, test: data.Split) -> dict[str, Any]
     assert teacher is not None
     measured = (
         teacher.fingerprint, teacher.class_order, teacher.num_classes, config.dtype,
-        config.data.noisy, test.crop_pct, test.images.shape, json.dumps(test.identity),
+        config.data.noisy, json.dumps(experiment.distiller.task.describe_split(test)),
+        test.images.shape, json.dumps(test.identity),
     )  # fmt: skip
     if measured not in _teachers:
         path = _scores_path(config.teacher.cache, measured)
@@ -164,18 +165,18 @@ def save_student(
         "image_size": student.image_size,
         "mean": list(student.mean),
         "std": list(student.std),
-        "crop_pct": crop_share(experiment.evaluation),
         "source": f"xkd_jax, method {config.method.name}, trained on {config.data.name}",
         "sources": list(merge_sources(student, experiment.distiller.teacher)),
     }
+    metadata |= experiment.distiller.task.describe_split(experiment.evaluation)
     save_weights(path, variables, metadata | scores)
 
 
 class Best:
-    """Keeps the student with the best evaluation top-1 so far in `best.safetensors`.
+    """Keeps the student with the best evaluation score so far in `best.safetensors`.
 
-    Without labels the top-1 is that of the monitor's linear probe; without a monitor the last
-    student counts as the best one.
+    The score is the main one of `scores.MAIN`: without labels the top-1 of the monitor's linear
+    probe; without a monitor the last student counts as the best one.
 
     Args:
       experiment: the experiment being trained.
@@ -185,44 +186,42 @@ class Best:
     def __init__(self, experiment: Experiment, folder: Path):
         self._experiment, self._path = experiment, folder / BEST
         metadata = load_weights(self._path)[1] if self._path.exists() else {}
-        top1 = next((metadata[name] for name in _EVALUATED if name in metadata), -1.0)
+        score = next((metadata[name] for name in EVALUATED if name in metadata), -1.0)
         # Only the first process may be able to see the folder, but all must agree on the best.
-        self._top1 = float(multihost_utils.broadcast_one_to_all(np.float32(top1)))
+        self._score = float(multihost_utils.broadcast_one_to_all(np.float32(score)))
 
     def update(self, step: int, variables: Any, scores: dict[str, float]) -> None:
-        """Writes the student if its top-1 is higher; ties keep the earlier one.
+        """Writes the student if its score is higher; ties keep the earlier one.
 
         Args:
           step: the step after which it was evaluated.
           variables: `params` and `batch_stats`, on the devices.
           scores: scores on the evaluation split.
         """
-        found = {f"eval_{name}": score for name, score in scores.items()}
-        name = next((name for name in _EVALUATED if name in found), "")
+        name = main_score(scores)
         if name:
-            top1 = float(np.float32(found[name]))
-            if top1 <= self._top1:
+            score = float(np.float32(scores[name]))
+            if score <= self._score:
                 return
-            self._top1 = top1
+            self._score = score
         host = sharding.to_host(variables, self._experiment.mesh)
         if processes.is_first():
-            measured = {"step": step} | ({name: found[name]} if name else {})
+            measured = {"step": step} | ({f"eval_{name}": scores[name]} if name else {})
             save_student(self._experiment, host, self._path, measured)
 
 
 def describe(
-    model: Model, variables: Any, test: data.Split, experiment: Experiment
+    model: Model, variables: Any, test: AnySplit, experiment: Experiment
 ) -> dict[str, Any]:
-    """Clean and, with `data.noisy`, noisy accuracy on `test`; numbers of parameters and FLOPs.
+    """The task's scores on `test` and, with `data.noisy`, noisy accuracy; parameters and FLOPs.
 
-    A model without a classifier has no accuracy.
+    A model without a classifier has no scores.
     """
-    scores = {}
+    scores, task = {}, experiment.distiller.task
     if model.num_classes:
-        scores = evaluate(create_eval_step(model, test.crop_pct), variables, test, experiment.mesh)
+        scores = task.evaluate(model, variables, test, experiment.mesh)
     if model.num_classes and experiment.config.data.noisy:
-        noisy_step = create_eval_step(model, test.crop_pct, noisy=True)
-        noisy = evaluate(noisy_step, variables, test, experiment.mesh)
+        noisy = task.evaluate(model, variables, test, experiment.mesh, noisy=True)
         scores["noisy_top1"] = noisy["top1"]
     return scores | cost(model, variables)
 

@@ -39,12 +39,12 @@ __all__ = ["CELLS", "CHOSEN", "FAILED", "describe", "read_top1", "write"]
 CSV = "table.csv"
 GAINS, CURVES = "gains.png", "curves.png"
 _NOTES = {
-    "top-1 %": "top-1: test split, after the last epoch; the mean over seeds, and the sample "
+    "{score} %": "{score}: test split, after the last epoch; the mean over seeds, and the sample "
     "standard deviation.",
-    "best eval %": "best eval: for comparison, each run's highest top-1 on the evaluation split "
+    "best eval %": "best eval: for comparison, each run's highest {score} on the evaluation split "
     "over all epochs, averaged over seeds; this maximum is optimistic.",
     "noisy %": "noisy: top-1 on the noisy test split after the last epoch, averaged over seeds.",
-    "published %": "published: the top-1 that the publication reports.",
+    "published %": "published: the {score} that the publication reports.",
     "gain": "gain: mean difference from {baseline} over shared seeds, in percentage points, with "
     "its 95% interval (Student's t on paired differences).",
     "vs best": "vs best: mean difference from the best other cell of the same baseline over shared "
@@ -88,13 +88,13 @@ def write(folder: Path) -> str:
     results = Table(list_results(table, gains, rivals), _best_row(table))
     write_file(folder / CSV, _format_csv(table, gains, rivals).encode())
     notes = [
-        note.format(baseline=_name_baseline(table))
+        note.format(baseline=_name_baseline(table), score=table.score)
         for title, note in _NOTES.items()
-        if title in results.lines[0]
+        if title.format(score=table.score) in results.lines[0]
     ]
     blocks: list[Block] = [Paragraph(_summarise(folder, table)), results, Items(notes, small=True)]
     if gains:
-        picture = figures.plot_gains(gains, _name_baseline(table))
+        picture = figures.plot_gains(gains, _name_baseline(table), table.score)
         blocks += [Heading("Gains"), Picture(picture, GAINS, "gains over the baseline")]
     blocks += _draw_curves(table)
     costs = {name: [run.cost for run in cell.done.values()] for name, cell in table.cells.items()}
@@ -118,7 +118,7 @@ def list_results(
       gains: the gain of each cell over the baseline.
       rivals: the comparison of each cell with the best other one.
     """
-    lines = [["", "runs", *_NOTES]]
+    lines = [["", "runs", *(title.format(score=table.score) for title in _NOTES)]]
     lines[0].insert(3, "deviation")
     lines[0].insert(lines[0].index("vs best"), "95% interval")
     lines[0] += ["chosen", "left out"]
@@ -151,10 +151,10 @@ def _draw_curves(table: TableRuns) -> list[Block]:
     if max((len(curve) for runs in curves.values() for curve in runs), default=0) < 2:
         return []
     text = (
-        "Mean top-1 on the evaluation split, with a band of one standard deviation over seeds; "
-        f"grey: {_name_baseline(table)}."
+        f"Mean {table.score} on the evaluation split, with a band of one standard deviation over "
+        f"seeds; grey: {_name_baseline(table)}."
     )
-    picture = figures.plot_cells(curves, table.baselines)
+    picture = figures.plot_cells(curves, table.baselines, table.score)
     return [
         Heading("Learning curves"),
         Paragraph(text),
@@ -262,7 +262,7 @@ def _format_csv(
     table: TableRuns, gains: Mapping[str, Difference], rivals: Mapping[str, Rival]
 ) -> str:
     """Everything about the cells, a line each."""
-    columns = ["cell", "runs", "top-1 %", "deviation", "best evaluation %", "noisy %"]
+    columns = ["cell", "runs", f"{table.score} %", "deviation", "best evaluation %", "noisy %"]
     columns += ["published %", "gain", "low", "high", "best other", "difference", "p (Holm)"]
     columns.append("significant")
     columns += ["images/s", "hours", "parameters", "extra parameters", "FLOPs", "devices"]

@@ -10,6 +10,7 @@ from xkd_jax.errors import UserError
 from xkd_jax.reporting import files
 from xkd_jax.reporting.cost import Cost, read_cost
 from xkd_jax.reporting.recipe import Recipe, find_differences, read_recipe
+from xkd_jax.reporting.scores import EVALUATED, MAIN, main_score
 from xkd_jax.table import label
 
 CELLS = "table.json"  # the names of the cells, the baseline and the seeds
@@ -98,12 +99,19 @@ class TableRuns:
         """The cell that each cell is compared with."""
         return {name: cell.baseline for name, cell in self.cells.items()}
 
+    @property
+    def score(self) -> str:
+        """What the runs' main score is called; "AP" for detectors with and without masks."""
+        runs = [run for cell in self.cells.values() for run in cell.done.values()]
+        names = {MAIN[main_score(run.summary["student"])] for run in runs}
+        return names.pop() if len(names) == 1 else "AP" if names else MAIN["top1"]
+
 
 def get_top1(summary: Mapping[str, Any]) -> float:
-    """The top-1 on the test split, in [0, 1]; without labels the probe's; NaN without both."""
+    """The main score on the test split, in [0, 1], see `scores.MAIN`; NaN without any."""
     student = summary.get("student", {})
-    top1 = student.get("top1", student.get("probe_top1"))
-    return top1 if isinstance(top1, float | int) else math.nan
+    score = student.get(main_score(student))
+    return score if isinstance(score, float | int) else math.nan
 
 
 def read_table(folder: Path) -> TableRuns:
@@ -194,7 +202,7 @@ def _read_run(folder: Path, config: Mapping[str, Any]) -> Run:
     run = Run(DONE, summary=summary, curve=_get_curve(lines))
     run.cost = read_cost(summary, lines, config.get("batch_size"))
     if math.isnan(run.top1):
-        run.state, run.reason = "not evaluated", f"{files.SUMMARY} has no top-1"
+        run.state, run.reason = "not evaluated", f"{files.SUMMARY} has no score"
     if damaged:
         run.notes.append(f"damaged lines of {files.METRICS} left out: {damaged}")
     if not config:
@@ -203,12 +211,12 @@ def _read_run(folder: Path, config: Mapping[str, Any]) -> Run:
 
 
 def _get_curve(lines: list[dict[str, Any]]) -> dict[int, float]:
-    """Top-1 on the evaluation split in percent, by step; without labels the probe's."""
+    """The main score on the evaluation split in percent, by step."""
     curve = {}
     for line in lines:
-        top1 = line.get("eval_top1", line.get("eval_probe_top1"))
-        if isinstance(top1, float | int) and math.isfinite(top1):
-            curve[line["step"]] = 100 * top1
+        score = next((line[name] for name in EVALUATED if name in line), None)
+        if isinstance(score, float | int) and math.isfinite(score):
+            curve[line["step"]] = 100 * score
     return curve
 
 

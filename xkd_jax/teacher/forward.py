@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from xkd_jax.distributed import sharding
-from xkd_jax.methods.base import Outputs
+from xkd_jax.methods.base import Outputs, apply
 from xkd_jax.model import Model
 
 if TYPE_CHECKING:
@@ -35,12 +35,33 @@ def create_teacher_fn(
     if getattr(teacher.module, "kind", "") == "transformer" and not sharding.is_replicated(layout):
         options["gather"] = sharding.BlockGather(variables["params"], layout["params"])
     gathered = sharding.gather(distiller.mesh, variables)
+    if teacher.is_detector:
+        return create_detector_fn(teacher, gathered)
     use_batch = distiller.method.teacher_batch_stats
 
     def teacher_fn(view: jax.Array, rows: Any = None) -> Outputs:
         del rows
         _, out = teacher.forward(gathered, view, batch_statistics=use_batch, **options)
         return out | {"side": view.shape[1]}
+
+    return teacher_fn
+
+
+def create_detector_fn(teacher: Model, variables: Any) -> Callable[..., Outputs]:
+    """A detector, from its view to its backbone's outputs.
+
+    `classify` is another output, a function from proposals [N, R, 4] to class logits [N, R, K + 1].
+    Batch normalisation uses the running statistics, as when the detector was trained.
+    """
+
+    def teacher_fn(view: jax.Array, rows: Any = None) -> Outputs:
+        del rows
+        _, out = apply(teacher.module, variables, view, method="features")
+
+        def classify(proposals: jax.Array) -> jax.Array:
+            return apply(teacher.module, variables, view, proposals, method="classify")[0]
+
+        return out | {"side": view.shape[1], "classify": classify}
 
     return teacher_fn
 
