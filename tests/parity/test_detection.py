@@ -32,21 +32,21 @@ OURS = {
     "backbone_args": {"layers": (1, 1, 1, 1)},
     "rpn_pre_nms_train": 300,
     "rpn_pre_nms_test": 200,
-    "rpn_post_nms_train": 150,
+    "rpn_post_nms_train": 10,
     "rpn_post_nms_test": 100,
     "rpn_samples": EVERY,
-    "box_samples": 400,
-    "box_positive": 0.5,
+    "box_samples": 14,  # the proposals and the objects
+    "box_positive": 1.0,
     "max_detections": 50,
 }
 THEIRS = {
     "rpn_pre_nms_top_n_train": 300,
     "rpn_pre_nms_top_n_test": 200,
-    "rpn_post_nms_top_n_train": 150,
+    "rpn_post_nms_top_n_train": 10,
     "rpn_post_nms_top_n_test": 100,
     "rpn_batch_size_per_image": EVERY,
-    "box_batch_size_per_image": 400,
-    "box_positive_fraction": 0.5,
+    "box_batch_size_per_image": 14,
+    "box_positive_fraction": 1.0,
     "box_detections_per_img": 50,
 }
 
