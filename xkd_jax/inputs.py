@@ -57,6 +57,7 @@ class Inputs:
         config = self.config
         if not config.teacher.cache or self.distiller.teacher is None:
             return None
+        assert isinstance(self.train, data.Split)  # detectors have none, see `validation`
         return TeacherCache(
             self.distiller,
             self.train,
