@@ -1,6 +1,7 @@
 """torchvision's detectors, small and with random weights, also without its C++ operators."""
 
 import math
+import re
 
 import numpy as np
 import torch
@@ -73,7 +74,8 @@ def fill(model, seed=0):
             if name.endswith("running_var"):
                 tensor.copy_(1 + 0.2 * noise.abs())
             elif tensor.ndim > 1:
-                gain = 4.0 if "predictor" in name or "rpn.head.cls" in name else 1.4
+                # Without these, the scores of random classes are 0 or 1, and boxes endless.
+                gain = 0.1 if re.search("bbox_pred|cls_score", name) else 1.4
                 tensor.copy_(noise * gain / math.sqrt(math.prod(tensor.shape[1:])))
             elif name.endswith("weight"):
                 tensor.copy_(1 + 0.2 * noise)
