@@ -21,7 +21,7 @@ from xkd_jax.teacher.cache import TeacherCache
 from xkd_jax.teacher.forward import CACHED
 from xkd_jax.teacher.loader import CachedLoader
 
-AnySplit = data.Split | DetectionSplit
+AnySplit = Any  # a `data.Split`; of a detector a `DetectionSplit`
 
 
 @dataclasses.dataclass(frozen=True, eq=False)

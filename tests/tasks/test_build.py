@@ -1,10 +1,16 @@
 """What a detector's config builds."""
 
+import json
+
 import numpy as np
+import pytest
 
 from tests.tasks.detectors import vit
 from tests.tasks.shapes import write_coco
 from tests.tasks.test_bad_input import changed, save
+from xkd_jax.analysis.finished import load_runs
+from xkd_jax.config import used
+from xkd_jax.errors import UserError
 from xkd_jax.experiment import create_experiment
 from xkd_jax.tasks.detection import Detection
 
@@ -31,3 +37,10 @@ def test_a_teacher_of_another_size_and_other_classes(tmp_path):
     }
     assert batch["image"].shape == (2, 96, 96, 3)
     assert np.all(np.asarray(batch["size"]) == (72, 96))
+
+
+def test_the_analysis_of_classifiers_refuses_a_detector(tmp_path):
+    (tmp_path / "config.json").write_text(json.dumps(used(changed())))
+    (tmp_path / "summary.json").write_text("{}")
+    with pytest.raises(UserError, match="trained a detector; give runs that trained classifiers"):
+        load_runs([tmp_path])
