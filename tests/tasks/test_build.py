@@ -26,6 +26,7 @@ def test_a_teacher_of_another_size_and_other_classes(tmp_path):
     )  # fmt: skip
     experiment = create_experiment(config)
     teacher = experiment.distiller.teacher
+    assert teacher is not None
     assert teacher.image_size == 96
     assert teacher.output_shapes["grid"] == (6, 6)
     assert teacher.num_classes == 0
