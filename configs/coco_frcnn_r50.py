@@ -7,7 +7,9 @@ ImageNet weights, of which batch normalisation, stem and first stage stay as the
 Claim: none yet; the full schedule has not been run with this code. torchvision's reference reaches
 AP 37.0 with the schedule of `:2x`, and the paper's Table 4 has 34.5.
 Cost: 12 epochs of 7,329 steps, images of up to 1333 pixels; `:2x`, torchvision's reference, has 26
-epochs. `:smoke` takes about a minute on two CPU cores, without a download.
+epochs. `:smoke` takes about a minute on two CPU cores, without a download. `:overfit` is a check
+that a detector can learn: a small one learns about a hundred images by heart, from random weights.
+150 epochs on ten of COCO's images gave AP 80.1 on these, in five minutes on one core.
 Commands:
   python -m xkd_jax.main --config configs/coco_frcnn_r50.py --config.data.name=coco:DIR \
     --workdir runs/coco_frcnn_r50
@@ -57,7 +59,7 @@ def overfit(config: Config) -> None:
     }
     config.freeze = 0
     config.data.train = config.data.eval = config.data.test = "train2017"
-    config.data.update(min_size=256, max_size=320, max_objects=50, workers=0)
+    config.data.update(min_size=256, max_size=256, max_objects=50, workers=0)
     config.augment.flip = False
     config.eval_every = 25
     config.optimizer.clip_norm = 10.0

@@ -21,7 +21,7 @@ from xkd_jax.teacher.cache import TeacherCache
 from xkd_jax.teacher.forward import CACHED
 from xkd_jax.teacher.loader import CachedLoader
 
-AnySplit = data.Split | DetectionSplit
+AnySplit = Any  # a `data.Split`; of a detector a `DetectionSplit`
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -57,6 +57,7 @@ class Inputs:
         config = self.config
         if not config.teacher.cache or self.distiller.teacher is None:
             return None
+        assert isinstance(self.train, data.Split)  # detectors have none, see `validation`
         return TeacherCache(
             self.distiller,
             self.train,

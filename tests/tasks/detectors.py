@@ -25,9 +25,9 @@ def detector(name="fasterrcnn_resnet50_fpn", **args):
     return create_model(name, num_classes=CLASSES, image_size=SIDE, **TINY | args)
 
 
-def vit(img_size=64):
+def vit(img_size=64, num_classes=0):
     args = {"img_size": img_size, "patch_size": 16, "embed_dim": 16, "depth": 2, "num_heads": 2}
-    return create_model("vit_tiny_patch16_224", num_classes=0, **args)
+    return create_model("vit_tiny_patch16_224", num_classes=num_classes, **args)
 
 
 def batch_of(count=2, objects=3):

@@ -87,7 +87,7 @@ def test_weights_of_another_backbone(coco, tmp_path):
     refused(coco, says, student__weights=path)
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive  # the networks that fit such weights are looked for
 def test_weights_of_a_wider_backbone(coco, tmp_path):
     path = save(tmp_path, create_model("resnet18", num_classes=3))
     refused(coco, "resnet18", student__weights=path)

@@ -12,7 +12,9 @@ from flax import traverse_util
 from tests.tasks.detectors import TINY, batch_of, detector, vit
 from xkd_jax.distiller import Distiller
 from xkd_jax.errors import UserError
+from xkd_jax.methods import create_method
 from xkd_jax.methods.align import choose_stage, level_map, resize_map
+from xkd_jax.methods.base import apply
 from xkd_jax.model import create_model
 from xkd_jax.optim import create_optimizer
 from xkd_jax.tasks.detection import Detection
@@ -30,8 +32,8 @@ def paths(tree):
 
 def distiller(student, teacher=None, method="none", frozen_stages=0):
     optimizer = create_optimizer(SGD, lambda step: 0.01)
-    task = Detection(frozen_stages)
-    return Distiller(teacher, student, method, optimizer, task=task)
+    method = create_method(method, {})
+    return Distiller(teacher, student, method, optimizer, task=Detection(frozen_stages))
 
 
 @pytest.mark.parametrize("stages", [0, 1, 2])
@@ -138,8 +140,7 @@ def test_a_token_and_the_students_map_lie_over_the_same_place():
         of = dataclasses.replace(distiller(student), teacher=teacher)
         views = Detection().create_views(of, jax.random.key(0), batch)[:2]
         tokens = teacher.forward(variables[0], views[0])[1]
-        taps = student.module.apply(variables[1], views[1], method="features")[1]
-        return tokens, taps
+        return tokens, apply(student.module, variables[1], views[1], method="features")[1]
 
     plain = outputs(images)
     for row, column in ((20, 75), (84, 4), (52, 104)):
@@ -148,14 +149,14 @@ def test_a_token_and_the_students_map_lie_over_the_same_place():
         found = outputs(marked)
         grid = found[0]["grid"]
         at = (row + 3) * grid[0] // 128, (column + 3) * grid[1] // 128
-        assert place_of_change(*(out[0]["block01"][0] for out in (plain, found)), grid) == at
+        assert place_of_change([out[0]["block01"][0] for out in (plain, found)], grid) == at
         stage = choose_stage(found[1], grid, "auto", (160, 128))
-        maps = (resize_map(level_map(out[1], stage), grid)[0] for out in (plain, found))
+        maps = [resize_map(level_map(out[1], stage), grid)[0] for out in (plain, found)]
         # The bins of a map that the grid doesn't divide overlap by a cell.
-        assert np.abs(np.subtract(place_of_change(*maps, grid), at)).max() <= 1
+        assert np.abs(np.subtract(place_of_change(maps, grid), at)).max() <= 1
 
 
-def place_of_change(before, after, grid):
+def place_of_change(maps, grid):
     """The cell, (row, column), in which two maps or lists of tokens differ most."""
-    change = np.square(np.asarray(after - before)).sum(-1)
+    change = np.square(np.asarray(maps[1] - maps[0])).sum(-1)
     return tuple(int(i) for i in np.unravel_index(np.argmax(change), grid))

@@ -21,6 +21,7 @@ from xkd_jax.methods.base import Method
 from xkd_jax.methods.cakd import CAKD
 from xkd_jax.methods.combine import Sum
 from xkd_jax.model import Model, load
+from xkd_jax.models import DETECTORS
 from xkd_jax.reporting import files
 from xkd_jax.reporting.files import STUDENT
 from xkd_jax.reporting.report import find_runs
@@ -71,6 +72,8 @@ def _load(folder: Path, name: str, data_dir: str) -> Finished:
     config = read_config(folder / files.CONFIG)
     if config.probe.pool:
         raise UserError(f"{folder} is a probe, which has no student; give a run that trained one.")
+    if config.student.model in DETECTORS:
+        raise UserError(f"{folder} trained a detector; give runs that trained classifiers.")
     with config.unlocked():
         config.data.dir = data_dir or config.data.dir
         config.teacher.cache = ""  # the cache is of training images

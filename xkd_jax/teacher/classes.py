@@ -113,11 +113,11 @@ def without_classifier(model: Model) -> Model:
 
 
 class Classifier(Protocol):
-    """A network with named classes."""
+    """A network or data with named classes."""
 
     @property
     def num_classes(self) -> int:
-        """The number of logits; 0 without a classifier."""
+        """Their number; 0 without a classifier or labels."""
         ...
 
     @property
@@ -127,7 +127,7 @@ class Classifier(Protocol):
 
 
 def match_classes(
-    teacher: Classifier, train: Split, names: Names, say: Callable[[str], None]
+    teacher: Classifier, train: Classifier, names: Names, say: Callable[[str], None]
 ) -> tuple[str, tuple[int, ...]]:
     """Whether a network's logits are those of the data's classes, compared by name.
 
