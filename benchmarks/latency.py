@@ -137,8 +137,8 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as name:
         trained, untrained = [], []
         for i, file in enumerate((options.teacher, options.student)):
-            model, crop_pct = load_student(file)
-            crop_pct = crop_pct or 1.0
+            model, recorded = load_student(file)
+            crop_pct = recorded.get("crop_pct") or 1.0
             images = int8.calibration_images(
                 (options.data, "train", ""), model.image_size, crop_pct
             )

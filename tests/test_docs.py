@@ -71,10 +71,13 @@ def test_functions_named_after_a_link_are_in_that_file():
 def check_training(commands: list[tuple[str, str]]) -> None:
     """Validates recipes with the options that follow them."""
     for recipe, options in commands:
-        config = importlib.import_module(f"xkd_jax.configs.{recipe}").get_config()
+        name, _, variant = recipe.partition(":")
+        config = importlib.import_module(f"xkd_jax.configs.{name}").get_config(variant)
         for name, value in re.findall(r"--config\.([\w.]+)=(\S+)", options):
             value = int(value) if value.isdecimal() else value
-            config.update_from_flattened_dict({name: value})
+            assert config_module.has_field(config, name)
+            with config.unlocked():  # the arguments of networks are open
+                config.update_from_flattened_dict({name: value})
         validate(config)
 
 
@@ -85,13 +88,28 @@ def test_the_commands_of_no_labels_are_valid_configs():
     check_training(commands)
 
 
-def test_the_commands_of_photos_to_onnx_are_valid(capsys):
-    page = (ROOT / "docs" / "photos_to_onnx.md").read_text().replace("\\\n", " ")
+COMMANDS = {
+    "photos_to_onnx.md": ["convert", "train", "train", "evaluate", "predict", "export"],
+    "detection.md": [
+        "train",
+        "train",
+        "evaluate",
+        "predict",
+        "export",
+        "predict",
+        "train",
+        "train",
+    ],
+}
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_the_commands_of_a_page_are_valid(name, capsys):
+    page = (ROOT / "docs" / name).read_text().replace("\\\n", " ")
     commands = re.findall(r"^xkd-jax (\w+) (.*)", page, re.M)
-    verbs = [verb for verb, _ in commands]
-    assert verbs == ["convert", "train", "train", "evaluate", "predict", "export"]
-    training = [re.fullmatch(r"--config (\w+) (.*)", rest).groups() for _, rest in commands[1:3]]
-    check_training(training)
+    assert [verb for verb, _ in commands] == COMMANDS[name]
+    training = [rest for verb, rest in commands if verb == "train"]
+    check_training([re.fullmatch(r"--config (\S+) (.*)", rest).groups() for rest in training])
     for verb, rest in (command for command in commands if command[0] != "train"):
         with pytest.raises(SystemExit, match="0"):
             importlib.import_module(f"xkd_jax.cli.{verb}").main(["--help"])

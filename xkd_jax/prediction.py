@@ -11,7 +11,6 @@ import numpy as np
 
 from xkd_jax.convert.conversion import find_weights
 from xkd_jax.data.decode import DamagedImage, eval_crop
-from xkd_jax.data.encoded import CROP_PCT
 from xkd_jax.data.listing import list_all_images
 from xkd_jax.errors import UserError
 from xkd_jax.export import runtime
@@ -40,25 +39,20 @@ def find_images(paths: Sequence[Path]) -> list[Path]:
 
 
 def predict(
-    student: str, files: Sequence[Path], top: int = 1, crop_pct: float = 0.0
+    model: Model | runtime.Exported, files: Sequence[Path], top: int, crop_pct: float
 ) -> Iterator[dict[str, Any]]:
     """Classifies image files, decoding each batch while the previous one is classified.
 
     Args:
-      student: as for `load_classifier`.
+      model: a classifier.
       files: the images.
       top: the number of classes for each image.
-      crop_pct: the share of the shorter side that is cropped; 0: what the student's file says.
+      crop_pct: the share of the shorter side that is cropped.
 
     Yields:
       For each file in order, its `path`, and `classes`, pairs of a name and a probability, the most
       probable first; or the `error` of an image that can't be read.
-
-    Raises:
-      UserError: the student can't be read or has no classifier.
     """
-    model, recorded = load_classifier(student)
-    crop_pct = crop_pct or recorded or CROP_PCT
     names = model.class_names or tuple(map(str, range(model.num_classes)))
     top = min(top, model.num_classes)
 
@@ -114,14 +108,35 @@ def _results(
             yield {"path": str(path), "classes": [(names[label], p) for label, p in pairs]}
 
 
-def load_classifier(name: str) -> tuple[Model | runtime.Exported, float]:
+def load_any(
+    name: str,
+) -> tuple[Model | runtime.Exported | runtime.ExportedDetector, dict[str, Any]]:
     """As `load_student`, or from an exported .onnx or .tflite file."""
     path = Path(name)
-    return runtime.load(path) if path.suffix in runtime.RUNTIMES else load_student(name)
+    return runtime.load_any(path) if path.suffix in runtime.RUNTIMES else load_student(name)
 
 
-def load_student(name: str) -> tuple[Model, float]:
-    """A classifier, and the crop_pct that it was evaluated with, or 0.
+def load_classifier(name: str) -> tuple[Model | runtime.Exported, float]:
+    """As `load_any`; in place of everything that is recorded, the crop_pct or 0.
+
+    Raises:
+      UserError: as for `load_student`, or it is a detector.
+    """
+    model, recorded = load_any(name)
+    if isinstance(model, runtime.ExportedDetector) or is_detector(model):
+        raise UserError(f"{name} is a detector; give a classifier, or images with boxes, coco:DIR.")
+    return model, recorded.get("crop_pct", 0.0)
+
+
+def is_detector(model: Any) -> bool:
+    """Whether what `load_any` returns finds objects; otherwise it classifies images."""
+    return isinstance(model, runtime.ExportedDetector) or (
+        isinstance(model, Model) and model.is_detector
+    )
+
+
+def load_student(name: str) -> tuple[Model, dict[str, Any]]:
+    """A student with its classifier or its heads, and the metadata of its file.
 
     Args:
       name: a run's folder, a .safetensors file, packaged:NAME or timm:NAME.
@@ -135,7 +150,7 @@ def load_student(name: str) -> tuple[Model, float]:
     model = load(path)
     if not model.num_classes:
         raise UserError(f"{path} has no classifier; train it on labelled images first.")
-    return model, load_weights(path)[1].get("crop_pct", 0.0)
+    return model, load_weights(path)[1]
 
 
 def _locate_student(name: str) -> Path:

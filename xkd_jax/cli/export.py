@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from xkd_jax.cli.command import Parser, guard
+from xkd_jax.errors import UserError
 
 TARGETS = ("timm", "onnx", "litert", "stablehlo")
 _EXAMPLES = """\
@@ -12,6 +13,7 @@ examples:
   xkd-jax export runs/quickstart/cakd --to onnx --out exported --fold --uint8
   xkd-jax export runs/quickstart/cakd --to onnx --out exported --int8 --data fashion_mnist_mini
   xkd-jax export student.safetensors --to litert --out exported
+  xkd-jax export detector.safetensors --to onnx --out exported --fold --uint8
   xkd-jax export student.safetensors --to timm --out exported
     in Python: timm.create_model("local-dir:exported", pretrained=True)
   xkd-jax export student.safetensors --to stablehlo --out exported
@@ -23,7 +25,8 @@ examples:
 def main(argv: Sequence[str] | None = None) -> int:
     """The command line, `sys.argv[1:]` if `argv` is None; returns the exit code as `guard` says."""
     options = _parse(argv)
-    from xkd_jax.export import int8, student  # `--help` needs no JAX
+    from xkd_jax.detection import frame_of  # `--help` needs no JAX
+    from xkd_jax.export import int8, student
     from xkd_jax.export.runtime import EXPORT, require
     from xkd_jax.prediction import load_student
     from xkd_jax.reporting import model_card
@@ -31,7 +34,14 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     card = model_card.find(options.student, options.out)
     model, recorded = load_student(options.student)
-    how = student.Options(recorded or 1.0, options.fold or options.int8, options.uint8)
+    if model.is_detector and options.int8:
+        raise UserError(f"--int8 is for classifiers, but {model.name} is a detector; leave it out.")
+    how = student.Options(
+        recorded.get("crop_pct") or 1.0,
+        options.fold or options.int8,
+        options.uint8,
+        frame_of(model, recorded) if model.is_detector else None,
+    )
     images = None
     if options.int8:
         require("onnxruntime", EXPORT, "--int8")

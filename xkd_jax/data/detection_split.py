@@ -19,7 +19,7 @@ from xkd_jax.data.intact import looks_intact
 from xkd_jax.data.masks import to_rle
 from xkd_jax.data.source import sha256
 
-_COLOUR = np.rint(255 * np.array(IMAGENET_MEAN)).astype(np.uint8)  # of the padding
+COLOUR = np.rint(255 * np.array(IMAGENET_MEAN)).astype(np.uint8)  # of the padding
 
 
 class Objects(NamedTuple):
@@ -155,7 +155,7 @@ class DetectionSplit:
 
     def pad(self, pixels: np.ndarray) -> np.ndarray:
         """Pads a resized image, uint8 [h, w, 3], with the mean colour: uint8 [side, side, 3]."""
-        return self.frame.pad(pixels, _COLOUR)
+        return self.frame.pad(pixels, COLOUR)
 
     def check(self, index: int) -> None:
         """Looks for damage of an image file, by its header and last bytes if these are usual.

@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from xkd_jax.augment import ops
+from xkd_jax.data.frame import Frame
 from xkd_jax.errors import UserError
 
 PREPARATION = "preprocessing.json"
@@ -20,7 +21,7 @@ PREPARATION = "preprocessing.json"
 # a module that it doesn't import here.
 EXPORT, LITERT = "'xkd_jax[export]'", "'xkd_jax[litert]'"
 CONVERTER = "--no-deps 'litert-converter>=0.5,<0.6'"
-_Run = Callable[[np.ndarray], np.ndarray]
+_Run = Callable[..., Any]
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -65,8 +66,52 @@ class Exported:
         return prepare
 
 
+@dataclasses.dataclass(frozen=True, eq=False)
+class ExportedDetector:
+    """A detector in another runtime, for one image at a time.
+
+    Attributes:
+      run: an image [1, S, S, 3] as the file takes it, and its size [1, 2], to arrays by name:
+        `boxes` [D, 4], `scores` [D], `classes` [D] and, with a mask head, `masks` [D, 28, 28].
+      frame: how images are resized.
+      class_names: class names by class, from class 1; empty if unknown.
+      normalize: as in `Exported`.
+    """
+
+    run: _Run
+    frame: Frame
+    class_names: tuple[str, ...]
+    normalize: dict[str, list[float]] | None
+
+    def __call__(self, images: np.ndarray, sizes: np.ndarray) -> dict[str, np.ndarray]:
+        """The objects in padded images.
+
+        Args:
+          images: uint8 [1, S, S, 3].
+          sizes: float32 [1, 2], height and width without padding, pixels.
+        """
+        if self.normalize is not None:
+            mean, std = (np.array(self.normalize[name], np.float32) for name in ("mean", "std"))
+            images = (images / np.float32(255) - mean) / std
+        return self.run(images, sizes)
+
+
 def load(path: Path, threads: int = 0) -> tuple[Exported, float]:
-    """An exported student, and the crop_pct that is recorded with it.
+    """An exported classifier, and the crop_pct that is recorded with it.
+
+    Args and errors are those of `load_any`.
+
+    Raises:
+      UserError: it is a detector.
+    """
+    model, about = load_any(path, threads)
+    if isinstance(model, ExportedDetector):
+        raise UserError(f"{path} is a detector; give the file of a classifier.")
+    return model, about["crop_pct"]
+
+
+def load_any(path: Path, threads: int = 0) -> tuple[Exported | ExportedDetector, dict[str, Any]]:
+    """An exported student, and what is recorded with it.
 
     Args:
       path: of an .onnx file, or of a .tflite file next to its preprocessing.json.
@@ -80,8 +125,11 @@ def load(path: Path, threads: int = 0) -> tuple[Exported, float]:
         raise UserError(f"there is no {path}; export the student first, with xkd-jax export.")
     run, count, about = RUNTIMES[path.suffix](path, threads)
     try:
-        names = tuple(about["class_names"])
-        return Exported(run, count, about["size"], names, about["normalize"]), about["crop_pct"]
+        names, normalize = tuple(about["class_names"]), about["normalize"]
+        if count:
+            return Exported(run, count, about["size"], names, normalize), about
+        frame = Frame(about["min_size"], about["max_size"])
+        return ExportedDetector(run, frame, names, normalize), about
     except KeyError as error:
         raise UserError(
             f"{path} lacks the {error.args[0]} that xkd-jax export records; export it again."
@@ -100,11 +148,18 @@ def _open_onnx(path: Path, threads: int) -> tuple[_Run, int, dict[str, Any]]:
         raise _unreadable(path, "ONNX", error) from None
     recorded = session.get_modelmeta().custom_metadata_map
     about = {key: json.loads(recorded[key]) for key in _RECORDED if key in recorded}
+    outputs = {output.name: output.shape for output in session.get_outputs()}
 
     def run(images: np.ndarray) -> np.ndarray:
         return np.asarray(session.run(["logits"], {"images": images.transpose(0, 3, 1, 2)})[0])
 
-    return run, session.get_outputs()[0].shape[1], about
+    def detect(images: np.ndarray, sizes: np.ndarray) -> dict[str, np.ndarray]:
+        inputs = {"images": images.transpose(0, 3, 1, 2), "sizes": sizes}
+        return dict(zip(outputs, map(np.asarray, session.run(None, inputs)), strict=True))
+
+    if "logits" not in outputs:
+        return detect, 0, about
+    return run, outputs["logits"][1], about
 
 
 def _open_litert(path: Path, threads: int) -> tuple[_Run, int, dict[str, Any]]:
@@ -160,5 +215,5 @@ def require(package: str, source: str, purpose: str) -> None:
         raise UserError(f"{purpose} needs the package {package}; pip install {source} brings it.")
 
 
-_RECORDED = ("size", "crop_pct", "normalize", "class_names")
+_RECORDED = ("size", "crop_pct", "min_size", "max_size", "normalize", "class_names")
 RUNTIMES = {".onnx": _open_onnx, ".tflite": _open_litert}

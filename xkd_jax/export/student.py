@@ -13,6 +13,7 @@ import jax.numpy as jnp
 from xkd_jax import backend
 from xkd_jax.augment import ops
 from xkd_jax.convert.files import to_state, write_state
+from xkd_jax.data.frame import Frame
 from xkd_jax.errors import UserError
 from xkd_jax.export.runtime import CONVERTER, EXPORT, LITERT, PREPARATION, require
 from xkd_jax.model import Model
@@ -35,11 +36,13 @@ class Options:
       crop_pct: the share of the shorter side that is cropped from the centre, to be recorded.
       fold: whether BatchNorm becomes part of the convolutions in ONNX, as it always does in LiteRT.
       uint8: whether the exported function takes uint8 images and normalises them itself.
+      frame: how a detector's images are resized, to be recorded; None for a classifier.
     """
 
     crop_pct: float = 1.0
     fold: bool = False
     uint8: bool = False
+    frame: Frame | None = None
 
 
 def export(model: Model, target: str, folder: Path, options: Options) -> list[Path]:
@@ -57,6 +60,11 @@ def export(model: Model, target: str, folder: Path, options: Options) -> list[Pa
     Raises:
       UserError: the network can't be expressed in the target, or a package is missing.
     """
+    if model.is_detector and target not in ("onnx", "stablehlo"):
+        raise UserError(
+            f"--to {target} is for classifiers, but {model.name} is a detector; take --to onnx or "
+            "--to stablehlo."
+        )
     model = model if target == "timm" else _without_branches(model)
     path, layout = TARGETS[target](model, folder, options)
     if not layout:
@@ -75,11 +83,18 @@ def _without_branches(model: Model) -> Model:
 
 
 def preparation(model: Model, options: Options) -> dict[str, Any]:
-    """How images are prepared for the exported function, and what its logits mean."""
+    """How images are prepared for the exported function, and what its outputs mean.
+
+    A detector's are resized to `min_size` or `max_size`, see `Frame`, and padded at the right and
+    bottom with the mean to a square of side `size`.
+    """
     normalized = {"mean": list(model.mean), "std": list(model.std), "scale": 1 / 255}
+    how: dict[str, Any] = {"crop_pct": options.crop_pct}
+    if options.frame:
+        how = dataclasses.asdict(options.frame)
     return {
         "size": model.image_size,
-        "crop_pct": options.crop_pct,
+        **how,
         "interpolation": "bilinear",
         "dtype": "uint8" if options.uint8 else "float32",
         # What is left to do: (pixel * scale - mean) / std.
@@ -129,7 +144,7 @@ def _onnx(model: Model, folder: Path, options: Options) -> tuple[Path, str]:
 
     path = folder / "model.onnx"
     write_onnx(model, path, preparation(model, options), options.fold, options.uint8)
-    return path, "[N, 3, H, W]"
+    return path, "[1, 3, H, W]" if model.is_detector else "[N, 3, H, W]"
 
 
 def _litert(model: Model, folder: Path, options: Options) -> tuple[Path, str]:
@@ -142,19 +157,28 @@ def _litert(model: Model, folder: Path, options: Options) -> tuple[Path, str]:
 
 
 def _stablehlo(model: Model, folder: Path, options: Options) -> tuple[Path, str]:
-    """For `jax.export.deserialize`: images [N, H, W, 3] to logits [N, K], on any platform."""
+    """For `jax.export.deserialize`: images [N, H, W, 3] to logits [N, K], on any platform.
+
+    A detector also takes sizes [N, 2], and returns a dict of what `Detections` has.
+    """
     require("flatbuffers", EXPORT, "--to stablehlo")  # which JAX serializes with
     variables = model.variables
 
     def forward(images: jax.Array) -> jax.Array:
         return model.forward(variables, normalized(model, images))[0]
 
+    def detect(images: jax.Array, sizes: jax.Array) -> dict[str, jax.Array]:
+        found, _ = model.forward(variables, normalized(model, images), sizes=sizes)
+        return {name: x for name, x in dataclasses.asdict(found).items() if x is not None}
+
     (count,) = jax.export.symbolic_shape("n")
     size = model.image_size
     dtype = jnp.uint8 if options.uint8 else jnp.float32
-    images = jax.ShapeDtypeStruct((count, size, size, 3), dtype)
+    images = [jax.ShapeDtypeStruct((count, size, size, 3), dtype)]
+    sizes = [jax.ShapeDtypeStruct((count, 2), jnp.float32)]
+    function, inputs = (detect, images + sizes) if model.is_detector else (forward, images)
     with backend.assume("gpu"):  # XLA's convolutions, which every platform has
-        exported = jax.export.export(jax.jit(forward), platforms=("cpu", "cuda", "tpu"))(images)
+        exported = jax.export.export(jax.jit(function), platforms=("cpu", "cuda", "tpu"))(*inputs)
     path = folder / "model.stablehlo"
     write_file(path, bytes(exported.serialize()))
     return path, "[N, H, W, 3]"

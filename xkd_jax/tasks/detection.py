@@ -3,7 +3,7 @@
 import dataclasses
 import functools
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -143,12 +143,14 @@ class Detection(Task):
     def evaluate(self, model, variables, split, mesh, noisy=False):
         """Average precision (COCO's) of boxes and, as `mask_AP` ..., of masks, in [0, 1]."""
         del noisy  # refused by `validation`
-        masks = self.masks and model.module.mask
-        found = evaluate_detector(create_detect_step(model), variables, split, mesh, masks)
-        scores = dict(found["bbox"])
-        if masks:
-            scores |= {f"mask_{name}": score for name, score in found["segm"].items()}
-        return scores
+        step, masks = create_detect_step(model), self.masks and model.module.mask
+        return flat_scores(evaluate_detector(step, variables, split, mesh, masks))
+
+
+def flat_scores(found: Mapping[str, Mapping[str, float]]) -> dict[str, float]:
+    """What `evaluate_detector` returns in one dict: `AP` ... of boxes, `mask_AP` ... of masks."""
+    masks = {f"mask_{name}": score for name, score in found.get("segm", {}).items()}
+    return {**found["bbox"], **masks}
 
 
 @functools.lru_cache(maxsize=4)

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 Weights = tuple[float, float, float, float]
 
 # The largest logarithm of a side's growth that is decoded: from 16 pixels to 1000.
-_MAX_GROWTH = math.log(1000 / 16)
+MAX_GROWTH = math.log(1000 / 16)
 
 
 def encode(boxes: jax.Array, references: jax.Array, weights: Weights) -> jax.Array:
@@ -43,7 +43,7 @@ def decode(deltas: jax.Array, references: jax.Array, weights: Weights) -> jax.Ar
     centre, size = _centre_and_size(references)
     deltas = deltas / jnp.asarray(weights, jnp.float32)
     centre = deltas[..., :2] * size + centre
-    half = 0.5 * jnp.exp(jnp.minimum(deltas[..., 2:], _MAX_GROWTH)) * size
+    half = 0.5 * jnp.exp(jnp.minimum(deltas[..., 2:], MAX_GROWTH)) * size
     return jnp.concatenate([centre - half, centre + half], -1)
 
 

@@ -8,7 +8,7 @@ from xkd_jax.models.detection import boxes as box_ops
 from xkd_jax.models.detection.nms import nms
 
 WEIGHTS = (10.0, 10.0, 5.0, 5.0)  # of the deltas, see `boxes.decode`
-_MIN_SIZE = 1e-2  # of a detection, pixels
+MIN_SIZE = 1e-2  # of a detection, pixels
 
 
 @flax.struct.dataclass
@@ -56,7 +56,7 @@ def select(
     boxes = box_ops.decode(deltas[:, :, 1:], proposals[:, :, None], WEIGHTS)
     boxes = box_ops.clip(boxes, sizes[:, None, None])
     scores = jax.nn.softmax(logits)[..., 1:]
-    kept = valid[..., None] & (scores > min_score) & box_ops.is_large(boxes, _MIN_SIZE)
+    kept = valid[..., None] & (scores > min_score) & box_ops.is_large(boxes, MIN_SIZE)
     images, regions, classes = scores.shape
     groups = jnp.tile(jnp.arange(1, classes + 1, dtype=jnp.int32), regions)
 

@@ -9,8 +9,9 @@ import jax.numpy as jnp
 
 from xkd_jax.models.detection.boxes import area
 
-_SAMPLES = 2  # in each direction of a bin: torchvision's sampling_ratio
-_CANONICAL_SIDE, _CANONICAL_LEVEL = 224, 4  # a box of this side is read at the level of stride 2^4
+SAMPLES = 2  # in each direction of a bin: torchvision's sampling_ratio
+CANONICAL_SIDE, CANONICAL_LEVEL = 224, 4  # a box of this side is read at the level of stride 2^4
+EPSILON = 1e-6  # levels, added before rounding down
 
 
 def roi_align(
@@ -65,7 +66,7 @@ def map_levels(boxes: jax.Array, strides: Sequence[int]) -> jax.Array:
     """
     first, last = (round(math.log2(stride)) for stride in (strides[0], strides[-1]))
     side = jnp.sqrt(jnp.maximum(area(boxes), 0.0))
-    level = jnp.floor(_CANONICAL_LEVEL + jnp.log2(side / _CANONICAL_SIDE) + 1e-6)
+    level = jnp.floor(CANONICAL_LEVEL + jnp.log2(side / CANONICAL_SIDE) + EPSILON)
     return jnp.clip(level, first, last).astype(jnp.int32) - first
 
 
@@ -84,7 +85,7 @@ def _taps(
       cells int32 [N, R, bins, 4] and their weights, whose sum is 1 unless samples lie outside.
     """
     step = jnp.maximum(high - low, 1.0) / bins
-    offsets = (jnp.arange(bins * _SAMPLES) + 0.5) / _SAMPLES
+    offsets = (jnp.arange(bins * SAMPLES) + 0.5) / SAMPLES
     at = low[..., None] + step[..., None] * offsets
     end = (length - 1)[..., None]
     used = (at >= -1.0) & (at <= end + 1)  # further outside, a sample counts as 0
@@ -93,6 +94,6 @@ def _taps(
     after = jnp.minimum(before + 1, end)
     share = at - before
     cells = jnp.stack([before, after], -1)
-    weights = jnp.where(used[..., None], jnp.stack([1 - share, share], -1), 0.0) / _SAMPLES
-    shape = (*low.shape, bins, 2 * _SAMPLES)
+    weights = jnp.where(used[..., None], jnp.stack([1 - share, share], -1), 0.0) / SAMPLES
+    shape = (*low.shape, bins, 2 * SAMPLES)
     return cells.reshape(shape), weights.reshape(shape)

@@ -17,7 +17,7 @@ from xkd_jax.models.detection.nms import nms
 from xkd_jax.models.layers import Conv
 
 WEIGHTS = (1.0, 1.0, 1.0, 1.0)  # of the deltas, see `boxes.decode`
-_MIN_SIZE = 1e-3  # of a proposal, pixels
+MIN_SIZE = 1e-3  # of a proposal, pixels
 
 _INIT = nn.initializers.normal(0.01)
 
@@ -104,7 +104,7 @@ def propose(
         scores.append(jnp.where(x > -jnp.inf, jax.nn.sigmoid(x), -jnp.inf))
         levels.append(np.full(x.shape[1], level, np.int32))
     candidates = box_ops.clip(jnp.concatenate(boxes, 1), sizes[:, None])
-    large = box_ops.is_large(candidates, _MIN_SIZE)
+    large = box_ops.is_large(candidates, MIN_SIZE)
     ranks = jnp.where(large, jnp.concatenate(scores, 1), -jnp.inf)
     group = jnp.asarray(np.concatenate(levels))
 
