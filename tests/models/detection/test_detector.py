@@ -7,7 +7,7 @@ from tests.models.networks import init
 from xkd_jax.errors import UserError
 from xkd_jax.model import create_model
 from xkd_jax.models import create_model as create_module
-from xkd_jax.models.detection import DETECTORS, put_backbone
+from xkd_jax.models.detection import DETECTORS
 from xkd_jax.models.detection.detections import select
 from xkd_jax.models.detection.detector import Detector
 
@@ -210,18 +210,6 @@ def test_backbones_of_other_families():
     model = create_model("fasterrcnn_resnet50_fpn", num_classes=5, image_size=64, **args, **FEW)
     assert model.output_shapes["stage4"].shape[:3] == (1, 2, 2)
     assert "fpn" in model.shapes["params"]["backbone"]
-
-
-def test_put_backbone(detector):
-    _, variables = detector
-    network = create_module("resnet18", num_classes=7, **BACKBONE["backbone_args"])
-    trained = jax.tree.map(lambda leaf: leaf + 1, init(network, 64))
-    merged = put_backbone(variables, trained)
-    assert jax.tree.structure(merged) == jax.tree.structure(variables)
-    body = merged["params"]["backbone"]["body"]
-    assert body["conv1"] is trained["params"]["conv1"]
-    assert merged["batch_stats"]["backbone"]["body"]["bn1"] is trained["batch_stats"]["bn1"]
-    assert merged["params"]["backbone"]["fpn"] is variables["params"]["backbone"]["fpn"]
 
 
 @pytest.mark.parametrize(

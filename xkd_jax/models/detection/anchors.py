@@ -16,8 +16,8 @@ MULTIPLE = 32  # the sides of images: the stride of the backbone's last stage
 
 
 def make_anchors(
-    side: tuple[int, int],
-    grids: Sequence[tuple[int, int]],
+    side: tuple[int, ...],
+    grids: Sequence[tuple[int, ...]],
     sizes: Sequence[int],
     ratios: Sequence[float],
 ) -> list[np.ndarray]:
@@ -68,6 +68,6 @@ def inside(anchors: np.ndarray, sizes: jax.Array) -> jax.Array:
       sizes: heights and widths of the images without padding [N, 2], pixels.
     """
     # An anchor's centre is its cell's top left corner.
-    centre_x, centre_y = (anchors[:, 0] + anchors[:, 2]) / 2, (anchors[:, 1] + anchors[:, 3]) / 2
+    centre_x, centre_y = jnp.asarray((anchors[:, :2] + anchors[:, 2:]) / 2).T
     end = jnp.ceil(sizes / MULTIPLE) * MULTIPLE
     return (centre_y < end[:, :1]) & (centre_x < end[:, 1:])

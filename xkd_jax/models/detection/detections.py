@@ -60,7 +60,7 @@ def select(
     images, regions, classes = scores.shape
     groups = jnp.tile(jnp.arange(1, classes + 1, dtype=jnp.int32), regions)
 
-    def suppress(boxes: jax.Array, scores: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+    def suppress(boxes: jax.Array, scores: jax.Array) -> tuple[jax.Array, ...]:
         found = min(count, len(groups))
         index, any_left = nms(boxes, scores, groups, threshold=threshold, count=found)
         kept = (

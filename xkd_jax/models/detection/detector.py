@@ -7,6 +7,7 @@ He et al., "Mask R-CNN" (arXiv:1703.06870). Names, numbers and rules are those o
 boxes to one number; what is padding is known by a mask.
 """
 
+import dataclasses
 from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
@@ -107,7 +108,7 @@ class Detector(nn.Module):
         return self.backbone(images, train)  # pyright: ignore[reportCallIssue]
 
     def detect(
-        self, pyramid: Sequence[jax.Array], side: tuple[int, int], sizes: jax.Array
+        self, pyramid: Sequence[jax.Array], side: tuple[int, ...], sizes: jax.Array
     ) -> Detections:
         """The detections in images of which `features` made `pyramid`.
 
@@ -136,7 +137,7 @@ class Detector(nn.Module):
         if not self.mask:
             return found
         masks = self.roi_heads.segment(pyramid, found.boxes, found.classes, side)
-        return found.replace(masks=jax.nn.sigmoid(masks))
+        return dataclasses.replace(found, masks=jax.nn.sigmoid(masks))
 
     def classify(
         self, images: jax.Array, boxes: jax.Array, train: bool = False
@@ -211,7 +212,7 @@ class Detector(nn.Module):
             losses["roi_mask"] = mask_loss(masks, wanted, classes_few > 0)
         return losses, {"taps": out, "proposals": boxes, "valid": sampled, "logits": logits}
 
-    def _anchors(self, pyramid: Sequence[jax.Array], side: tuple[int, int]) -> list[np.ndarray]:
+    def _anchors(self, pyramid: Sequence[jax.Array], side: tuple[int, ...]) -> list[np.ndarray]:
         grids = [features.shape[1:3] for features in pyramid]
         return layout.make_anchors(side, grids, self.anchor_sizes, self.aspect_ratios)
 
@@ -257,7 +258,7 @@ class Detector(nn.Module):
         valid: jax.Array,
         targets: Mapping[str, jax.Array],
         key: jax.Array,
-    ) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
+    ) -> tuple[jax.Array, ...]:
         """The regions that the heads are trained on: proposals, and the objects themselves.
 
         Returns:

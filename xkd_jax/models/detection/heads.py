@@ -105,7 +105,7 @@ class RoIHeads(nn.Module):
             self.mask_predictor = MaskPredictor(self.outputs, self.dtype)
 
     def classify(
-        self, pyramid: Sequence[jax.Array], boxes: jax.Array, side: tuple[int, int]
+        self, pyramid: Sequence[jax.Array], boxes: jax.Array, side: tuple[int, ...]
     ) -> tuple[jax.Array, jax.Array]:
         """Class logits [N, R, outputs] and box deltas [N, R, outputs, 4] of `boxes` [N, R, 4].
 
@@ -123,7 +123,7 @@ class RoIHeads(nn.Module):
         pyramid: Sequence[jax.Array],
         boxes: jax.Array,
         classes: jax.Array,
-        side: tuple[int, int],
+        side: tuple[int, ...],
     ) -> jax.Array:
         """The logits of the masks [N, R, 28, 28] in `boxes` [N, R, 4], of their `classes` [N, R].
 

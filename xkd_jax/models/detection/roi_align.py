@@ -14,7 +14,7 @@ _CANONICAL_SIDE, _CANONICAL_LEVEL = 224, 4  # a box of this side is read at the 
 
 
 def roi_align(
-    pyramid: Sequence[jax.Array], boxes: jax.Array, side: tuple[int, int], bins: int
+    pyramid: Sequence[jax.Array], boxes: jax.Array, side: tuple[int, ...], bins: int
 ) -> jax.Array:
     """The features inside each box, averaged over `bins` x `bins` bins: [N, R, bins, bins, C].
 
