@@ -21,6 +21,7 @@ ROOT = Path(__file__).parents[1]
 TINY = {"layers": (1, 1, 1, 1), "width": 0.125, "stem": "cifar"}
 
 
+@pytest.mark.slow
 def test_the_ten_lines_of_the_readme_distil(tmp_path, monkeypatch):
     text = (ROOT / "README.md").read_text()
     (code,) = re.findall(r"```python\n(.*?import xkd_jax as xkd.*?)```", text, flags=re.DOTALL)

@@ -15,6 +15,7 @@ from xkd_jax.errors import UserError
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 
 
+@pytest.mark.slow
 def test_a_run_and_its_projectors_are_loaded(tmp_path):
     experiment, state = write_run(tmp_path / "all" / "cakd+logits", "cakd+logits")
     (run,) = load_runs([tmp_path / "all"])

@@ -21,12 +21,14 @@ def broken_down():
     return experiment, parts.breakdown(experiment)
 
 
+@pytest.mark.slow
 def test_every_part_of_the_step_is_there(broken_down):
     _, programs = broken_down
     names = ["data", "views", "teacher", "student", "method", "adversary", "optimizer"]
     assert list(programs) == names
 
 
+@pytest.mark.slow
 def test_the_teachers_part_is_what_the_method_reads(broken_down):
     experiment, programs = broken_down
     view = programs["views"].run()[0]
@@ -38,6 +40,7 @@ def test_the_teachers_part_is_what_the_method_reads(broken_down):
         np.testing.assert_allclose(array, out[name], rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.slow
 def test_the_methods_part_has_gradients_of_projectors_and_outputs(broken_down):
     _, programs = broken_down
     (loss, (_, metrics, _)), (of_params, of_outputs) = programs["method"].run()
@@ -47,6 +50,7 @@ def test_the_methods_part_has_gradients_of_projectors_and_outputs(broken_down):
     assert all(np.any(leaf != 0) for leaf in jax.tree.leaves((of_params, of_outputs)))
 
 
+@pytest.mark.slow
 def test_student_adversary_and_optimizer_have_all_gradients(broken_down):
     experiment, programs = broken_down
     state = experiment.distiller.state_shapes
@@ -83,6 +87,7 @@ def test_programs_take_turns_and_medians_are_given(monkeypatch):
     assert found == {"a": 3, "b": 1}  # the median of 1, 5 and 2, and a tick of the clock
 
 
+@pytest.mark.slow
 def test_steps_are_measured_against_their_limit():
     config = tiny.get_config("none")
     config.compare = ("none", "fitnet")
@@ -112,6 +117,7 @@ def test_data_without_labels_are_refused():
         measure.measure(config, rounds=1)
 
 
+@pytest.mark.slow
 def test_the_command_line(tmp_path):
     file = tmp_path / "step.json"
     program = ("-m", "xkd_jax.bench")

@@ -46,6 +46,7 @@ def call(monkeypatch, capsys, out, minutes=1.0):
     return {name: state["state"] for name, state in states.items()}, capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_it_goes_on_after_a_deadline_and_a_failure(tmp_path, monkeypatch, capsys):
     fails = Step("fails", ("-c", "import os; os.write(2, b'why'); raise SystemExit(3)"), 0.0)
     steps = [fails, Step("short", ("-c", "print('once')"), 0.0), Step("long", ("-c", LONG), 0.0)]

@@ -66,6 +66,7 @@ def test_the_saved_student_is_the_plain_network(unbroken):
     assert jax.tree.structure(variables) == jax.tree.structure(plain)
 
 
+@pytest.mark.slow
 def test_killed_run_ends_bit_identical_to_an_unbroken_one(start, unbroken, tmp_path):
     folder = tmp_path / "unbroken"
     process = start("--config", TINY, "--workdir", folder)

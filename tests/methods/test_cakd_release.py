@@ -120,6 +120,7 @@ def patch_gan(adversary, scores):
     return same_conv4x4(x, params["Conv_4"], 1).mean((1, 2, 3))
 
 
+@pytest.mark.slow
 def test_terms_are_the_released_codes():
     teacher, student = outputs()
     params, adversary = all_params(CAKDRelease())

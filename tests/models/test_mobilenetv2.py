@@ -80,6 +80,7 @@ def test_activations_stop_at_six():
     np.testing.assert_array_equal(out["pooled"], 6.0)
 
 
+@pytest.mark.slow
 def test_gradients_and_statistics():
     model, x = tiny(), images(4)
     variables = init(model)

@@ -100,6 +100,7 @@ def test_stages_that_do_not_exist(coco, tmp_path):
     refused(coco, says, student__weights=path, freeze=5)
 
 
+@pytest.mark.slow
 def test_class_scores_of_other_classes_or_of_no_proposals(coco, tmp_path):
     logits = {"method__name": "logits", "teacher__model": "", "teacher__args": {}}
     path = save(tmp_path, detector(name="maskrcnn_resnet50_fpn", backbone="resnet18"),

@@ -118,6 +118,7 @@ def different(name, value):
     return change
 
 
+@pytest.mark.slow
 def test_a_wrong_cache_is_never_used(tmp_path):
     changes = {
         "teacher.args.depth": 1, "augment.crop_padding": 1, "augment.flip": False,

@@ -95,6 +95,7 @@ def test_detections_have_static_shapes(detector):
     assert (found.boxes[1, :, 3] <= 40).all()
 
 
+@pytest.mark.slow
 def test_losses_and_outputs(losses):
     (found, outs), _ = losses(objects())
     assert found.keys() == {"rpn_objectness", "rpn_box", "roi_class", "roi_box", "roi_mask"}
@@ -179,6 +180,7 @@ def test_no_gradient_through_proposals(detector):
     assert not any(leaf.any() for leaf in jax.tree.leaves(grads["rpn"]))
 
 
+@pytest.mark.slow
 def test_invalid_proposals_have_no_effect():
     rng = np.random.default_rng(0)
     proposals = np.float32([[[0, 0, 20, 20], [30, 30, 60, 50], [10, 10, 50, 60], [0, 0, 0, 0]]])
