@@ -6,7 +6,7 @@ import jax
 import numpy as np
 import pytest
 
-from tests.runs import assert_same_run
+from tests.runs import assert_same_run, finish, start
 from tests.tasks.detectors import TINY, detector
 from tests.tasks.shapes import COLOURS, write_coco
 from xkd_jax import train
@@ -114,6 +114,13 @@ def test_a_detector_that_a_detector_teaches_resumes_bit_by_bit(coco, tmp_path):
         jax.tree.map(np.testing.assert_array_equal, body[still], parts[still])
     for norm in ("bn1", "bn2"):
         jax.tree.map(np.testing.assert_array_equal, body["layer2_0"][norm], parts["layer2_0"][norm])
+
+
+def test_two_devices_train_as_one():
+    flags = "--xla_force_host_platform_device_count=2"
+    run = start("-m", "tests.tasks.mesh", program=(), XLA_FLAGS=flags, JAX_PLATFORMS="cpu")
+    done = finish(run)
+    assert done[:2] == (0, "equal\n"), done[2]
 
 
 def of_backbone(folder):
