@@ -158,7 +158,10 @@ def _text(value: Any) -> str:
 
 
 def _parser() -> Parser:
-    description = "Lists networks: input size, parameters, multiply-adds, outputs."
+    description = (
+        "Lists networks: input size, parameters, multiply-adds, outputs. Detectors are listed in "
+        "docs/detection.md."
+    )
     parser = Parser("models", description, _EXAMPLES)
     parser.add_argument("names", nargs="*", default=["*"], help="names or patterns; default: all")
     parser.add_argument("--kind", choices=("cnn", "transformer"), help="only this kind")

@@ -5,6 +5,7 @@ To add a family, import it here and list it in `_FAMILIES`. Detectors, in `detec
 backbones from these families.
 """
 
+import collections
 import dataclasses
 from collections.abc import Mapping
 from typing import Any
@@ -67,7 +68,8 @@ _FAMILIES = (
 MODELS: dict[str, Variant] = {
     name: variant for family in _FAMILIES for name, variant in family.VARIANTS.items()
 }
-NETWORKS: dict[str, Variant] = MODELS | DETECTORS
+# A view: users add networks to `MODELS`.
+NETWORKS: Mapping[str, Variant] = collections.ChainMap(MODELS, DETECTORS)
 
 
 def create_model(name: str, *, num_classes: int, dtype: Any = jnp.float32, **args) -> nn.Module:
