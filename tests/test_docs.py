@@ -99,6 +99,7 @@ COMMANDS = {
         "predict",
         "train",
         "train",
+        "train",
     ],
 }
 
