@@ -20,3 +20,14 @@ def get_config(method: str = "cakd") -> Config:
     config.log_every = 1
     config.checkpoint_every = 7
     return config
+
+
+def set_fields(config, changes):
+    """Sets fields by path, such as `optimizer__name`, also to values of another type."""
+    with config.unlocked():
+        for name, value in changes.items():
+            parent = config
+            *path, last = name.split("__")
+            for part in path:
+                parent = parent[part]
+            parent[last] = value

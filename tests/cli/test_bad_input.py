@@ -52,13 +52,7 @@ def _no_training(monkeypatch):
 
 def refuse(tmp_path, match, method="cakd", **changes):
     config = tiny.get_config(method)
-    with config.unlocked():
-        for name, value in changes.items():
-            parent = config
-            *path, last = name.split("__")
-            for part in path:
-                parent = parent[part]
-            parent[last] = value
+    tiny.set_fields(config, changes)
     with pytest.raises(UserError, match=match) as error:
         runs.run(config, tmp_path / "run")
     assert "\n" not in str(error.value)

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from tests.cli.test_predict import lines
 from tests.export.test_detector import NAMES, SIDE, detector
 from tests.tasks.shapes import write_coco
 from xkd_jax.analysis.detection import evaluate_detector
@@ -54,11 +55,6 @@ def photos(tmp_path_factory):
         assert cv2.imwrite(str(folder / ("more" if i % 2 else "") / f"{i}.png"), image)
     (folder / "3_damaged.jpg").write_bytes(b"no image")
     return folder
-
-
-def lines(capsys, *arguments):
-    code = predict.main([*map(str, arguments), "--json"])
-    return code, [json.loads(line) for line in capsys.readouterr().out.splitlines()]
 
 
 def found_directly(model, path):

@@ -9,7 +9,7 @@ from tests.reporting.test_model_card import section
 from xkd_jax.reporting import model_card, report
 from xkd_jax.reporting.logger import Reporter
 from xkd_jax.reporting.scores import main_score
-from xkd_jax.reporting.table_runs import get_top1
+from xkd_jax.reporting.table_runs import get_score
 
 BOXES = {"AP": 0.345, "AP50": 0.5, "AP75": 0.4}
 MASKS = {f"mask_{name}": score / 2 for name, score in BOXES.items()}
@@ -33,7 +33,7 @@ def run(request, tmp_path):
 def test_runs_are_compared_by_the_first_score_that_they_have(run):
     folder, masks = run
     summary = json.loads((folder / "summary.json").read_text())
-    assert get_top1(summary) == (MASKS["mask_AP"] if masks else BOXES["AP"])
+    assert get_score(summary) == (MASKS["mask_AP"] if masks else BOXES["AP"])
     assert main_score({"probe_top1", "top1"}) == "top1"
     assert main_score({"loss"}) == ""
 

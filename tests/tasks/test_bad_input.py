@@ -8,6 +8,7 @@ import pytest
 
 from tests.tasks.detectors import TINY, detector, vit
 from tests.tasks.shapes import write_coco
+from tests.tiny import set_fields
 from xkd_jax.configs import coco_frcnn_r50, coco_mrcnn_r50
 from xkd_jax.errors import UserError
 from xkd_jax.experiment import create_experiment
@@ -23,13 +24,7 @@ def coco(tmp_path_factory):
 def changed(**changes):
     config = coco_frcnn_r50.get_config("smoke")
     config.method.name = "none"
-    with config.unlocked():
-        for name, value in changes.items():
-            *path, last = name.split("__")
-            parent = config
-            for part in path:
-                parent = parent[part]
-            parent[last] = value
+    set_fields(config, changes)
     return config
 
 

@@ -256,7 +256,7 @@ class _Sweep:
             folder = self.workdir / name / "tuning" / f"{text},seed={seed}"
             self._train(config, folder)
             # A run that diverged has no score.
-            scores.append(max(0.0, table_report.read_top1(folder)))
+            scores.append(max(0.0, table_report.read_score(folder)))
         return sum(scores) / len(scores)
 
     def _config(self, name: str) -> Config:
@@ -354,7 +354,7 @@ class _Sweep:
 
 
 def _result(folder: Path) -> str:
-    score = table_report.read_top1(folder)
+    score = table_report.read_score(folder)
     return "no score" if math.isnan(score) else f"{100 * score:.2f}%"
 
 

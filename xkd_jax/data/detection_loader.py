@@ -64,10 +64,7 @@ class DetectionLoader:
         """
         self.arrays: dict[str, jax.Array] = {}
         self._sharding, self._workers = sharding.over_batch(mesh), workers
-        # This process's part of every batch.
-        self._local = order.batch_size // jax.process_count()
-        first = jax.process_index() * self._local
-        self._load = _Load(split, order, max_objects, mask_size, flip, self._local, first)
+        self._load = _Load(split, order, max_objects, mask_size, flip)
         counts = split.count_objects()
         if np.any(counts > max_objects):
             tqdm.tqdm.write(
@@ -85,24 +82,22 @@ class DetectionLoader:
         [N, G], 0 where there is no object; and, with masks of size M, `masks` uint8 [N, G, M, M],
         see `masks.box_mask`.
         """
-        return read_batches(self._load, self._local, self._sharding, self._workers, start)
+        return read_batches(
+            self._load, self._load.order.batch_size, self._sharding, self._workers, start
+        )
 
 
 @dataclasses.dataclass(frozen=True)
 class _Load:
-    """From a place in this process's sequence of examples to the example, mirrored at random."""
+    """From a step and a place in its batch to the example, mirrored at random."""
 
     split: DetectionSplit
     order: Order
     max_objects: int
     mask_size: int
     flip: bool
-    local: int
-    first: int
 
-    def __call__(self, position: int) -> dict[str, np.ndarray]:
-        step, place = divmod(position, self.local)
-        place += self.first
+    def __call__(self, step: int, place: int) -> dict[str, np.ndarray]:
         index = int(self.order.indices(step)[place])
         mirrored = self.flip and self.order.generator(step, place).random() < 0.5
         size, pixels = self.split.sizes[index], self.split.read(index)

@@ -173,23 +173,22 @@ class HostLoader:
         assert isinstance(split.images, EncodedImages)
         self.arrays: dict[str, jax.Array] = {}
         self._sharding, self._workers = sharding.over_batch(mesh), workers
-        # This process's part of every batch.
-        self._local = order.batch_size // jax.process_count()
-        first = jax.process_index() * self._local
         size = size or split.images.shape[1]
-        self._load = _Load(split.images.examples, size, crop_scale, order, self._local, first)
+        self._load = _Load(split.images.examples, size, crop_scale, order)
 
     def batches(self, start: int) -> Iterator[Batch]:
         """The batches of the steps from `start` on: `image` [N, H, W, 3], `label`, `index` [N].
 
         With fixed views, also `view` [N].
         """
-        return read_batches(self._load, self._local, self._sharding, self._workers, start)
+        return read_batches(
+            self._load, self._load.order.batch_size, self._sharding, self._workers, start
+        )
 
 
 def read_batches(
-    load: Callable[[int], dict[str, np.ndarray]],
-    local: int,
+    load: Callable[[int, int], dict[str, np.ndarray]],
+    batch_size: int,
     place: NamedSharding,
     workers: int,
     start: int,
@@ -197,8 +196,8 @@ def read_batches(
     """Batches that grain's workers read; each is copied to the devices during the previous step.
 
     Args:
-      load: from a place in this process's sequence of examples to the example; picklable.
-      local: this process's examples in a batch.
+      load: from a step and a place in its batch to the example; picklable.
+      batch_size: the examples of a batch, of which this process reads its share.
       place: the sharding of the batches.
       workers: processes that read; 0 reads in threads of this one.
       start: the first step.
@@ -208,11 +207,13 @@ def read_batches(
 
     if not flags.FLAGS.is_parsed():  # grain's workers ask for its flags, in a notebook too
         flags.FLAGS.mark_as_parsed()
+    local = batch_size // jax.process_count()
+    first = jax.process_index() * local
     positions = grain.MapDataset.range(start * local, _ENDLESS)
     # An element is a batch here: grain's own 16 threads and 500 elements would hold gigabytes.
     threads = os.cpu_count() or 1
     options = grain.ReadOptions(num_threads=threads, prefetch_buffer_size=2 * threads)
-    dataset = positions.map(load).batch(local).to_iter_dataset(options)
+    dataset = positions.map(_AtPosition(load, local, first)).batch(local).to_iter_dataset(options)
     if workers:
         options = grain.MultiprocessingOptions(workers, per_worker_buffer_size=2)
         dataset = dataset.mp_prefetch(options)
@@ -228,19 +229,28 @@ def read_batches(
 
 
 @dataclasses.dataclass(frozen=True)
-class _Load:
-    """From a place in this process's sequence of examples to the example, cropped at random."""
+class _AtPosition:
+    """From a position in this process's sequence of examples to what `load` makes of it."""
 
-    examples: Examples
-    size: int
-    crop_scale: tuple[float, float]
-    order: Order
+    load: Callable[[int, int], dict[str, np.ndarray]]
     local: int
     first: int
 
     def __call__(self, position: int) -> dict[str, np.ndarray]:
         step, place = divmod(position, self.local)
-        place += self.first
+        return self.load(step, self.first + place)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Load:
+    """From a step and a place in its batch to the example, cropped at random."""
+
+    examples: Examples
+    size: int
+    crop_scale: tuple[float, float]
+    order: Order
+
+    def __call__(self, step: int, place: int) -> dict[str, np.ndarray]:
         index = int(self.order.indices(step)[place])
         rng = self.order.generator(step, place)
         example: dict[str, np.ndarray] = {}

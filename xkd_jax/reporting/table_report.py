@@ -29,12 +29,12 @@ from xkd_jax.reporting.table_runs import (
     TUNING,
     CellRuns,
     TableRuns,
-    get_top1,
+    get_score,
     read_table,
 )
 from xkd_jax.table import Table as TableRecipe
 
-__all__ = ["CELLS", "CHOSEN", "FAILED", "describe", "read_top1", "write"]
+__all__ = ["CELLS", "CHOSEN", "FAILED", "describe", "read_score", "write"]
 
 CSV = "table.csv"
 GAINS, CURVES = "gains.png", "curves.png"
@@ -66,10 +66,10 @@ def describe(table: TableRecipe, folder: Path) -> None:
     write_file(folder / CELLS, (json.dumps(facts, indent=2) + "\n").encode())
 
 
-def read_top1(folder: Path) -> float:
+def read_score(folder: Path) -> float:
     """A run's top-1 on its test split, in [0, 1]; without labels its probe's; NaN without both."""
     path = folder / SUMMARY
-    return get_top1(read_json(path)) if path.exists() else math.nan
+    return get_score(read_json(path)) if path.exists() else math.nan
 
 
 def write(folder: Path) -> str:
@@ -253,7 +253,7 @@ def _list_runs(table: TableRuns) -> list[list[str]]:
     lines = [["", *(f"seed {seed}" for seed in seeds)]]
     for name, cell in table.cells.items():
         runs = cell.runs.values()
-        shown = (_percent(run.top1) if run.state == DONE else run.state for run in runs)
+        shown = (_percent(run.score) if run.state == DONE else run.state for run in runs)
         lines.append([name, *shown])
     return lines
 

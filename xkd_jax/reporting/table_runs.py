@@ -42,9 +42,9 @@ class Run:
     notes: list[str] = dataclasses.field(default_factory=list)
 
     @property
-    def top1(self) -> float:
-        """Top-1 on the test split after the last epoch, in percent."""
-        return 100 * get_top1(self.summary)
+    def score(self) -> float:
+        """The main score, see `scores.MAIN`, on the test split after the last epoch, in percent."""
+        return 100 * get_score(self.summary)
 
     @property
     def noisy_top1(self) -> float | None:
@@ -79,7 +79,7 @@ class CellRuns:
     @property
     def scores(self) -> dict[int, float]:
         """The top-1 of each included run, in percent."""
-        return {seed: run.top1 for seed, run in self.done.items()}
+        return {seed: run.score for seed, run in self.done.items()}
 
 
 @dataclasses.dataclass
@@ -107,7 +107,7 @@ class TableRuns:
         return names.pop() if len(names) == 1 else "AP" if names else MAIN["top1"]
 
 
-def get_top1(summary: Mapping[str, Any]) -> float:
+def get_score(summary: Mapping[str, Any]) -> float:
     """The main score on the test split, in [0, 1], see `scores.MAIN`; NaN without any."""
     student = summary.get("student", {})
     score = student.get(main_score(student))
@@ -201,7 +201,7 @@ def _read_run(folder: Path, config: Mapping[str, Any]) -> Run:
     summary = files.read_summary(folder)
     run = Run(DONE, summary=summary, curve=_get_curve(lines))
     run.cost = read_cost(summary, lines, config.get("batch_size"))
-    if math.isnan(run.top1):
+    if math.isnan(run.score):
         run.state, run.reason = "not evaluated", f"{files.SUMMARY} has no score"
     if damaged:
         run.notes.append(f"damaged lines of {files.METRICS} left out: {damaged}")
