@@ -17,8 +17,6 @@ from xkd_jax.models.inception import (
     MixedE,
 )
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
-
 
 @pytest.fixture(scope="module")
 def tree():
