@@ -24,8 +24,8 @@ def pytest_configure(config):
         os.environ["XDG_CACHE_HOME"] = cache
         os.environ["JAX_COMPILATION_CACHE_DIR"] = os.path.join(cache, "xkd_jax")
         os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.3"
-    _optimize(False)  # tests mostly wait for compilation
     # JAX has been imported already.
+    jax.config.update("jax_disable_most_optimizations", True)  # tests mostly wait for compilation
     jax.config.update("jax_compilation_cache_dir", os.environ["JAX_COMPILATION_CACHE_DIR"])
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.3)
 
@@ -46,16 +46,10 @@ def pytest_collection_modifyitems(config, items):
 
 @pytest.fixture(scope="module")
 def optimized():
-    """With XLA's optimizations, as users run it: for tests of a compiled program, or of a run."""
-    _optimize(True)
+    """With the optimizations that users have, and that the processes have that tests start."""
+    jax.config.update("jax_disable_most_optimizations", False)
     yield
-    _optimize(False)
-
-
-def _optimize(yes):
-    """Here, and in the processes that the tests start."""
-    jax.config.update("jax_disable_most_optimizations", not yes)
-    os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"] = str(int(not yes))
+    jax.config.update("jax_disable_most_optimizations", True)
 
 
 @pytest.fixture(scope="session")

@@ -15,7 +15,7 @@ from tests.runs import TINY, assert_same_run, final_state, finish, timeless, wai
 from xkd_jax.data.order import batch_indices
 from xkd_jax.reporting.files import read_metrics
 
-pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("optimized")]
+pytestmark = pytest.mark.slow
 
 STEPS = 40  # one past a multiple of 3
 OFTEN = "--config.checkpoint_every=3"

@@ -17,6 +17,7 @@ NOTEBOOK = ROOT / "docs" / "notebook.py"
 def test_it_runs(tmp_path):
     pytest.importorskip("onnxruntime", reason="needs the extra export")
     environment = os.environ | {"PYTHONPATH": str(ROOT), "MPLBACKEND": "agg"}
+    environment["JAX_DISABLE_MOST_OPTIMIZATIONS"] = "1"  # it mostly compiles
     code = NOTEBOOK.read_text()
     assert code.count("STEPS, BATCH = 200, 64") == 1
     short = tmp_path / "short.py"

@@ -51,6 +51,20 @@ def shapes(model, x, train=False):
     }
 
 
+def count_parameters(model, size=32):
+    """The number of trained parameters."""
+    variables = jax.eval_shape(model.init, jax.random.key(0), images(1, size))
+    return sum(leaf.size for leaf in jax.tree.leaves(variables["params"]))
+
+
+def shapes_at_32(*channels, pooled):
+    """The shapes of what a CNN for 32 pixels shows of two images, with 7 classes."""
+    expected: dict[str, tuple[int, ...]] = {"pooled": (2, pooled), "logits": (2, 7)}
+    for stage, (side, features) in enumerate(zip((32, 16, 8, 4), channels, strict=True), start=1):
+        expected[f"stage{stage}"] = expected[f"stage{stage}_pre"] = (2, side, side, features)
+    return expected
+
+
 def initial(model, *names):
     """Some of `model.init`'s parameters; jit drops the work for the others."""
 

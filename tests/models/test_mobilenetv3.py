@@ -1,9 +1,8 @@
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from tests.models.networks import images, init, shapes
+from tests.models.networks import count_parameters, images, init, shapes, shapes_at_32
 from xkd_jax.errors import UserError
 from xkd_jax.models.mobilenetv3 import VARIANTS
 
@@ -19,17 +18,12 @@ def build(name="mobilenetv3_small_100_32", **args):
 @pytest.mark.exhaustive
 @pytest.mark.parametrize("name", TIMM_COUNTS)
 def test_parameter_count_is_timms(name):
-    variables = jax.eval_shape(build(name).init, jax.random.key(0), images(1))
-    leaves = jax.tree.leaves(variables["params"])
-    assert sum(leaf.size for leaf in leaves) == TIMM_COUNTS[name]
+    assert count_parameters(build(name)) == TIMM_COUNTS[name]
 
 
 def test_out_of_32_pixels():
-    expected: dict[str, tuple[int, ...]] = {"pooled": (2, 1024), "logits": (2, 7)}
-    channels = (16, 24, 48, 576)
-    for stage, (side, features) in enumerate(zip((32, 16, 8, 4), channels, strict=True), start=1):
-        expected[f"stage{stage}"] = expected[f"stage{stage}_pre"] = (2, side, side, features)
-    assert shapes(build(depth=0.1, num_classes=7), jnp.zeros((2, 32, 32, 3))) == expected
+    expected = shapes_at_32(16, 24, 48, 576, pooled=1024)
+    assert shapes(build(depth=0.1, num_classes=7), images()) == expected
 
 
 @pytest.mark.slow
