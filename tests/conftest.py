@@ -25,7 +25,6 @@ def pytest_configure(config):
         os.environ["JAX_COMPILATION_CACHE_DIR"] = os.path.join(cache, "xkd_jax")
         os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.3"
     # JAX has been imported already.
-    jax.config.update("jax_disable_most_optimizations", True)  # tests mostly wait for compilation
     jax.config.update("jax_compilation_cache_dir", os.environ["JAX_COMPILATION_CACHE_DIR"])
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.3)
 
@@ -45,11 +44,11 @@ def pytest_collection_modifyitems(config, items):
 
 
 @pytest.fixture(scope="module")
-def optimized():
-    """With the optimizations that users have, and that the processes have that tests start."""
-    jax.config.update("jax_disable_most_optimizations", False)
-    yield
+def quick_compilation():
+    """These tests mostly wait for compilation, and don't depend on XLA's optimizations."""
     jax.config.update("jax_disable_most_optimizations", True)
+    yield
+    jax.config.update("jax_disable_most_optimizations", False)
 
 
 @pytest.fixture(scope="session")

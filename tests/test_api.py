@@ -15,6 +15,8 @@ import pytest
 import xkd_jax as xkd
 from xkd_jax.errors import UserError
 
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
 ROOT = Path(__file__).parents[1]
 TINY = {"layers": (1, 1, 1, 1), "width": 0.125, "stem": "cifar"}
 

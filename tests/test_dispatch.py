@@ -15,6 +15,8 @@ from xkd_jax.train import Stepper, init_state
 SIZE = 3
 END = 7
 
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
 
 @pytest.fixture(scope="module")
 def experiment():

@@ -21,6 +21,8 @@ from xkd_jax.tasks.classification import create_views
 
 METHOD_TERMS = ("attention", "value_relation", "tokens", "generator")
 
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
 
 def start(method):
     return run(tiny_experiment(method), 30)

@@ -16,7 +16,7 @@ from xkd_jax.models import MODELS
 
 PAGE = Path(__file__).parents[1] / "docs" / "extending.md"
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("quick_compilation")]
 
 
 @pytest.fixture

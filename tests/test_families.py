@@ -8,7 +8,7 @@ from tests.models.networks import TINY_REGNET
 from xkd_jax.experiment import create_experiment
 from xkd_jax.models import MODELS
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("quick_compilation")]
 
 _VIT = {"img_size": 32, "patch_size": 8, "embed_dim": 16, "depth": 2, "num_heads": 2}
 _SWINV2 = {"embed_dim": 4, "depths": (1, 1, 1, 1), "num_heads": (1, 1, 1, 2), "mlp_ratio": 1.0}

@@ -16,6 +16,8 @@ from xkd_jax.model import create_model, freeze
 from xkd_jax.optim import layer_ids
 from xkd_jax.validation import validate
 
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
 SCANNED = pytest.param(14, marks=pytest.mark.slow)  # so many blocks are scanned
 ARGS = {"img_size": 16, "patch_size": 8, "embed_dim": 16, "num_heads": 2}
 

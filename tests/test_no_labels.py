@@ -17,6 +17,8 @@ from xkd_jax.experiment import create_experiment
 from xkd_jax.model import load
 from xkd_jax.reporting.files import read_metrics
 
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
 
 def unlabelled(method="fitnet", **data):
     config = tiny.get_config(method)

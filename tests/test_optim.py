@@ -16,6 +16,8 @@ from xkd_jax.optim import (
     layer_ids,
 )
 
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
 
 def create(name, learning_rate, layer_decay=1.0, **options):
     fn = learning_rate if callable(learning_rate) else optax.constant_schedule(learning_rate)

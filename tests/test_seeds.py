@@ -16,6 +16,8 @@ from xkd_jax.validation import validate
 SEEDS = (3, 1)
 STEPS = 2
 
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
 
 def configs(method, data_seed):
     for seed in SEEDS:

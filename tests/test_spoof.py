@@ -17,7 +17,7 @@ from xkd_jax.evaluate import IMAGES_PER_DEVICE, create_eval_step, evaluate
 from xkd_jax.experiment import create_experiment
 from xkd_jax.train import experiment_step
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("quick_compilation")]
 
 SIDE = 75  # the least that Inception-v3 takes
 CROP = 0.9

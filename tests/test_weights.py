@@ -15,6 +15,8 @@ from xkd_jax.weights import (
     save_weights,
 )
 
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
 METADATA = {"model": "resnet18", "args": {"width": 0.125}, "num_classes": 5, "mean": [0.5] * 3}
 
 

@@ -11,6 +11,8 @@ from xkd_jax.analysis.finished import by_class, cakd_part, load_runs
 from xkd_jax.analysis.transferability import pair_of
 from xkd_jax.methods.cakd import attention_weights
 
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
 
 def softmax(scores):
     powers = np.exp(scores - scores.max(-1, keepdims=True))

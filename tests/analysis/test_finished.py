@@ -12,6 +12,8 @@ from xkd_jax.analysis.finished import by_class, cakd_part, load_runs, read_confi
 from xkd_jax.config import used
 from xkd_jax.errors import UserError
 
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
 
 @pytest.mark.slow
 def test_a_run_and_its_projectors_are_loaded(tmp_path):

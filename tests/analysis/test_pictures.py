@@ -14,6 +14,8 @@ from xkd_jax.cli.analysis import main
 from xkd_jax.errors import UserError
 from xkd_jax.reporting import report
 
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
 
 @pytest.fixture(scope="module")
 def comparison(tmp_path_factory):

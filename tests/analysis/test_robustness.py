@@ -11,6 +11,8 @@ from xkd_jax.augment.common_corruptions import corrupt
 from xkd_jax.distributed.sharding import create_mesh
 from xkd_jax.errors import UserError
 
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
 
 @pytest.mark.slow
 def test_students_and_their_teacher_see_the_same_images(tmp_path):

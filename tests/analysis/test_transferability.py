@@ -23,6 +23,8 @@ from xkd_jax.analysis.transferability import (
 from xkd_jax.augment import ops
 from xkd_jax.distributed.sharding import create_mesh
 
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
 
 @pytest.mark.slow
 def test_a_run_is_measured_with_and_without_its_projectors(tmp_path):

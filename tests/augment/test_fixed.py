@@ -10,6 +10,8 @@ from xkd_jax.augment import fixed, multiview
 from xkd_jax.augment.pipeline import Pipeline
 from xkd_jax.augment.policies import Augment
 
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
 STRONG = Augment(auto="randaugment", brightness=0.2, hue=0.1, blur=0.5, erasing=0.5)
 PIPELINE = Pipeline(2, True, STRONG)
 INDEX = jnp.arange(16)

@@ -13,6 +13,8 @@ from xkd_jax.config import default_config
 from xkd_jax.experiment import create_experiment
 from xkd_jax.tasks.classification import create_views
 
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
 PLAIN = multiview.MultiView(brightness=0, contrast=0, saturation=0, noise=0, mask_ratio=0)
 SIDE, SMALL, PATCH = 112, 32, 14
 

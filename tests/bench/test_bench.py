@@ -12,6 +12,8 @@ from xkd_jax.bench import measure, parts, timing
 from xkd_jax.errors import UserError
 from xkd_jax.experiment import create_experiment
 
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
 
 @pytest.fixture(scope="module")
 def broken_down():

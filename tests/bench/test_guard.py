@@ -17,7 +17,7 @@ from xkd_jax.configs import quickstart
 from xkd_jax.experiment import create_experiment
 from xkd_jax.train import compile_step, experiment_step
 
-pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("optimized")]
+pytestmark = pytest.mark.slow
 
 # How much larger than pinned each may be; multiply-adds are counted exactly, in what JAX traces.
 ALLOWED = {"multiply-adds": 1.01, "FLOPs": 1.1, "bytes": 1.25, "fusions": 1.25, "temporaries": 1.25}

@@ -5,6 +5,8 @@ import pytest
 from tests.analysis.finished_run import write_run
 from xkd_jax.cli.analysis import main
 
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
 
 @pytest.mark.parametrize(
     ("arguments", "sentence"),

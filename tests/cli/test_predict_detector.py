@@ -25,6 +25,8 @@ from xkd_jax.distributed import sharding
 from xkd_jax.reporting.drawing import draw_objects
 from xkd_jax.tasks.detection import create_detect_step
 
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
 PAGE = Path(__file__).parents[2] / "docs" / "detection.md"
 FRAME = Frame(96, SIDE)
 SIZES = [(96, 128), (200, 150), (64, 64), (300, 100), (128, 96)]  # one more than a batch

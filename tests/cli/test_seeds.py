@@ -13,7 +13,7 @@ from xkd_jax.reporting import nan_guard, table_report
 from xkd_jax.reporting.files import SUMMARY
 from xkd_jax.weights import load_weights
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("quick_compilation")]
 
 
 def config(**changes):
@@ -38,7 +38,7 @@ def students(folder):
 
 
 @pytest.fixture(scope="module")
-def unbroken(tmp_path_factory):
+def unbroken(tmp_path_factory, quick_compilation):
     folder = tmp_path_factory.mktemp("unbroken")
     assert runs.run(config(), folder) == 0
     return folder

@@ -38,6 +38,7 @@ def test_alternatives():
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("quick_compilation")
 def test_a_table_is_trained_once(tmp_path, capsys):
     rates = grid(optimizer__learning_rate=(0.01, 0.1))
     cells = {
@@ -110,6 +111,7 @@ def test_tables_and_comparisons_in_each_others_folders(tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("quick_compilation")
 def test_a_comparison_goes_on_after_a_method_that_diverges(tmp_path, capsys):
     config = recipe()
     config.compare = ("logits", "none")

@@ -13,6 +13,8 @@ from xkd_jax.convert.files import Checkpoint, to_state
 from xkd_jax.convert.layouts import find_layout, rename
 from xkd_jax.models import MODELS
 
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
 TINY = {"embed_dim": 8, "num_heads": 2, "depth": 1, "patch_size": 4, "img_size": 16}
 CLIP, SIGLIP = "vit_base_patch16_clip_224", "vit_base_patch16_siglip_224"
 QUICK = "vit_base_patch16_clip_quickgelu_224"

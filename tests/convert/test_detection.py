@@ -12,6 +12,8 @@ from xkd_jax.errors import UserError
 from xkd_jax.model import create_model, load
 from xkd_jax.models import MODELS
 
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
 NAME = "maskrcnn_resnet50_fpn"
 ARGS = {"backbone": "resnet18", "backbone_args": {"width": 0.125, "layers": [1, 1, 1, 1]}}
 # torchvision's published weights have the names of its networks before version 0.13.

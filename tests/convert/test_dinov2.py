@@ -16,6 +16,8 @@ from xkd_jax.convert.layouts import find_layout, name_unread, rename
 from xkd_jax.convert.resize import resize_position_embedding
 from xkd_jax.models import MODELS
 
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
 PLAIN, REGISTERS = "vit_small_patch14_dinov2", "vit_small_patch14_reg4_dinov2"
 TINY = {"embed_dim": 8, "num_heads": 2, "depth": 2, "patch_size": 4, "img_size": 16}
 

@@ -18,6 +18,8 @@ from xkd_jax.distributed import sharding
 from xkd_jax.errors import UserError
 from xkd_jax.experiment import create_experiment
 
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
 
 @pytest.fixture(scope="module")
 def photos(tmp_path_factory):

@@ -22,6 +22,9 @@ from xkd_jax.experiment import create_experiment
 from xkd_jax.reporting.files import read_metrics
 from xkd_jax.reporting.logger import Reporter, say
 
+# The runs compile quickly, and so do the experiments here: a random teacher's last bits are theirs.
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
 METHOD = "crd+rkd"  # a bank that is split over the devices, and a loss over all pairs
 DEVICES = "--xla_force_host_platform_device_count="
 
@@ -115,7 +118,7 @@ def test_only_the_first_process_prints_and_writes(tmp_path, monkeypatch, capsys)
 
 @pytest.fixture(scope="module")
 def environment():
-    """A process's share of 8 devices; compiled as here, for the same bits of a random teacher."""
+    """A process's share of 8 devices; XLA's optimizations change none of the claims."""
     quick = {"JAX_DISABLE_MOST_OPTIMIZATIONS": "1"}
     return os.environ | quick | {"XLA_FLAGS": f"{DEVICES}4", "JAX_PLATFORMS": "cpu"}
 

@@ -15,6 +15,8 @@ from xkd_jax.data.frame import Frame
 from xkd_jax.export import student
 from xkd_jax.tasks.detection import create_detect_step
 
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
 SIDE, NAMES = 128, ("cat", "dog", "emu")
 SMALL = {
     "num_classes": 3,

@@ -20,6 +20,8 @@ from tests.methods.reference import LEVELS, conv_norm, level_maps, on_grid
 from xkd_jax.errors import UserError
 from xkd_jax.methods.ab import AB, boundary_loss
 
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
 
 def hinge(s, t):
     """The paper's two cases, for one neuron: how far it is on the wrong side of the margin."""

@@ -8,6 +8,8 @@ import pytest
 from tests.methods.outputs import cnn, gradient_fn, init, pair, reached, vit
 from xkd_jax.methods.afd import AFD, ChannelAttention, attended_distance
 
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
 
 def draw(seed, *shape):
     return np.random.default_rng(seed).normal(size=shape).astype(np.float32)

@@ -8,6 +8,8 @@ from tests.methods.outputs import PAIRS, cnn, gradient_fn, learn, pair, reached,
 from tests.methods.reference import LEVELS, level_maps, on_grid
 from xkd_jax.methods.at import AT, attention_loss, attention_map
 
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
 
 def normalised_energy(x):
     """sum_c x_c^2 at each position of one image [h, w, C], divided by its Euclidean length."""

@@ -34,6 +34,8 @@ from xkd_jax.augment import multiview
 from xkd_jax.methods import cakd
 from xkd_jax.methods.cakd import CAKD, Discriminator, GLProjector, PCAProjector
 
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
 
 def record_attention(monkeypatch):
     """The Q, K and V of each call of `attention`: first the teacher's, then the mixed ones."""

@@ -12,6 +12,8 @@ from xkd_jax.methods.cakd import CAKD
 from xkd_jax.methods.cakd_release import CAKDRelease
 from xkd_jax.models import create_model
 
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
 
 @pytest.fixture(scope="module", params=[CAKD(), CAKDRelease(student_stage="auto")], ids=type)
 def gradients(request):

@@ -12,6 +12,8 @@ from xkd_jax.methods import cakd
 from xkd_jax.methods.cakd import CAKD
 from xkd_jax.methods.cakd_release import CAKDRelease
 
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
 
 def outputs():
     return vit(0), cnn(1)

@@ -17,6 +17,9 @@ from xkd_jax.methods.cakd_release import CAKDRelease, LinearProjector, PatchGAN
 GRID, WIDTH = (3, 5), 24  # 16 student heads of 2; the teacher has 4 heads of 6
 
 
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
+
 def normal(*shape, seed=0):
     return np.random.default_rng([seed, *shape]).normal(size=shape).astype(np.float32)
 

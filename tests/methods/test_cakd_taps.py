@@ -20,6 +20,8 @@ from xkd_jax.methods.cakd_release import CAKDRelease
 from xkd_jax.model import create_model
 from xkd_jax.optim import create_optimizer
 
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
 
 def test_teacher_block_taps_an_earlier_block():
     out, _ = outputs()

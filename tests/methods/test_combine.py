@@ -20,6 +20,9 @@ OPTIONS = {"cakd": {"token_weight": 2.0}, "logits": {"weight": 0.5, "temperature
 PARTS = {"cakd": CAKD(token_weight=2.0), "logits": Logits(weight=0.5, temperature=2.0)}
 
 
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
+
 def outputs():
     """Random outputs of a teacher and a student with a grid of 2x2."""
     rng = np.random.default_rng(0)

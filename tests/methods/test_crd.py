@@ -8,6 +8,8 @@ from tests.methods.outputs import gradient_fn, pair, reached
 from xkd_jax.errors import UserError
 from xkd_jax.methods.crd import CRD, contrast, draw_negatives, group_by_class
 
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
 # 30 examples, the first four of which are the batch of `gradient_fn`; class sizes differ.
 LABELS = np.array([0, 1, 2, 3, *[4] * 6, *[0] * 9, *[2] * 7, *[1] * 4], np.int32)
 METHOD = CRD(negatives=16, width=8)

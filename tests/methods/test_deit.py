@@ -11,6 +11,8 @@ from xkd_jax.errors import UserError
 from xkd_jax.methods.base import PairError
 from xkd_jax.methods.deit import DeiT, hard_loss, soft_loss
 
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
 
 def student(seed=1):
     return vit(seed, distilled=True)

@@ -9,6 +9,8 @@ from tests.methods.outputs import gradient_fn, pair, reached
 from xkd_jax.errors import UserError
 from xkd_jax.methods.dist import DIST, pearson, relation_losses
 
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
 
 def logits(seed, n=4, classes=6):
     return (3 * np.random.default_rng(seed).normal(size=(n, classes))).astype(np.float32)

@@ -10,6 +10,8 @@ from xkd_jax.errors import UserError
 from xkd_jax.methods.dkd import DKD, decoupled_kl
 from xkd_jax.methods.logits import softened_kl
 
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
 LABELS = np.array([0, 3, 2, 5])
 WARM = 20.0  # epochs after which the weights have their full values
 

@@ -20,6 +20,8 @@ from tests.methods.reference import LEVELS, conv_norm, level_maps, on_grid
 from xkd_jax.errors import UserError
 from xkd_jax.methods.fitnet import FitNet, hint_loss
 
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
 MIDDLE = 1  # of three levels and of four
 
 

@@ -13,6 +13,8 @@ from xkd_jax.methods import create_method
 from xkd_jax.methods.ft import FT, Paraphraser, factor_distance
 from xkd_jax.optim import create_optimizer, select
 
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
 SIDES = (8, 8, 4, 2)  # "energy" needs more than one position
 PAIRS = {
     "CNN to CNN": lambda: (teacher_cnn(0), cnn(1, sides=SIDES)),

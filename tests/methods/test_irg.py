@@ -11,6 +11,8 @@ from tests.methods.outputs import PAIRS, cnn, gradient_fn, pair, reached, vit
 from tests.methods.reference import LEVELS, level_maps
 from xkd_jax.methods.irg import IRG, edges, transforms
 
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
 
 def expected_edges(x):
     """Squared distances between a map's means [N, h, w, C], divided by the largest of them."""

@@ -8,6 +8,8 @@ import pytest
 from xkd_jax.errors import UserError
 from xkd_jax.methods.logits import Logits, mean_squared_distance, softened_kl
 
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
 
 def logits(seed, n=4, classes=6):
     return (3 * np.random.default_rng(seed).normal(size=(n, classes))).astype(np.float32)

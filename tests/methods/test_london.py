@@ -13,6 +13,8 @@ from tests.methods.test_ofd import connected, mean_of_negatives, partial
 from xkd_jax.errors import UserError
 from xkd_jax.methods.london import LONDON, spectral_distance, top_singular_value
 
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
 
 def features(seed, side, width):
     """Maps with a dominant direction, so that the power iteration converges quickly."""

@@ -12,6 +12,8 @@ from xkd_jax.errors import UserError
 from xkd_jax.methods import METHODS, check_pair, create_method
 from xkd_jax.methods.base import PairError
 
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
 DISTILLING = {name: method for name, method in METHODS.items() if method.needs_teacher}
 BASELINES = {"logits", "fitnet", "at", "irg", "rkd", "crd", "ofd", "review", "london", "afd", "ab"}
 BASELINES |= {"ft", "deit", "minilm"}

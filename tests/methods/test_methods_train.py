@@ -13,7 +13,7 @@ from xkd_jax import train
 from xkd_jax.errors import UserError
 from xkd_jax.methods import METHODS
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("quick_compilation")]
 DISTILLING = [name for name, method in METHODS.items() if method.needs_teacher]
 REFUSED = {
     "deit": {"ViT to ResNet", "Swin to MobileNetV2", "ResNet to ResNet"},

@@ -11,6 +11,8 @@ from xkd_jax.errors import UserError
 from xkd_jax.methods.base import PairError
 from xkd_jax.methods.minilm import MiniLM, regroup
 
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
 
 def small_swin(seed):
     return swin(seed, sides=(16, 8, 4, 2), widths=(4, 4, 4, 8))

@@ -21,6 +21,8 @@ from xkd_jax.errors import UserError
 from xkd_jax.methods.logits import softened_kl
 from xkd_jax.methods.ofa import OFA, Branch, SeparableConv, enhanced_loss
 
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
 LABELS = np.arange(4)
 STAGES = ("stage1", "stage2", "stage3", "stage4")
 BLOCKS = ("block01", "block02", "block03")

@@ -15,6 +15,8 @@ from xkd_jax.methods.ofd import OFD, margin, partial_distance, update_negatives
 from xkd_jax.model import create_model
 from xkd_jax.optim import create_optimizer
 
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
 
 def mean_of_negatives(teacher):
     """m_C, channel by channel."""

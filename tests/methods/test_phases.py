@@ -16,6 +16,8 @@ from xkd_jax.methods.base import Method, MethodLoss
 from xkd_jax.methods.fitnet import FitNet
 from xkd_jax.schedules import create_learning_rate_fn
 
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
 
 @dataclasses.dataclass(frozen=True)
 class Phased(Method):

@@ -11,6 +11,7 @@ from tests.methods.test_align import adaptive_average
 from xkd_jax.errors import UserError
 from xkd_jax.methods.review import ReviewKD, context_loss
 
+pytestmark = pytest.mark.usefixtures("quick_compilation")
 WARM = 20.0  # epochs after which the weight has its full value
 
 

@@ -7,6 +7,8 @@ import pytest
 from tests.methods.outputs import gradient_fn, pair, reached
 from xkd_jax.methods.rkd import RKD, relations, smooth_l1
 
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
 
 def points(seed, n=5, width=6):
     return np.random.default_rng(seed).normal(size=(n, width)).astype(np.float32)

@@ -12,6 +12,8 @@ from xkd_jax.errors import UserError
 from xkd_jax.methods import create_method
 from xkd_jax.methods.rsd import RSD, cross_correlation, redundancy_losses
 
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
 
 def draw(seed, *shape):
     return np.random.default_rng(seed).normal(size=shape).astype(np.float32)

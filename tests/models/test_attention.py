@@ -11,6 +11,8 @@ from tests.models.networks import images
 from xkd_jax.methods import cakd
 from xkd_jax.models import create_model
 
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
 VIT = {"img_size": 16, "patch_size": 4, "embed_dim": 12, "depth": 2, "num_heads": 2}
 SWIN = {"patch_size": 2, "window_size": 2, "embed_dim": 4, "depths": (1, 1, 1, 2)}
 SWIN |= {"num_heads": (1, 1, 2, 2)}

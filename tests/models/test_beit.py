@@ -9,6 +9,8 @@ from xkd_jax.methods.minilm import MiniLM
 from xkd_jax.models import create_model
 from xkd_jax.models.beit import RelativePositionBias
 
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
 TINY = {"img_size": 32, "patch_size": 8, "embed_dim": 16, "depth": 2, "num_heads": 2}
 
 

@@ -7,6 +7,8 @@ from tests.models.networks import images, init, shapes
 from xkd_jax.errors import UserError
 from xkd_jax.models.cifar import VARIANTS, CifarResNet, CifarVGG, WideBlock, WideResNet
 
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
 # With 100 classes; the literature prints them in millions.
 COUNTS = {
     "resnet8": 83_892,

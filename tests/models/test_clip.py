@@ -10,6 +10,8 @@ from xkd_jax.errors import UserError
 from xkd_jax.models import create_model
 from xkd_jax.models.vit_layers import ACTIVATIONS, AttentionPool, Mlp
 
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
 TINY = {"img_size": 32, "patch_size": 8, "embed_dim": 16, "depth": 1, "num_heads": 2}
 
 

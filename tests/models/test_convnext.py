@@ -7,6 +7,8 @@ from tests.models.networks import images, initial, shapes
 from xkd_jax.errors import UserError
 from xkd_jax.models import convnext, create_model
 
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
 TINY = {"depths": (1, 1, 1, 1), "dims": (4, 6, 8, 10)}
 # timm 1.0.31's counts of trainable parameters, with 1000 classes.
 TIMM_COUNTS = {

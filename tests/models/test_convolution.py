@@ -6,6 +6,8 @@ import pytest
 from xkd_jax import backend
 from xkd_jax.models.convolution import convolve
 
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
 # x [N, H, W, C], kernel [kh, kw, C / groups, features], stride, padding, groups.
 CASES = {
     "1x1": ((2, 5, 6, 3), (1, 1, 3, 4), (1, 1), "SAME", 1),

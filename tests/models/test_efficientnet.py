@@ -9,6 +9,8 @@ from xkd_jax.errors import UserError
 from xkd_jax.models.efficientnet import VARIANTS
 from xkd_jax.models.inverted_residual import InvertedResidual, round_channels
 
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
 # timm's counts of trainable parameters, with 1000 classes.
 TIMM_COUNTS = {
     "b0": ("efficientnet_b0", {}, 5_288_548),
@@ -32,7 +34,7 @@ def apply(model, variables, x):
 
 
 @pytest.fixture(scope="module")
-def trained():
+def trained(quick_compilation):
     """Two calls of the same step with other dropout keys: gradients, intermediates, statistics."""
     model, x = tiny(drop_rate=0.5), images(4)
     variables = init(model)

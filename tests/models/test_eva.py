@@ -7,6 +7,8 @@ from tests.models.networks import images, init, initial, shapes
 from xkd_jax.errors import UserError
 from xkd_jax.models import create_model, eva, scan
 
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
 TINY = {"img_size": 32, "patch_size": 8, "embed_dim": 16, "depth": 2, "num_heads": 2}
 # timm 1.0.31's counts of trainable parameters, with 1000 classes.
 TIMM_COUNTS = {

@@ -7,6 +7,8 @@ from xkd_jax.errors import UserError
 from xkd_jax.models import create_model
 from xkd_jax.models.ghostnet import GhostModule, round_channels
 
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
 
 def test_parameters_are_timms_and_32x32_images_end_at_4x4():
     model = create_model("ghostnet_100_32", num_classes=1000)

@@ -36,7 +36,7 @@ def test_every_network_has_a_golden():
 
 
 @pytest.fixture(scope="module")
-def pending(request):
+def pending(request, quick_compilation):
     with two_at_a_time(request, test_equals_its_golden, differences) as futures:
         yield futures
 

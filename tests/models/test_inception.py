@@ -17,6 +17,8 @@ from xkd_jax.models.inception import (
     MixedE,
 )
 
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
 
 @pytest.fixture(scope="module")
 def tree():

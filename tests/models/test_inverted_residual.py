@@ -13,6 +13,8 @@ from xkd_jax.models.inverted_residual import (
     scale_repeats,
 )
 
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
 
 def parameters(block, x=None):
     return jax.eval_shape(block.init, jax.random.key(0), images() if x is None else x)["params"]

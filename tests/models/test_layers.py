@@ -6,6 +6,8 @@ from flax import linen as nn
 
 from xkd_jax.models.layers import BatchNorm, Conv, drop_path, max_pool
 
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
 
 def normal(*shape, seed=0):
     return jnp.asarray(np.random.default_rng(seed).normal(size=shape), jnp.float32)

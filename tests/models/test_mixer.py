@@ -11,6 +11,8 @@ from xkd_jax.methods.base import arrays_of, split_static
 from xkd_jax.methods.reads import example_batch
 from xkd_jax.models import create_model
 
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
 TINY = {"img_size": 32, "patch_size": 8, "num_blocks": 2, "embed_dim": 8}
 
 

@@ -7,6 +7,8 @@ from tests.models.networks import count_parameters, images, init, shapes
 from xkd_jax.errors import UserError
 from xkd_jax.models.mobilenetv2 import VARIANTS
 
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
 # timm's counts of trainable parameters, with 1000 classes.
 TIMM_COUNTS = {
     "mobilenetv2_035": 1_677_128,

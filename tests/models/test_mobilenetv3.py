@@ -6,6 +6,8 @@ from tests.models.networks import count_parameters, images, init, shapes, shapes
 from xkd_jax.errors import UserError
 from xkd_jax.models.mobilenetv3 import VARIANTS
 
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
 # timm's counts of trainable parameters, with 1000 classes.
 TIMM_COUNTS = {"mobilenetv3_small_100": 2_542_856, "mobilenetv3_large_100": 5_483_032}
 

@@ -13,6 +13,8 @@ from xkd_jax.models.mobilenetv4 import (
     UniversalInvertedResidual,
 )
 
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
 # timm's counts of trainable parameters, with 1000 classes.
 TIMM_COUNTS = {
     "mobilenetv4_conv_small": 3_774_024,

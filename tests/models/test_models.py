@@ -9,6 +9,8 @@ from tests.models.networks import images, init, tiny_resnet, tiny_vit
 from xkd_jax.errors import UserError
 from xkd_jax.models import MODELS, create_model
 
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
 # timm 1.0's counts of trainable parameters, with 1000 classes.
 TIMM_COUNTS = {
     "vit_tiny_patch16_224": 5_717_416,

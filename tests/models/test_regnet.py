@@ -11,6 +11,8 @@ from xkd_jax.errors import UserError
 from xkd_jax.models import create_model
 from xkd_jax.models.regnet import VARIANTS, Bottleneck, adjust_width, block_widths
 
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
 # Blocks, width and groups of each stage, in timm and, except for regnety_008, in torchvision.
 STAGES = {
     "regnety_004": [(1, 48, 6), (3, 104, 13), (6, 208, 26), (6, 440, 55)],

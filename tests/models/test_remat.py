@@ -8,6 +8,8 @@ from tests.models.networks import TINY_REGNET, images, init, tiny_resnet, tiny_v
 from xkd_jax.models import MODELS, create_model, scan, swin, xception
 from xkd_jax.models.mobilenetv2 import MobileNetV2
 
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
 _SWIN = {"embed_dim": 8, "num_heads": (1, 2, 2, 2), "img_size": 32, "window_size": 2}
 
 

@@ -8,6 +8,8 @@ from xkd_jax.errors import UserError
 from xkd_jax.models import create_model
 from xkd_jax.models.repvgg import reparameterize
 
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
 TINY = {"depths": (1, 2, 1, 1), "channels": (8, 12, 16, 24)}
 
 

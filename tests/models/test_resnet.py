@@ -7,6 +7,8 @@ from tests.models.networks import images, init, initial, shapes, tiny_resnet
 from xkd_jax.models import create_model
 from xkd_jax.models.resnet import halve
 
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
 
 def test_every_channel_count_is_multiplied():
     x = jnp.zeros((1, 64, 64, 3))

@@ -13,6 +13,8 @@ from xkd_jax.errors import UserError
 from xkd_jax.models import swin
 from xkd_jax.models.swin import SwinTransformer, WindowAttention
 
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
 TINY = {
     "num_classes": 5,
     "img_size": 32,
@@ -81,7 +83,7 @@ def test_out():
 
 
 @pytest.fixture(scope="module")
-def ran():
+def ran(quick_compilation):
     """Parameters of a network whose second stage is padded, and what it shows of two images."""
     model = tiny(img_size=40)  # maps of 20, 10 (in windows 12), 5 (8) and 3
     variables = init(model, 40)

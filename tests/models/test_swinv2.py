@@ -11,6 +11,8 @@ from xkd_jax.errors import UserError
 from xkd_jax.models import create_model, swinv2
 from xkd_jax.models.swinv2 import SwinTransformerV2, WindowAttention, log_coordinates
 
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
 TINY = {
     "num_classes": 5,
     "img_size": 32,

@@ -6,6 +6,8 @@ import pytest
 from tests.models.networks import TINY_VIT, images, init, initial, shapes, tiny_vit
 from xkd_jax.models import create_model, scan
 
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
 
 def test_vit_out():
     heads, block = (2, 2, 64, 8), (2, 64, 16)

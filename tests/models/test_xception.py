@@ -7,6 +7,8 @@ from tests.models.networks import images, init, shapes
 from xkd_jax.errors import UserError
 from xkd_jax.models.xception import VARIANTS, Block, Xception
 
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
 
 def tiny(**args):
     return Xception(**{"width": 1 / 16, "num_classes": 5, **args})

@@ -14,7 +14,7 @@ from xkd_jax.convert.conversion import convert
 from xkd_jax.convert.files import read_checkpoint
 from xkd_jax.models import create_model
 
-pytestmark = pytest.mark.parity
+pytestmark = [pytest.mark.parity, pytest.mark.usefixtures("quick_compilation")]
 
 TOLERANCE = 1e-4  # relative to the largest feature
 SIZES = {"embed_dim": 16, "depth": 2, "img_size": 32, "patch_size": 8}

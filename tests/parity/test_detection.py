@@ -21,7 +21,7 @@ from xkd_jax.models.detection.roi_align import roi_align
 from xkd_jax.models.detection.rpn import propose
 
 torch = pytest.importorskip("torch")
-pytestmark = pytest.mark.parity
+pytestmark = [pytest.mark.parity, pytest.mark.usefixtures("quick_compilation")]
 
 from tests.models.detection.reference import random_boxes  # noqa: E402
 

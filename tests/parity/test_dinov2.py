@@ -9,7 +9,7 @@ from xkd_jax.convert.conversion import convert
 from xkd_jax.convert.files import Checkpoint
 from xkd_jax.models import create_model
 
-pytestmark = pytest.mark.parity
+pytestmark = [pytest.mark.parity, pytest.mark.usefixtures("quick_compilation")]
 
 _ARGS = {"depth": 2, "embed_dim": 48, "num_heads": 3}
 

@@ -10,7 +10,7 @@ from tests.parity.specimen import CLASSES, TOLERANCE, Specimen, difference, fill
 from xkd_jax.convert.files import to_state
 from xkd_jax.models import create_model
 
-pytestmark = pytest.mark.parity
+pytestmark = [pytest.mark.parity, pytest.mark.usefixtures("quick_compilation")]
 
 _SHALLOW = {"depth": 2, "embed_dim": 48, "num_heads": 3}
 _CONVNEXT = {"depths": (1, 1, 1, 1), "dims": (16, 24, 32, 40)}

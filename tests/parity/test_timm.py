@@ -103,7 +103,7 @@ LIVE = first_of_their_class() | (SPECIMENS.keys() - MODELS.keys())
 
 
 @pytest.fixture(scope="module")
-def pending(request):
+def pending(request, quick_compilation):
     import torch
 
     from tests.parity import reference

@@ -16,7 +16,7 @@ from xkd_jax.state import student_variables
 from xkd_jax.train import init_state
 
 torch = pytest.importorskip("torch")
-pytestmark = pytest.mark.parity
+pytestmark = [pytest.mark.parity, pytest.mark.usefixtures("quick_compilation")]
 
 
 @pytest.fixture(scope="module")

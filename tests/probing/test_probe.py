@@ -17,6 +17,8 @@ from xkd_jax.model import create_model, load
 from xkd_jax.probing import features, probe
 from xkd_jax.probing.linear import Linear
 
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
 SIGLIP = (
     "vit_base_patch16_siglip_224",
     {"img_size": 16, "patch_size": 4, "embed_dim": 8, "depth": 1, "num_heads": 2},

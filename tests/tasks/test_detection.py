@@ -19,6 +19,8 @@ from xkd_jax.model import create_model
 from xkd_jax.optim import create_optimizer
 from xkd_jax.tasks.detection import Detection
 
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
 TERMS = {"cakd": "tokens", "fitnet": "hint", "logits": "logits_kl", "ofd": "partial_distance",
          "review": "review"}  # fmt: skip
 SGD = {"name": "sgd", "weight_decay": 1e-2}

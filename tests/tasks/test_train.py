@@ -75,6 +75,7 @@ def test_a_detector_learns_six_images_by_heart(coco, tmp_path):
     assert scores["AP50"] > 0.9
 
 
+@pytest.mark.usefixtures("quick_compilation")
 def test_a_detector_that_a_detector_teaches_resumes_bit_by_bit(coco, tmp_path):
     """Its backbone starts from another run's, and what is frozen of it stays as it was."""
     config = config_of(coco, "logits+fitnet", teacher(tmp_path))

@@ -18,6 +18,8 @@ from xkd_jax.errors import UserError
 from xkd_jax.experiment import create_experiment
 from xkd_jax.teacher import store as store_module
 
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
 QKV_TOKENS = {"query", "key", "value", "tokens"}
 
 

@@ -20,6 +20,8 @@ from xkd_jax.model import create_model, load
 from xkd_jax.teacher.classes import without_classifier
 from xkd_jax.weights import fingerprint
 
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
 READ_LOGITS = {"logits", "deit", "cakd_release", "dkd", "dist", "ofa"}
 
 

@@ -8,6 +8,8 @@ from xkd_jax.errors import UserError
 from xkd_jax.experiment import create_experiment
 from xkd_jax.teacher.plan import plan
 
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
 TINY_CNN = {"layers": (1, 1, 1, 1), "width": 0.125, "stem": "cifar"}
 
 

@@ -11,6 +11,8 @@ from xkd_jax.models.detection import DETECTORS
 from xkd_jax.models.detection.detections import select
 from xkd_jax.models.detection.detector import Detector
 
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
 BACKBONE = {"backbone": "resnet18", "backbone_args": {"width": 0.125, "layers": (1, 1, 1, 1)}}
 FEW = {
     "rpn_pre_nms_train": 40,

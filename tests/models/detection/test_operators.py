@@ -10,6 +10,8 @@ from xkd_jax.models.detection.losses import delta_targets, mask_targets
 from xkd_jax.models.detection.nms import nms
 from xkd_jax.models.detection.roi_align import map_levels, roi_align
 
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
 WEIGHTS = (10.0, 10.0, 5.0, 5.0)
 
 
