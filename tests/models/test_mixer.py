@@ -52,7 +52,8 @@ def test_the_first_mlp_mixes_tokens_and_the_second_channels():
         x = images(1)
         both = jnp.concatenate([x, x.at[:, :8, :8].multiply(-1)])
         outs = apply({"params": params}, both)[1]["block01"]
-        return np.flatnonzero((outs[0] != outs[1]).any(-1)).tolist()
+        # Equal tokens of two images are equal up to rounding only, on some CPUs.
+        return np.flatnonzero((np.abs(outs[0] - outs[1]) > 1e-5).any(-1)).tolist()
 
     assert changed("mlp_tokens") == [0]
     assert changed("mlp_channels") == list(range(16))
