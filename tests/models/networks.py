@@ -51,9 +51,11 @@ def shapes(model, x, train=False):
     }
 
 
-def count_parameters(model, size=32):
+def count_parameters(model):
     """The number of trained parameters."""
-    variables = jax.eval_shape(model.init, jax.random.key(0), images(1, size))
+    size = getattr(model, "img_size", 32)
+    x = jax.ShapeDtypeStruct((1, size, size, 3), jnp.float32)
+    variables = jax.eval_shape(model.init, jax.random.key(0), x)
     return sum(leaf.size for leaf in jax.tree.leaves(variables["params"]))
 
 

@@ -86,8 +86,8 @@ def test_one_step_agrees(torch_peer, method, change):
         np.testing.assert_allclose(value, metrics[name], rtol=1e-3, err_msg=name)
     for name, array in expected.items():
         np.testing.assert_allclose(found[name], array, rtol=1e-3, atol=1e-4, err_msg=name)
-        # The steps themselves agree less closely on some CPUs: of eight small images, one ReLU
-        # whose input is 0 up to rounding changes a channel's gradient by a few thousandths.
+        # The updates agree less closely, by 1e-4 to 4e-3 with CPU and compilation: gradients of a
+        # few small images are sums that nearly cancel, and a ReLU whose input is nearly 0 may flip.
         off, moved = (np.linalg.norm(array - other) for other in (found[name], before[name]))
         assert off <= 0.01 * moved + 1e-6, f"{name}: {off} of {moved}"
     assert any(np.any(array != before[name]) for name, array in expected.items())
