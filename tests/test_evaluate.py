@@ -11,6 +11,8 @@ from xkd_jax.distributed import sharding
 from xkd_jax.evaluate import IMAGES_PER_DEVICE, create_eval_step, evaluate
 from xkd_jax.model import Model
 
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
 
 class FirstRow(nn.Module):
     """A network whose ten logits are the image's first row."""

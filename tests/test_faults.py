@@ -88,16 +88,16 @@ def kill(start, times, folder, *arguments):
     return reached
 
 
-def test_a_run_killed_four_times_ends_bit_identical(start, unbroken, tmp_path):
+def test_a_run_killed_twice_ends_bit_identical(start, unbroken, tmp_path):
     folder = tmp_path / "run"
-    assert 4 < kill(start, 4, folder) < STEPS
+    assert 2 < kill(start, 2, folder) < STEPS
     run_to_the_end(start, folder)
     assert_same_run(folder, unbroken)
 
 
 @pytest.mark.exhaustive
 def test_a_run_killed_twenty_times_ends_bit_identical(start, tmp_path):
-    """For more moments than four kills meet; run it when checkpoint.py or the loop change."""
+    """For more moments than two kills meet; run it when checkpoint.py or the loop change."""
     unbroken, folder, longer = tmp_path / "unbroken", tmp_path / "run", "--config.epochs=40"
     run_to_the_end(start, unbroken, longer)
     assert 20 < kill(start, 20, folder, longer) < 160
@@ -126,7 +126,11 @@ def block_folder(process, folder):
 
 @pytest.mark.parametrize(
     "harm",
-    [fill_disk, block_folder, pytest.param(fill_for_checkpoints, marks=pytest.mark.exhaustive)],
+    [
+        fill_disk,
+        pytest.param(block_folder, marks=pytest.mark.exhaustive),
+        pytest.param(fill_for_checkpoints, marks=pytest.mark.exhaustive),
+    ],
 )
 def test_a_failed_save_stops_the_run_which_resumes_after_the_repair(
     start, unbroken, tmp_path, harm
@@ -168,6 +172,8 @@ def test_a_checkpoint_without_its_commit_marker_does_not_count(start, unbroken, 
     assert_same_run(unfinished, unbroken)
 
 
+# In CI tests/distributed/test_processes.py resumes on one device what eight have begun.
+@pytest.mark.exhaustive
 def test_it_resumes_on_two_devices_after_four_and_on_one_after_two(start, tmp_path):
     unbroken, folder = tmp_path / "unbroken", tmp_path / "run"
     banks = "--config.method.name=crd"  # split over the devices

@@ -100,6 +100,10 @@ def _optimization_defaults() -> ConfigDict:
     config = ConfigDict()
     config.optimizer = ConfigDict(dataclasses.asdict(OptimizerOptions()))
     config.schedule = ConfigDict(dataclasses.asdict(ScheduleOptions()))
+    # Of the method's parameters, such as projectors, by the same schedule. name "": as `optimizer`.
+    # With SGD a small weight of the loss is a small rate of the projectors; Adam undoes that.
+    of_method = OptimizerOptions(name="", learning_rate=1e-3, weight_decay=0.0)
+    config.method_optimizer = ConfigDict(dataclasses.asdict(of_method))
     # The paper doesn't specify it. The learning rate is constant.
     adversary = OptimizerOptions(name="adam", learning_rate=1e-3, weight_decay=0.0)
     config.adversary_optimizer = ConfigDict(dataclasses.asdict(adversary))

@@ -168,12 +168,12 @@ def assemble(
     if config.layer_decay < 1:
         layer_ids(student.shapes["params"])
     first_steps = round(method.first_phase * steps_per_epoch)
-    rate = create_learning_rate_fn(
-        config.schedule,
-        config.optimizer.learning_rate,
-        config.epochs,
-        steps_per_epoch,
-        first_steps,
+    of_method = config.method_optimizer if config.method_optimizer.name else config.optimizer
+    rate, rate_of_method = (
+        create_learning_rate_fn(
+            config.schedule, options.learning_rate, config.epochs, steps_per_epoch, first_steps
+        )
+        for options in (config.optimizer, of_method)
     )
     adversary_rate = optax.constant_schedule(config.adversary_optimizer.learning_rate)
     distiller = Distiller(
@@ -181,7 +181,7 @@ def assemble(
         student,
         method,
         create_optimizer(config.optimizer, rate, config.layer_decay),
-        create_optimizer(config.optimizer, rate),
+        create_optimizer(of_method, rate_of_method),
         create_optimizer(config.adversary_optimizer, adversary_rate),
         augment=Pipeline(
             config.augment.crop_padding,

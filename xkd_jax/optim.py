@@ -34,7 +34,7 @@ _AFTER_BLOCKS = re.compile(r"(norm|conv_head|norm_head|bn2)/")
 
 @dataclasses.dataclass(frozen=True)
 class OptimizerOptions:
-    """`config.optimizer` and `config.adversary_optimizer`.
+    """`config.optimizer`, `config.method_optimizer` and `config.adversary_optimizer`.
 
     Attributes:
       name: the update rule; see `OPTIMIZERS`.

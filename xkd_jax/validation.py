@@ -23,6 +23,7 @@ SMALLEST_IMAGE = 8  # pixels: below, networks have nothing left to pool
 
 CHOICES: dict[str, Sequence[str]] = {
     "optimizer.name": optim.OPTIMIZERS,
+    "method_optimizer.name": ("", *optim.OPTIMIZERS),
     "adversary_optimizer.name": optim.OPTIMIZERS,
     "schedule.name": SCHEDULES,
     "dtype": DTYPES,
@@ -101,7 +102,7 @@ def validate(config: Config) -> None:
         raise UserError(f"ema.decay is {config.ema.decay}, but must be in [0, 1); 0 turns it off.")
     MultiView(**config.views)
     augmentation(config)
-    for name in ("optimizer", "adversary_optimizer"):
+    for name in ("optimizer", "method_optimizer", "adversary_optimizer"):
         try:
             OptimizerOptions(**config[name])
         except UserError as error:  # the options don't know whose they are

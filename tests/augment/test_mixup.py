@@ -8,6 +8,8 @@ import pytest
 from tests.augment.images import key
 from xkd_jax.augment.mixup import mix
 
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
 N, H, W = 6, 12, 10
 jitted = jax.jit(mix, static_argnums=(3, 4))
 

@@ -11,6 +11,8 @@ from tests.augment.images import images_of, key
 from xkd_jax.augment import multiview
 from xkd_jax.errors import UserError
 
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
 multi_view = jax.jit(multiview.multi_view, static_argnums=2)
 
 

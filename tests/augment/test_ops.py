@@ -11,6 +11,8 @@ from PIL import Image, ImageEnhance
 from tests.augment.images import images_of, key
 from xkd_jax.augment import ops
 
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
 # Compiled as in the training loop, which is also much faster than op by op.
 random_crop_flip = jax.jit(ops.random_crop_flip, static_argnums=(2, 3))
 random_geometry = jax.jit(ops.random_geometry, static_argnums=(2, 3))

@@ -12,6 +12,8 @@ from tests.augment.images import key
 from xkd_jax.augment import policies as aug
 from xkd_jax.errors import UserError
 
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
 # Compiled as in the training loop.
 apply_ops = jax.jit(aug.apply_ops)
 draw_ops = jax.jit(aug._draw_ops, static_argnums=(1, 2, 3))

@@ -64,6 +64,7 @@ def test_a_step_does_no_more_work_than_it_did(name):
     assert all(ratio > 0.7 for ratio in ratios.values()), ratios
 
 
+@pytest.mark.exhaustive
 def test_it_notices_more_work():
     config = tiny.get_config("cakd")
     config.student.args = {"layers": (2, 2, 2, 2), "width": 0.125, "stem": "cifar"}

@@ -20,6 +20,8 @@ from xkd_jax.experiment import create_experiment
 from xkd_jax.models import create_model
 from xkd_jax.weights import save_weights
 
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
 
 def teacher_file(path, **changes):
     """A tiny ViT's weights, all zeros; without `classes`, of ten."""
@@ -103,6 +105,10 @@ def refuse(tmp_path, match, method="cakd", **changes):
          {"adversary_optimizer__learning_rate": float("nan")}),
         ("adversary_optimizer.learning_rate is -1.0, but must be at least 0",
          {"adversary_optimizer__learning_rate": -1.0}),
+        ("method_optimizer.learning_rate is -1.0, but must be at least 0",
+         {"method_optimizer__learning_rate": -1.0}),
+        ("unknown method_optimizer.name 'adma'; did you mean adam",
+         {"method_optimizer__name": "adma"}),
         ("method.cakd.token_weight is -1.0, but must be at least 0",
          {"method__cakd__token_weight": -1.0}),
         ("method.cakd.token_weight is nan", {"method__cakd__token_weight": float("nan")}),

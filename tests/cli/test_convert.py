@@ -19,6 +19,8 @@ from xkd_jax.errors import UserError
 from xkd_jax.models import MODELS
 from xkd_jax.weights import load_weights, save_weights
 
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
 TINY_ARGS = ["--arg", "layers=[1,1,1,1]", "--arg", "width=0.125"]
 
 

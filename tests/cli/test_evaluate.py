@@ -16,6 +16,8 @@ from xkd_jax.cli import evaluate
 from xkd_jax.model import create_model
 from xkd_jax.weights import locate
 
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
 TEACHER = "packaged:quickstart_teacher"
 DATA = ("--data", "fashion_mnist_mini", "--split", "test[:300]")
 

@@ -14,6 +14,8 @@ from xkd_jax.cli import predict
 from xkd_jax.data.decode import decode, eval_crop
 from xkd_jax.weights import locate
 
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
 TEACHER = "packaged:quickstart_teacher"
 
 

@@ -66,7 +66,7 @@ def test_the_saved_student_is_the_plain_network(unbroken):
     assert jax.tree.structure(variables) == jax.tree.structure(plain)
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive  # in CI tests/test_faults.py kills a run twice
 def test_killed_run_ends_bit_identical_to_an_unbroken_one(start, unbroken, tmp_path):
     folder = tmp_path / "unbroken"
     process = start("--config", TINY, "--workdir", folder)
@@ -83,7 +83,10 @@ def test_killed_run_ends_bit_identical_to_an_unbroken_one(start, unbroken, tmp_p
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 0), (signal.SIGINT, 130)])
+@pytest.mark.parametrize(
+    ("number", "code"),
+    [(signal.SIGTERM, 0), pytest.param(signal.SIGINT, 130, marks=pytest.mark.exhaustive)],
+)
 def test_a_signal_saves_and_says_how_to_resume(start, unbroken, tmp_path, number, code):
     folder = tmp_path / "unbroken"
     process = start("--config", TINY, "--workdir", folder)

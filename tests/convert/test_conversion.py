@@ -15,6 +15,8 @@ from xkd_jax.errors import UserError
 from xkd_jax.models import MODELS, create_model
 from xkd_jax.weights import check_weights
 
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
 TINY_RESNET = {"layers": (1, 1, 1, 1), "width": 0.125}
 TINY_VIT = {"embed_dim": 8, "num_heads": 2, "depth": 1, "patch_size": 4, "img_size": 16}
 TINY_SWIN = {"embed_dim": 8, "num_heads": (1, 2, 4, 8), "depths": (1, 1, 2, 1), "patch_size": 2}

@@ -10,6 +10,8 @@ from xkd_jax.augment.normalization import IMAGENET_MEAN
 from xkd_jax.convert.conversion import convert
 from xkd_jax.convert.files import Checkpoint
 
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
 TINY = {"depths": (1, 1, 2, 1), "dims": (4, 6, 8, 10)}
 # Patterns of timm's names, and theirs.
 META = (

@@ -13,6 +13,8 @@ from xkd_jax.convert.files import Checkpoint, to_state
 from xkd_jax.convert.resize import resize_bias_table
 from xkd_jax.models import MODELS
 
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
 DINOV3, BEIT, EVA02 = "vit_small_patch16_dinov3", "beit_base_patch16_224", "eva02_base_patch14_224"
 TINY = {"embed_dim": 16, "num_heads": 2, "depth": 2, "patch_size": 4, "img_size": 16}
 TABLE = "relative_position_bias_table"

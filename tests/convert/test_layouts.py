@@ -7,12 +7,15 @@ import numpy as np
 import pytest
 
 from tests.convert.test_conversion import TINY_RESNET, TINY_SWIN, TINY_VIT, checkpoint, message
+from tests.parity.blockwise import blockwise
 from xkd_jax.augment.normalization import CIFAR10_MEAN, CIFAR10_STD, IMAGENET_MEAN
 from xkd_jax.convert.configs import state_network
 from xkd_jax.convert.conversion import convert
 from xkd_jax.convert.files import Checkpoint
 from xkd_jax.convert.layouts import add_shortcuts, find_layout, rename
 from xkd_jax.models import create_model
+
+pytestmark = pytest.mark.usefixtures("quick_compilation")
 
 TORCHVISION_VIT = "encoder.layers.encoder_layer_0.self_attention.in_proj_weight"
 HUGGING_FACE_RESNET = "resnet.embedder.embedder.convolution.weight"
@@ -258,7 +261,8 @@ def compare(torch, theirs, model, args, size):
     metadata = result.metadata
     model, classes = metadata["model"], metadata["num_classes"]
     module = create_model(model, num_classes=classes, **metadata["args"])
-    got, _ = module.apply(result.variables, images.numpy().transpose(0, 2, 3, 1))
+    with blockwise():
+        got, _ = module.apply(result.variables, images.numpy().transpose(0, 2, 3, 1))
     scale = max(1, np.abs(want).max())
     np.testing.assert_allclose(np.asarray(got) / scale, want / scale, atol=1e-4)
     assert np.abs(want[0] - want[1]).max() > 1e-3 * scale

@@ -17,6 +17,8 @@ from xkd_jax.convert.messages import Misfit, describe, join_names
 from xkd_jax.convert.prefixes import strip_prefixes
 from xkd_jax.errors import UserError
 
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
 
 def write_zip(path, *names):
     with zipfile.ZipFile(path, "w") as archive:

@@ -15,6 +15,8 @@ from xkd_jax.convert.files import Checkpoint
 from xkd_jax.convert.layouts_swinv2 import name_biases
 from xkd_jax.models import MODELS
 
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
 TINY = {"embed_dim": 8, "num_heads": (1, 2, 4, 8), "depths": (1, 1, 2, 1), "patch_size": 2}
 TINY |= {"img_size": 32, "window_size": 4}
 NAME = "swinv2_tiny_window8_256"

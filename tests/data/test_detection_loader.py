@@ -24,6 +24,8 @@ from xkd_jax.data.masks import decode
 from xkd_jax.data.order import batch_indices
 from xkd_jax.distributed import sharding
 
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
 SIDE, MASK = 128, 28
 ORDER = Order(5, 2, seed=5)
 

@@ -234,7 +234,7 @@ def test_sigterm_to_one_process_stops_both_at_the_same_step(one_each, tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("victim", [0, 1])
+@pytest.mark.parametrize("victim", [pytest.param(0, marks=pytest.mark.exhaustive), 1])
 def test_when_one_process_dies_the_other_ends_with_a_message(one_each, tmp_path, victim):
     running = start_two(one_each, main(tmp_path / "run", LONG, "logits"))
     wait_for_step(tmp_path / "run", 3, *running)

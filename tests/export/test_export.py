@@ -16,6 +16,8 @@ from xkd_jax.errors import UserError
 from xkd_jax.export import runtime, student
 from xkd_jax.model import create_model
 
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
 # A network of each class, and the side of its images.
 CNNS = {
     "resnet18": (32, {"layers": (1, 1, 1, 1), "width": 0.25}),
@@ -75,15 +77,33 @@ def assert_close(found, expected):
     assert_allclose(found / scale, np.asarray(expected) / scale, atol=1e-4)
 
 
-@pytest.fixture(scope="module", params=CNNS)
+# Those that are exported in every way in CI: plain convolutions, squeeze-and-excitation, no
+# BatchNorm, pooling within the network. The others are exported to ONNX with BatchNorm folded.
+EVERY_WAY = ("resnet18", "efficientnet_b0", "convnext_atto_32", "inception_v3")
+OTHER_WAYS = [
+    pytest.param(name, marks=[pytest.mark.exhaustive] * (name not in EVERY_WAY)) for name in CNNS
+]
+
+
+@pytest.fixture(scope="module")
 def cnn(request):
     pytest.importorskip("onnxruntime", reason="needs the extra export")
     return create(request.param, *CNNS[request.param])
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("fold", [False, True])
-def test_onnx_runtime_computes_the_same_logits(cnn, tmp_path, fold):
+@pytest.mark.parametrize("cnn", CNNS, indirect=True)
+def test_onnx_runtime_computes_the_same_logits(cnn, tmp_path):
+    compare_with_onnx_runtime(cnn, tmp_path, fold=True)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("cnn", OTHER_WAYS, indirect=True)
+def test_onnx_runtime_computes_the_same_logits_with_batch_norm(cnn, tmp_path):
+    compare_with_onnx_runtime(cnn, tmp_path, fold=False)
+
+
+def compare_with_onnx_runtime(cnn, tmp_path, fold):
     import onnx
     import onnxruntime
 
@@ -103,6 +123,7 @@ def test_onnx_runtime_computes_the_same_logits(cnn, tmp_path, fold):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("cnn", OTHER_WAYS, indirect=True)
 def test_litert_computes_the_same_logits(cnn, tmp_path):
     pytest.importorskip("litert_converter", reason="needs LiteRT, see docs/export.md")
     file, about = student.export(cnn, "litert", tmp_path, student.Options(0.9, uint8=True))

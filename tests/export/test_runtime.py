@@ -13,6 +13,8 @@ from xkd_jax import data
 from xkd_jax.cli import evaluate, export, predict
 from xkd_jax.export import int8, runtime, student
 
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
 DATA = "fashion_mnist_mini"
 MESSAGES = {
     "missing.onnx": "there is no {}; export the student first, with xkd-jax export.",

@@ -5,6 +5,8 @@ from tests.models.networks import count_parameters, images, shapes, shapes_at_32
 from xkd_jax.errors import UserError
 from xkd_jax.models.efficientnetv2 import VARIANTS
 
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
 # timm's counts of trainable parameters, with 1000 classes.
 TIMM_COUNTS = {
     "tf_efficientnetv2_b0": 7_139_704,

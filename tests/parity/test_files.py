@@ -16,7 +16,7 @@ from xkd_jax.errors import UserError
 from xkd_jax.models import MODELS
 
 torch = pytest.importorskip("torch")
-pytestmark = pytest.mark.parity
+pytestmark = [pytest.mark.parity, pytest.mark.usefixtures("quick_compilation")]
 
 
 @pytest.fixture

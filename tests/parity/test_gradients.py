@@ -47,6 +47,13 @@ SPECIMENS = {
     "mixer": Specimen("mixer_b16_224", 32, args={"mlp_ratio": (0.1, 0.2)}),  # timm fixes the rest
 }
 
+# Not in CI: they are made of what the others are made of.
+REST = ("clip", "deit3", "dinov2_reg4", "eva02_base",
+        "ghostnet", "mobilenetv4", "regnet", "resnet_d")  # fmt: skip
+# Cosine attention's scale, up to 100, magnifies rounding: PyTorch's own float32 gradients are 2e-4
+# from its float64 ones.
+TOLERANCES = {"swinv2": 2e-3}
+
 
 # The loss is a sum of the logits and, for Vision Transformers, of the normalised tokens, with these
 # weights.
@@ -93,7 +100,10 @@ def ours(specimen):
     return to_state(jax.device_get({"params": gradients}), specimen.name)
 
 
-@pytest.mark.parametrize("name", SPECIMENS)
+@pytest.mark.parametrize(
+    "name",
+    [pytest.param(name, marks=[pytest.mark.exhaustive] * (name in REST)) for name in SPECIMENS],
+)
 def test_gradients_are_pytorchs(name):
     got, want = ours(SPECIMENS[name]), theirs(SPECIMENS[name])
     assert got.keys() == want.keys()
@@ -101,4 +111,5 @@ def test_gradients_are_pytorchs(name):
     zero = 1e-6 * max(np.abs(array).max() for array in want.values())
     vanish = {key for key in want if max(np.abs(got[key]).max(), np.abs(want[key]).max()) < zero}
     found = {key: difference(np.asarray(got[key]), want[key]) for key in want.keys() - vanish}
-    assert not {key: value for key, value in found.items() if not value < TOLERANCE}
+    tolerance = TOLERANCES.get(name, TOLERANCE)
+    assert not {key: value for key, value in found.items() if not value < tolerance}

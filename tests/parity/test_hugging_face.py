@@ -13,7 +13,7 @@ from xkd_jax.convert.files import read_checkpoint
 from xkd_jax.errors import UserError
 from xkd_jax.models import create_model
 
-pytestmark = pytest.mark.parity
+pytestmark = [pytest.mark.parity, pytest.mark.usefixtures("quick_compilation")]
 
 TOLERANCE = 1e-4  # relative to the largest logit
 CLASSES = 5

@@ -13,7 +13,7 @@ from xkd_jax.cli.convert import main
 from xkd_jax.models import create_model
 from xkd_jax.weights import load_weights
 
-pytestmark = pytest.mark.parity
+pytestmark = [pytest.mark.parity, pytest.mark.usefixtures("quick_compilation")]
 
 
 def folder_of(package):

@@ -5,6 +5,8 @@ import pytest
 
 from xkd_jax.probing.linear import accuracy, choose_strength, fit_linear, hold_out, knn_accuracy
 
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
 
 def blobs(count, seed, spread=1.0):
     """Three overlapping classes in four dimensions, of very different scales."""
