@@ -28,6 +28,7 @@ _DATACLASSES = {
     "views": MultiView,
     "optimizer": OptimizerOptions,
     "schedule": ScheduleOptions,
+    "method_optimizer": OptimizerOptions,
     "adversary_optimizer": OptimizerOptions,
 }
 _MARKER = re.compile(r"<!-- generated: (\w+) -->")

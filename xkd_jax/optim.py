@@ -37,7 +37,8 @@ class OptimizerOptions:
     """`config.optimizer`, `config.method_optimizer` and `config.adversary_optimizer`.
 
     Attributes:
-      name: the update rule; see `OPTIMIZERS`.
+      name: the update rule; see `OPTIMIZERS`. Of `method_optimizer` also "": all is as in
+        `optimizer`.
       learning_rate: peak learning rate.
       momentum: momentum of "sgd", "lars" and "rmsprop".
       nesterov: whether their momentum is Nesterov's.
