@@ -10,10 +10,9 @@ import numpy as np
 import optax
 import pytest
 
-from tests.experiments import change, changed, leaves, run, tiny_config, tiny_experiment
+from tests.experiments import change, changed, leaves, run, tiny_experiment
 from xkd_jax.augment.policies import Augment
 from xkd_jax.data.order import batch_indices
-from xkd_jax.experiment import create_experiment
 from xkd_jax.methods.base import Method, MethodLoss
 from xkd_jax.methods.label import label_loss, label_term
 from xkd_jax.model import Model
@@ -285,19 +284,6 @@ def test_training_is_sgd_on_normalised_images(probed):
     params = leaves(probed.states[-1].params["student"])
     np.testing.assert_allclose(params["['Dense_0']['kernel']"], layer[:-1], atol=1e-5)
     np.testing.assert_allclose(params["['Dense_0']['bias']"], layer[-1], atol=1e-5)
-
-
-def test_the_methods_parameters_can_have_an_optimizer_of_their_own():
-    config = tiny_config("fitnet")
-    config.schedule.boundaries = (1,)  # after four steps
-    as_student = run(create_experiment(config), 1)
-    config.method_optimizer.update(name="adam", learning_rate=0.01)
-    own = run(create_experiment(config), 5)
-    assert not changed(as_student.states[1].params["student"], own.states[1].params["student"])
-    for first, last in ((0, 0.01), (4, 0.001)):
-        before, after = (leaves(own.states[step].params["method"]) for step in (first, first + 1))
-        moved = max(np.abs(after[path] - before[path]).max() for path in before)
-        assert 0.7 * last < moved < 1.5 * last  # Adam's steps are about as long as its rate
 
 
 def view(distiller, n=8, labels=None, **augment):

@@ -60,6 +60,7 @@ def test_a_loss_on_a_frozen_block_has_no_gradient(depth):
     assert not any(leaf.any() for leaf in jax.tree.leaves(grads["blocks_1"]))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("depth", [4, SCANNED])
 def test_the_backward_pass_of_frozen_blocks_is_not_computed(depth):
     def flops(frozen):
@@ -70,6 +71,7 @@ def test_the_backward_pass_of_frozen_blocks_is_not_computed(depth):
     assert flops(depth - 1) < (1 + 3 / depth) / 3 * flops(0)
 
 
+@pytest.mark.slow
 def test_frozen_layers_are_left_out_of_the_optimizer():
     experiment = tiny_experiment("none")
     student = create_model("vit_tiny_patch16_224", num_classes=10, depth=3, **ARGS)

@@ -6,7 +6,9 @@ import numpy as np
 import optax
 import pytest
 
+from tests.experiments import changed, leaves, run, tiny_config
 from xkd_jax.errors import UserError
+from xkd_jax.experiment import create_experiment
 from xkd_jax.models import create_model
 from xkd_jax.optim import (
     OPTIMIZERS,
@@ -319,3 +321,17 @@ def test_each_example_is_in_one_part():
 
     seen, _ = accumulate(part, jnp.zeros((3, 4), jnp.int32), jnp.arange(12), 3)
     assert sorted(np.ravel(seen)) == list(range(12))
+
+
+@pytest.mark.slow
+def test_a_methods_parameters_can_have_an_optimizer_of_their_own():
+    config = tiny_config("fitnet")
+    config.schedule.boundaries = (1,)  # after four steps
+    as_students = run(create_experiment(config), 1).states
+    config.method_optimizer.update(name="adam", learning_rate=0.01)
+    states = run(create_experiment(config), 5).states
+    assert not changed(as_students[1].params["student"], states[1].params["student"])
+    for step, rate in ((0, 0.01), (4, 0.001)):  # Adam's steps are about as long as its rate
+        before, after = (leaves(state.params["method"]) for state in states[step : step + 2])
+        moved = max(np.abs(after[path] - before[path]).max() for path in before)
+        assert 0.7 * rate < moved < 1.5 * rate

@@ -64,6 +64,7 @@ def test_student_adversary_and_optimizer_have_all_gradients(broken_down):
     assert jax.tree.structure(updated) == jax.tree.structure(state.params)
 
 
+@pytest.mark.slow
 def test_without_a_teacher_there_are_fewer_parts():
     programs = parts.breakdown(create_experiment(tiny.get_config("none")))
     assert list(programs) == ["data", "views", "student", "optimizer"]

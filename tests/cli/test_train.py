@@ -16,12 +16,15 @@ from xkd_jax.reporting.files import read_metrics
 from xkd_jax.reporting.pictures import NAMES
 from xkd_jax.weights import load_weights
 
+# These runs mostly compile.
+QUICK = {"JAX_DISABLE_MOST_OPTIMIZATIONS": "1"}
+
 
 @pytest.fixture(scope="module")
 def unbroken(start, tmp_path_factory):
     """A run of 40 steps without interruption."""
     folder = tmp_path_factory.mktemp("runs") / "unbroken"
-    code, out, err = finish(start("--config", TINY, "--workdir", folder))
+    code, out, err = finish(start("--config", TINY, "--workdir", folder, **QUICK))
     assert code == 0, err
     return folder, out, err
 
@@ -69,12 +72,12 @@ def test_the_saved_student_is_the_plain_network(unbroken):
 @pytest.mark.exhaustive  # in CI tests/test_faults.py kills a run twice
 def test_killed_run_ends_bit_identical_to_an_unbroken_one(start, unbroken, tmp_path):
     folder = tmp_path / "unbroken"
-    process = start("--config", TINY, "--workdir", folder)
+    process = start("--config", TINY, "--workdir", folder, **QUICK)
     wait_for_step(folder, 17, process)
     process.send_signal(signal.SIGKILL)
     assert finish(process)[0] == -signal.SIGKILL
     assert not (folder / "summary.json").exists()
-    code, _, err = finish(start("--config", TINY, "--workdir", folder))
+    code, _, err = finish(start("--config", TINY, "--workdir", folder, **QUICK))
     assert code == 0, err
     # It resumed from a checkpoint instead of starting again.
     first = int(re.search(r"step (\d+)/40", err)[1])
@@ -89,7 +92,7 @@ def test_killed_run_ends_bit_identical_to_an_unbroken_one(start, unbroken, tmp_p
 )
 def test_a_signal_saves_and_says_how_to_resume(start, unbroken, tmp_path, number, code):
     folder = tmp_path / "unbroken"
-    process = start("--config", TINY, "--workdir", folder)
+    process = start("--config", TINY, "--workdir", folder, **QUICK)
     wait_for_step(folder, 11, process)
     process.send_signal(number)
     returned, _, err = finish(process)
@@ -98,7 +101,7 @@ def test_a_signal_saves_and_says_how_to_resume(start, unbroken, tmp_path, number
     assert "Traceback" not in err
     stopped_at = final_state(folder)[0]
     assert stopped_at == read_metrics(folder)[-1]["step"] < 40
-    code, _, err = finish(start("--config", TINY, "--workdir", folder))
+    code, _, err = finish(start("--config", TINY, "--workdir", folder, **QUICK))
     assert code == 0, err
     assert int(re.search(r"step (\d+)/40", err)[1]) == stopped_at + 1
     assert_same_run(folder, unbroken[0])
@@ -109,7 +112,7 @@ def test_a_signal_saves_and_says_how_to_resume(start, unbroken, tmp_path, number
 def test_four_devices_train_like_one(start, unbroken, tmp_path):
     flags = "--xla_force_host_platform_device_count=4"
     folder = tmp_path / "unbroken"
-    code, _, err = finish(start("--config", TINY, "--workdir", folder, XLA_FLAGS=flags))
+    code, _, err = finish(start("--config", TINY, "--workdir", folder, XLA_FLAGS=flags, **QUICK))
     assert code == 0, err
     losses = [
         [line["loss"] for line in timeless(run) if "loss" in line][:10]
@@ -162,7 +165,7 @@ def test_quickstart_smoke(start, tmp_path):
 def test_a_complete_run_is_not_trained_again(start, unbroken):
     folder, out, _ = unbroken
     before = (folder / "metrics.jsonl").read_bytes()
-    code, again, err = finish(start("--config", TINY, "--workdir", folder))
+    code, again, err = finish(start("--config", TINY, "--workdir", folder, **QUICK))
     assert code == 0
     assert "is complete" in err
     assert again == out

@@ -174,7 +174,8 @@ def test_worker_processes_change_nothing(split, mesh):
         assert all(np.array_equal(a[name], b[name]) for name in a)
 
 
-@pytest.mark.parametrize("feed", ["host", pytest.param("resident", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("feed", ["host", "resident"])
 def test_a_run_resumed_in_mid_epoch_ends_bit_identical(photos, tmp_path, feed):
     config = get_config("none")
     config.data.update(

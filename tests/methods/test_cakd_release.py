@@ -156,6 +156,7 @@ def test_terms_are_the_released_codes():
     np.testing.assert_allclose(loss, 0.1 * total, rtol=1e-4)  # (30 - 25) / 50
 
 
+@pytest.mark.slow
 def test_weights_are_options():
     weights = ("attention", "value", "token", "logit", "class_token")
     names = ("attention", "value_relation", "tokens", "logits_mse", "class_token")

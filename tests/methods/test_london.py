@@ -75,6 +75,7 @@ def test_a_map_of_zeros_has_a_finite_gradient():
     assert np.all(np.isfinite(gradient))
 
 
+@pytest.mark.slow
 def test_the_distances_between_levels_are_weighted_by_depth():
     teacher, student = (
         [features(seed + i, side, 3 + i) for i, side in enumerate((4, 4, 2, 2))] for seed in (0, 9)

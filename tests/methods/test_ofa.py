@@ -141,6 +141,7 @@ def test_a_separable_convolution_halves_the_grid(grid):
     np.testing.assert_allclose(y, halve(params["params"], np.float64(x)), atol=1e-4)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("halvings", [0, 1, 3])
 def test_a_branch_doubles_the_width_up_to_the_last_convolution(halvings):
     x, module = draw(0, 3, 6, 6, 2), Branch(halvings, width=7, classes=4)
@@ -159,7 +160,7 @@ def test_a_branch_doubles_the_width_up_to_the_last_convolution(halvings):
     scope="module",
     params=[
         "ViT to CNN",
-        "CNN to ViT",
+        pytest.param("CNN to ViT", marks=pytest.mark.exhaustive),
         pytest.param("CNN to CNN", marks=pytest.mark.exhaustive),
         pytest.param("Swin to CNN", marks=pytest.mark.slow),
     ],

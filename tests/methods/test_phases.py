@@ -96,6 +96,7 @@ def test_a_frozen_parameter_of_the_method_gathers_no_momentum(waiting):
     assert all("then" in path for path in changed(middle, last))
 
 
+@pytest.mark.slow
 def test_layers_past_what_a_first_phase_learns_from_are_frozen():
     """The phase's loss reads `stage1` alone: weight decay must not shrink what lies behind it."""
 
@@ -114,6 +115,7 @@ def test_layers_past_what_a_first_phase_learns_from_are_frozen():
     assert any(path.startswith("['fc']") for path in late)
 
 
+@pytest.mark.slow
 def test_a_student_that_is_not_frozen_learns_in_the_first_phase():
     states = steps(Phased(student_waits=False), 1).states
     assert changed(states[0].params["student"], states[1].params["student"])

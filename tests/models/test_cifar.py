@@ -137,6 +137,7 @@ def test_projection_of_a_wide_block_is_behind_the_activation():
     assert not y.any()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("make", "behind"), [(resnet, True), (wide, False), (vgg, True)])
 def test_training_reaches_everything(make, behind):
     model, x = make(drop_rate=0.5), images(4)

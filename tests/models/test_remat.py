@@ -133,6 +133,7 @@ OTHERS = (
 )  # fmt: skip
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "family",
     ["deit", "resnet", *(pytest.param(name, marks=pytest.mark.exhaustive) for name in OTHERS)],

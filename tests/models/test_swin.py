@@ -209,6 +209,7 @@ def test_scanning_changes_nothing(monkeypatch):
     chex.assert_trees_all_close(scan, loop, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.slow
 def test_scanned_blocks_take_their_weights_from_the_gather(monkeypatch):
     monkeypatch.setattr("xkd_jax.models.scan.pays", lambda depth, train: depth > 1)
     model, x = tiny(depths=(1, 1, 3, 1)), images(32)

@@ -99,6 +99,7 @@ def test_the_network_has_the_fitted_logits(kind, pool, tmp_path):
     np.testing.assert_allclose(load(tmp_path / "w.safetensors")(images), linear(pooled), atol=1e-4)
 
 
+@pytest.mark.slow
 def test_both_is_the_class_token_and_the_mean_of_the_tokens():
     name, args = NETWORKS["vit"]
     model = probe.with_pool(create_model(name, num_classes=0, image_size=28, **args), "both")

@@ -50,7 +50,8 @@ def assert_equal_runs(cached, online, rtol=2e-3):
         np.testing.assert_allclose(leaf, expected[path], rtol=0, atol=1e-3, err_msg=path)
 
 
-@pytest.mark.parametrize("method", ["logits", pytest.param("cakd", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("method", ["logits", "cakd"])
 def test_a_cached_run_equals_one_over_the_same_views(tmp_path, method):
     cached, online = (run(make(folder, method), 6) for folder in (tmp_path, ""))
     assert not changed(cached.states[0], online.states[0])
@@ -61,6 +62,7 @@ def test_a_cached_run_equals_one_over_the_same_views(tmp_path, method):
     assert names(tmp_path) == {f"{name}.v{view:02d}.npy" for name in read for view in (0, 1)}
 
 
+@pytest.mark.slow
 def test_the_views_cycle_and_differ_and_the_seeds_share_them(tmp_path):
     first = make(tmp_path, views=3)
     first.cache.fill()
@@ -101,6 +103,7 @@ def test_repeated_examples_get_different_views():
     assert order.view(2).tolist()[:2] == [2, 0]
 
 
+@pytest.mark.slow
 def test_another_method_and_more_views_extend_the_cache(tmp_path):
     make(tmp_path, "logits", views=1).cache.fill()
     assert names(tmp_path) == {"logits.v00.npy"}

@@ -46,6 +46,7 @@ def test_without_classes_there_is_no_head(kind):
     assert jax.eval_shape(model.forward, model.shapes, images)[0] is None
 
 
+@pytest.mark.slow
 def test_a_classifier_can_be_left_out(tmp_path):
     whole = drawn(network("deit", 3))
     model = without_classifier(whole)

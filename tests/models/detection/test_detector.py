@@ -106,6 +106,7 @@ def test_losses_and_outputs(losses):
     assert "stage4" in outs["taps"]
 
 
+@pytest.mark.slow
 def test_classify_gives_the_same_logits(detector, losses):
     module, variables = detector
     (_, outs), _ = losses(objects())
