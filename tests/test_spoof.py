@@ -78,7 +78,10 @@ def assert_equal_error_rate(rate: float, live: np.ndarray, fake: np.ndarray) -> 
     assert around.min() <= rate <= around.max()
 
 
-@pytest.mark.parametrize("student", ["inception_v3", "resnext26"])  # the other one is trained
+# The other one is trained.
+@pytest.mark.parametrize(
+    "student", [pytest.param("inception_v3", marks=pytest.mark.exhaustive), "resnext26"]
+)
 def test_the_row_fits_together_and_its_error_rate_is_measured(student, faces):
     experiment = create_experiment(small(student, faces))
     distiller = experiment.distiller

@@ -207,7 +207,9 @@ def test_the_tables_of_a_foundation_teacher_are_valid():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("variant", ["", "gpu", "paper"])
+@pytest.mark.parametrize(
+    "variant", ["", "gpu", pytest.param("paper", marks=pytest.mark.exhaustive)]
+)
 def test_every_method_supports_its_pair(variant):
     """Without weights and data: shapes suffice."""
     side, classes = {"gpu": (32, 100), "paper": (224, 100)}.get(variant, (28, 10))

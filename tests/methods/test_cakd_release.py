@@ -254,7 +254,8 @@ def test_the_adversary_judges_score_maps():
         assert one.any() or one.shape[-1] > 1
 
 
-@pytest.mark.slow
+# In CI tests/methods/test_methods_train.py trains it.
+@pytest.mark.exhaustive
 def test_it_trains():
     config = default_config()
     config.batch_size = 16

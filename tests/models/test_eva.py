@@ -101,7 +101,7 @@ def test_wrong_values(args, message):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("frozen", [0, 2])
+@pytest.mark.parametrize("frozen", [pytest.param(0, marks=pytest.mark.exhaustive), 2])
 def test_scanned_and_frozen_blocks(frozen, monkeypatch):
     model = tiny("eva02_base_patch14_224", depth=4, frozen=frozen, init_values=0.5)
     variables, x = init(model), images(2)

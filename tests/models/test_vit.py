@@ -169,7 +169,10 @@ def test_registers_and_layer_scale_start_as_timms():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("args", [{}, {"init_values": 0.5, "reg_tokens": 2}])
+@pytest.mark.parametrize(
+    "args",
+    [pytest.param({}, marks=pytest.mark.exhaustive), {"init_values": 0.5, "reg_tokens": 2}],
+)
 def test_scanned_blocks_compute_what_unrolled_ones_do(args, monkeypatch):
     model = tiny_vit(depth=4, drop_path_rate=0.5, **args)
     variables, x, key = init(model), images(4), jax.random.key(0)

@@ -116,6 +116,8 @@ def test_a_detector_that_a_detector_teaches_resumes_bit_by_bit(coco, tmp_path):
         jax.tree.map(np.testing.assert_array_equal, body["layer2_0"][norm], parts["layer2_0"][norm])
 
 
+# In CI tests/distributed compares devices, with the other task.
+@pytest.mark.exhaustive
 def test_two_devices_train_as_one():
     flags = "--xla_force_host_platform_device_count=2"
     run = start("-m", "tests.tasks.mesh", program=(), XLA_FLAGS=flags, JAX_PLATFORMS="cpu")

@@ -26,6 +26,7 @@ def test_eight_devices_read_shares_of_the_rows(tmp_path):
     assert (found["shards"], found["shard"]) == (8, [2, 49, 16])
 
 
+@pytest.mark.exhaustive
 def test_the_first_of_two_processes_writes_for_both(tmp_path):
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
