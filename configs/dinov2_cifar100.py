@@ -53,13 +53,25 @@ WEIGHTS = {
     "rsd": {"method__rsd__weight": 0.1},
     "pca": PCA,
     "pca_pooled": PCA | {"method__cakd__pooled_weight": 1.0},
+    "cakd_adam": {
+        "method__cakd__attention_weight": 0.1,
+        "method__cakd__value_weight": 0.1,
+        "method__cakd__token_weight": 0.1,
+    },
 }
-# The PCA projector of cakd, alone and with the term on pooled features.
-PARTS = ("pca", "pca_pooled")
-WITHOUT_OTHERS = {
-    "method.name": "cakd",
-    "method.cakd.token_weight": 0.0,
-    "method.cakd.adversarial_weight": 0.0,
+WEIGHTS["cakd+logits"] = WEIGHTS["cakd"] | WEIGHTS["logits"]
+# The PCA projector of cakd, alone and with the term on pooled features; all of cakd with projectors
+# that learn as fast as a small weight and 780 steps demand.
+WITHOUT_ADVERSARY = {"method.name": "cakd", "method.cakd.adversarial_weight": 0.0}
+PARTS = {
+    "pca": WITHOUT_ADVERSARY | {"method.cakd.token_weight": 0.0},
+    "pca_pooled": WITHOUT_ADVERSARY | {"method.cakd.token_weight": 0.0},
+    "cakd_adam": WITHOUT_ADVERSARY
+    | {
+        "method_optimizer.name": "adam",
+        "method_optimizer.learning_rate": 0.003,
+        "method_optimizer.clip_norm": 2.0,
+    },
 }
 
 
@@ -111,6 +123,6 @@ def get_table(variant: str = "") -> Table:
     cells = {"none": Cell({"method.name": "none"} | start, (rates,))}
     for name, weights in WEIGHTS.items():
         stages = (scaled((1 / 3, 1.0, 3.0), **weights), rates)
-        fields = WITHOUT_OTHERS if name in PARTS else {"method.name": name}
+        fields = PARTS.get(name, {"method.name": name})
         cells[name] = Cell(fields | start, stages)
     return Table(cells, "none", seeds=(0, 1, 2))

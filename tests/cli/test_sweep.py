@@ -3,12 +3,16 @@
 import json
 import math
 
+import jax
+import numpy as np
 import pytest
+from safetensors.numpy import load_file
 
 from xkd_jax.cli import report, runs, sweep, tables
 from xkd_jax.config import default_config
 from xkd_jax.errors import UserError
 from xkd_jax.reporting import table_report
+from xkd_jax.reporting.files import STUDENT
 from xkd_jax.reporting.summary import SUMMARY
 from xkd_jax.table import Cell, Table, grid, label, scaled
 
@@ -55,6 +59,14 @@ def test_a_table_is_trained_once(tmp_path, capsys):
     assert all("validation[:32]" in json.loads(path.read_text())["test"] for path in tuning)
     summaries = [tmp_path / "none" / f"seed{seed}" / SUMMARY for seed in (0, 1)]
     assert [json.loads(path.read_text())["seed"] for path in summaries] == [0, 1]
+    # The chosen run has the first seed: it is tested, not trained again. Its lines of metrics have
+    # the speed, which a second training would not repeat.
+    chosen = tmp_path / "none" / "tuning" / f"{best},seed=0"
+    taken, trained = (path / "metrics.jsonl" for path in (summaries[0].parent, chosen))
+    assert taken.read_text() == trained.read_text()
+    taken, trained = (load_file(path / STUDENT) for path in (summaries[0].parent, chosen))
+    jax.tree.map(np.testing.assert_array_equal, taken, trained)
+    assert taken
     assert "\nSeed 1: one run." in (summaries[1].parent / "model_card.md").read_text()
     assert "Non-finite" in (tmp_path / "broken" / "seed0" / table_report.FAILED).read_text()
     before = [path.stat().st_mtime_ns for path in (*tuning, *summaries)]

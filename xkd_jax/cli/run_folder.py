@@ -4,6 +4,7 @@ import contextlib
 import itertools
 import json
 import os
+import shutil
 import signal
 import tempfile
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -216,6 +217,24 @@ def check(folder: Path, config: Config) -> Experiment | probe.Probe:
         lock.check(folder)
     _make(folder)
     return probe.create_probe(config) if config.probe.pool else create_experiment(config)
+
+
+def copy_training(source: Path, folder: Path) -> None:
+    """Gives the new run in `folder` what the finished one in `source` has trained.
+
+    The new run must differ in nothing that matters to training. Its checkpoints come last: without
+    them it would be trained again.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    for name in (files.METRICS, files.BEST):
+        if (source / name).exists():
+            shutil.copy2(source / name, folder / name)
+    here = checkpoint.place(folder, "")
+    part = here.with_name(f".{here.name}.part")
+    shutil.rmtree(part, ignore_errors=True)
+    shutil.copytree(checkpoint.place(source, ""), part)
+    shutil.rmtree(here, ignore_errors=True)
+    part.rename(here)
 
 
 @contextlib.contextmanager

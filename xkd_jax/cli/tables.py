@@ -222,7 +222,7 @@ class _Sweep:
         Raises:
           _Stopped: by a signal.
         """
-        fields, scores = dict(cell.fields), {}
+        fields, scores, chosen = dict(cell.fields), {}, ""
         varied = {"method.name", *(field for choice in sum(cell.stages, ()) for field in choice)}
 
         def describe(choice: Fields) -> str:
@@ -231,12 +231,14 @@ class _Sweep:
         for stage in cell.stages:
             tried = {describe(choice): {**fields, **choice} for choice in stage}
             found = {text: self._try(name, text, other) for text, other in tried.items()}
-            fields, scores = tried[max(found, key=lambda text: found[text])], scores | found
+            chosen = max(found, key=lambda text: found[text])
+            fields, scores = tried[chosen], scores | found
         if cell.stages and processes.is_first():
             names = sorted(varied - {"method.name"})
-            chosen = {"fields": fields, "tried": names, "evaluation_top1": scores}
+            choice = {"fields": fields, "tried": names, "evaluation_top1": scores}
             path = self.workdir / name / table_report.CHOSEN
-            write_file(path, (json.dumps(chosen, indent=2) + "\n").encode())
+            write_file(path, (json.dumps(choice, indent=2) + "\n").encode())
+            self._take_over(name, chosen)
         runs = []
         for seed in self.table.seeds:
             config = with_fields(self._config(name), {**fields, "seed": seed})
@@ -247,13 +249,26 @@ class _Sweep:
             for run in runs:
                 self._train(*run)
 
+    def _take_over(self, name: str, chosen: str) -> None:
+        """Copies the chosen runs whose seeds are measured: only their test is left to do."""
+        if self.table.together or self.config.checkpoint_dir or processes.several():
+            return  # their checkpoints are elsewhere
+        for seed in set(self.table.tuning_seeds) & set(self.table.seeds):
+            tuned = self._tuning_folder(name, chosen, seed)
+            folder = self.workdir / self.table.folder(name, seed)
+            if (tuned / SUMMARY).exists() and not (folder / CONFIG).exists():
+                run_folder.copy_training(tuned, folder)
+
+    def _tuning_folder(self, name: str, text: str, seed: int) -> Path:
+        return self.workdir / name / "tuning" / f"{text},seed={seed}"
+
     def _try(self, name: str, text: str, fields: Fields) -> float:
         """The mean top-1 of an alternative on the evaluation split; `text` is its label."""
         scores = []
         for seed in self.table.tuning_seeds:
             config = with_fields(self._config(f"{name}/tuning"), {**fields, "seed": seed})
             config.data.test = config.data.eval  # the test split is not for choices
-            folder = self.workdir / name / "tuning" / f"{text},seed={seed}"
+            folder = self._tuning_folder(name, text, seed)
             self._train(config, folder)
             # A run that diverged has no score.
             scores.append(max(0.0, table_report.read_score(folder)))
