@@ -163,7 +163,8 @@ def test_only_the_same_pair_has_a_published_number():
 
 
 @pytest.mark.parametrize(
-    ("name", "variant"), [*itertools.product(NAMES, VARIANTS), ("ablation", "tuned")]
+    ("name", "variant"),
+    [*itertools.product(NAMES, VARIANTS), ("ablation", "tuned"), ("ablation", "audit")],
 )
 def test_every_cell_is_valid(name, variant):
     config, cells = get(name, variant)
@@ -189,6 +190,16 @@ def test_the_tuned_parts_have_no_other_terms_and_the_same_budget():
         assert not any((chosen.token_weight, chosen.adversarial_weight, chosen.multi_view))
         assert (chosen.pooled_weight > 0) == ("pooled" in name)
         assert (chosen.attention_weight > 0) == (chosen.value_weight > 0) == ("pca" in name)
+
+
+def test_the_audit_changes_one_setting_and_opens_no_test_split():
+    config, table = get("ablation", "audit")
+    assert config.data.test == config.data.eval
+    usual = table.cells["cakd"].fields
+    for name in table.cells.keys() - {"labels", "cakd", "adam"}:
+        fields = table.cells[name].fields
+        assert sum(fields[key] != usual.get(key) for key in fields) == 1
+        assert not usual.keys() - fields.keys()
 
 
 def test_the_tables_of_a_foundation_teacher_are_valid():
