@@ -33,15 +33,15 @@ UNLABELLED = ("logits", "pooled", "cakd")
 # The loss weights that are tuned together, by method: these, a third of them and three times them.
 # This teacher's features are large: cakd's terms with weights of 1 would be several times the
 # cross-entropy.
-CAKD = 0.1 / 3
+ALL_TERMS = {
+    "method__cakd__attention_weight": 0.1,
+    "method__cakd__value_weight": 0.1,
+    "method__cakd__token_weight": 0.1,
+}
 PCA = {"method__cakd__attention_weight": 0.1, "method__cakd__value_weight": 0.1}
 WEIGHTS = {
     "logits": {"method__logits__weight": 3.0},
-    "cakd": {
-        "method__cakd__attention_weight": CAKD,
-        "method__cakd__value_weight": CAKD,
-        "method__cakd__token_weight": CAKD,
-    },
+    "cakd": ALL_TERMS,
     "rkd": {"method__rkd__distance_weight": 25.0, "method__rkd__angle_weight": 50.0},
     "fitnet": {"method__fitnet__weight": 1.0},
     "crd": {"method__crd__weight": 0.8},
@@ -53,13 +53,9 @@ WEIGHTS = {
     "rsd": {"method__rsd__weight": 0.1},
     "pca": PCA,
     "pca_pooled": PCA | {"method__cakd__pooled_weight": 1.0},
-    "cakd_adam": {
-        "method__cakd__attention_weight": 0.1,
-        "method__cakd__value_weight": 0.1,
-        "method__cakd__token_weight": 0.1,
-    },
+    "cakd_adam": ALL_TERMS,
+    "cakd+logits": ALL_TERMS | {"method__logits__weight": 3.0},
 }
-WEIGHTS["cakd+logits"] = WEIGHTS["cakd"] | WEIGHTS["logits"]
 # The PCA projector of cakd, alone and with the term on pooled features; all of cakd with projectors
 # that learn as fast as a small weight and 780 steps demand.
 WITHOUT_ADVERSARY = {"method.name": "cakd", "method.cakd.adversarial_weight": 0.0}
@@ -92,7 +88,8 @@ def get_config(variant: str = "") -> Config:
     config.schedule.name = "cosine"
     # The weights of these two that the table chose on the validation split for 25 labels a class.
     config.method.logits.update(label_weight=1.0, weight=3.0)
-    config.method.cakd.update(attention_weight=CAKD, value_weight=CAKD, token_weight=CAKD)
+    weight = 0.1 / 3
+    config.method.cakd.update(attention_weight=weight, value_weight=weight, token_weight=weight)
     config.method.cakd.multi_view = False  # so that all methods share the cached views
     config.method.crd.negatives = 1024
     config.method.review.warmup_epochs = 5

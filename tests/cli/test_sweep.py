@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
-from xkd_jax.cli import report, runs, sweep, tables
+from xkd_jax.cli import report, run_folder, runs, sweep, tables
 from xkd_jax.config import default_config
 from xkd_jax.errors import UserError
 from xkd_jax.reporting import table_report
@@ -79,6 +79,11 @@ def test_a_table_is_trained_once(tmp_path, capsys):
     printed = capsys.readouterr().out
     assert "| broken | 0 of 2 |" in printed
     assert "| none   | 2 of 2 |" in printed
+
+
+def test_a_chosen_run_that_cannot_be_copied_is_one_sentence(tmp_path):
+    with pytest.raises(UserError, match=r"can't be copied to .*new \(.*run the same command again"):
+        run_folder.copy_training(tmp_path / "absent", tmp_path / "new")
 
 
 def test_paired_gain(tmp_path):

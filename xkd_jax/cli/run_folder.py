@@ -224,17 +224,26 @@ def copy_training(source: Path, folder: Path) -> None:
 
     The new run must differ in nothing that matters to training. Its checkpoints come last: without
     them it would be trained again.
+
+    Raises:
+      UserError: a file can't be read or written, such as on a full disk.
     """
-    folder.mkdir(parents=True, exist_ok=True)
-    for name in (files.METRICS, files.BEST):
-        if (source / name).exists():
-            shutil.copy2(source / name, folder / name)
     here = checkpoint.place(folder, "")
     part = here.with_name(f".{here.name}.part")
-    shutil.rmtree(part, ignore_errors=True)
-    shutil.copytree(checkpoint.place(source, ""), part)
-    shutil.rmtree(here, ignore_errors=True)
-    part.rename(here)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        for name in (files.METRICS, files.BEST):
+            if (source / name).exists():
+                shutil.copy2(source / name, folder / name)
+        shutil.rmtree(part, ignore_errors=True)
+        shutil.copytree(checkpoint.place(source, ""), part)
+        shutil.rmtree(here, ignore_errors=True)
+        part.rename(here)
+    except OSError as error:
+        raise UserError(
+            f"the chosen run in {source} can't be copied to {folder} ({error}); fix the cause, "
+            "then run the same command again."
+        ) from error
 
 
 @contextlib.contextmanager

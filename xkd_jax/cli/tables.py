@@ -256,7 +256,8 @@ class _Sweep:
         for seed in set(self.table.tuning_seeds) & set(self.table.seeds):
             tuned = self._tuning_folder(name, chosen, seed)
             folder = self.workdir / self.table.folder(name, seed)
-            if (tuned / SUMMARY).exists() and not (folder / CONFIG).exists():
+            is_kept = (tuned / SUMMARY).exists() and checkpoint.place(tuned, "").exists()
+            if is_kept and not (folder / CONFIG).exists():
                 run_folder.copy_training(tuned, folder)
 
     def _tuning_folder(self, name: str, text: str, seed: int) -> Path:
