@@ -12,6 +12,12 @@ VIT_28 = {
     "img_size": 28, "patch_size": 4, "embed_dim": 64, "depth": 4, "num_heads": 2,
     "class_token": False, "global_pool": "avg", "fc_norm": False,
 }  # fmt: skip
+# For cakd's projectors: with small loss weights SGD's steps are too small for them.
+ADAM_FOR_PROJECTORS = {
+    "method_optimizer.name": "adam",
+    "method_optimizer.learning_rate": 0.003,
+    "method_optimizer.clip_norm": 2.0,
+}
 
 # The paper's networks at the sizes that its FLOPs stand for: our name, pixels. A teacher's size is
 # that of its weights file.

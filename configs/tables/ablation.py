@@ -29,7 +29,7 @@ from typing import Any
 
 from xkd_jax.config import Config
 from xkd_jax.configs import imagenet
-from xkd_jax.configs.common import check_variant
+from xkd_jax.configs.common import ADAM_FOR_PROJECTORS, check_variant
 from xkd_jax.configs.tables import common
 from xkd_jax.table import Cell, Table, scaled
 
@@ -61,11 +61,7 @@ AUDIT: dict[str, dict[str, Any]] = {
     "tokens_weak": {"method.cakd.token_weight": 0.5},
     "labels_weak": {"method.cakd.label_weight": 0.5},
     "labels_strong": {"method.cakd.label_weight": 2.0},
-    "adam": {
-        "method_optimizer.name": "adam",
-        "method_optimizer.learning_rate": 0.003,
-        "method_optimizer.clip_norm": 2.0,
-    },
+    "adam": ADAM_FOR_PROJECTORS,
 }
 PAIRS = {"gpu": "vit-resnet18", "paper": "vit_l16-resnet50"}
 
@@ -84,10 +80,10 @@ def get_table(variant: str = "") -> Table:
     if variant == "tuned":
         return _tuned_table()
     if variant == "audit":
-        labels, cakd = get_table().cells["labels"], get_table().cells["pca_gl"]
-        base = {**cakd.fields, "method.cakd.adversarial_weight": 0.1}
+        cells = get_table().cells
+        base = {**cells["all"].fields, "method.cakd.multi_view": False}
         changed = {name: Cell(base | fields) for name, fields in AUDIT.items()}
-        return Table({"labels": labels} | changed, "labels")
+        return Table({"labels": cells["labels"]} | changed, "labels")
     pair = {PAIRS.get(variant, "vit-resnet"): common.unpublished(("none", "cakd"))}
     networks = common.paper_networks(imagenet.teacher_weights)
     table = common.create_table(variant, networks, pair, pair, pair)

@@ -252,7 +252,7 @@ class _Sweep:
     def _take_over(self, name: str, chosen: str) -> None:
         """Copies the chosen runs whose seeds are measured: only their test is left to do."""
         if self.table.together or self.config.checkpoint_dir or processes.several():
-            return  # their checkpoints are elsewhere
+            return  # checkpoints are elsewhere, or other processes could miss the copies
         for seed in set(self.table.tuning_seeds) & set(self.table.seeds):
             tuned = self._tuning_folder(name, chosen, seed)
             folder = self.workdir / self.table.folder(name, seed)
