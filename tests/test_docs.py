@@ -84,7 +84,7 @@ def check_training(commands: list[tuple[str, str]]) -> None:
 def test_the_commands_of_no_labels_are_valid_configs():
     page = (ROOT / "docs" / "no_labels.md").read_text().replace("\\\n", " ")
     commands = re.findall(r"python -m xkd_jax\.main --config configs/(\w+)\.py (.*)", page)
-    assert [recipe for recipe, _ in commands] == ["folder", "folder", "probe_teacher"]
+    assert [recipe for recipe, _ in commands] == ["probe_teacher", "folder", "folder", "folder"]
     check_training(commands)
 
 

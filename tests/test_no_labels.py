@@ -1,5 +1,6 @@
 """Training without labels, and what comes after."""
 
+import copy
 import json
 
 import jax
@@ -16,6 +17,7 @@ from xkd_jax.errors import UserError
 from xkd_jax.experiment import create_experiment
 from xkd_jax.model import load
 from xkd_jax.reporting.files import read_metrics
+from xkd_jax.teacher.classes import without_classifier
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 
@@ -30,6 +32,14 @@ def unlabelled(method="fitnet", **data):
 def monitored(method="fitnet"):
     config = unlabelled(method)
     config.monitor.update(name="fashion_mnist_mini", train="train[:100]", test="validation[:50]")
+    return config
+
+
+def taught(config, weights="packaged:quickstart_teacher"):
+    # An untrained teacher has the data's classes, which are none: a file has its own.
+    config.teacher.update(model="", weights=weights)
+    with config.unlocked():
+        config.teacher.args = {}
     return config
 
 
@@ -50,19 +60,60 @@ def test_a_step_without_labels(capsys):
         ("none", "learns from labels only"),
         ("crd", "contrasts images by their class"),
         ("ab", "learns from the teacher in its first phase only"),
-        ("logits", "reads the teacher's logits, but fashion_mnist_mini has no labels"),
-        ("cakd+logits", "reads the teacher's logits"),
+        ("dkd", "contrasts images by their class"),
+        ("logits", "reads the teacher's logits, but .* has no classifier; fit a classifier to it"),
+        ("cakd+logits", "reads the teacher's logits, but .* has no classifier"),
     ],
 )
 def test_methods_that_need_labels_are_refused(method, reason, tmp_path):
-    config = unlabelled(method)
-    # An untrained teacher has the data's classes, which are none: a file has its own.
-    config.teacher.update(model="", weights="packaged:quickstart_teacher")
-    with config.unlocked():
-        config.teacher.args = {}
+    teacher = load("packaged:quickstart_teacher")
+    without_classifier(teacher).save(tmp_path / "headless.safetensors")
+    config = taught(unlabelled(method), str(tmp_path / "headless.safetensors"))
     with pytest.raises(UserError, match=rf"method {method.replace('+', '.')} {reason}") as error:
         runs.run(config, tmp_path / "run")
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.slow
+def test_a_teachers_classes_without_labels(tmp_path, capsys):
+    config = taught(monitored("dist"))
+    config.epochs = 2
+    assert runs.run(config, tmp_path / "run") == 0
+    assert (
+        "fashion_mnist_mini has no labels: the student learns the 10 classes of "
+        "packaged:quickstart_teacher." in capsys.readouterr().err
+    )
+    teacher, student = load(config.teacher.weights), load(tmp_path / "run" / "student.safetensors")
+    assert student.num_classes == 10
+    assert student.class_names == teacher.class_names
+    assert np.any(student.variables["params"]["fc"]["kernel"])
+    first, *_, last = (line for line in read_metrics(tmp_path / "run") if "loss" in line)
+    assert last["dist_inter"] < first["dist_inter"]
+    assert not {"label_loss", "accuracy", "teacher_accuracy"} & first.keys()
+    # Only the monitor has labels.
+    summary = json.loads((tmp_path / "run" / "summary.json").read_text())
+    assert "probe_top1" in summary["student"]
+    assert "top1" not in summary["student"].keys() | summary["teacher"].keys()
+
+
+@pytest.mark.slow
+def test_without_labels_is_as_with_their_term_left_out():
+    config = taught(unlabelled("dist"))
+    ignored = copy.deepcopy(config)
+    ignored.data.labels = True
+    ignored.data.update(eval="validation[:50]", test="validation[:50]")
+    ignored.method.dist.label_weight = 0.0
+    of_both = [run(create_experiment(c), 3) for c in (config, ignored)]
+    without, beside = (jax.device_get(of.states[-1].params) for of in of_both)
+    assert all(jax.tree.leaves(jax.tree.map(np.array_equal, without, beside)))
+    assert "accuracy" in of_both[1].metrics[0]
+
+
+def test_the_student_gets_classes_only_to_imitate_logits():
+    for method, classes in (("dist", 10), ("rkd+logits", 10), ("rkd", 0), ("cakd", 0)):
+        distiller = create_experiment(taught(unlabelled(method))).distiller
+        assert distiller.teacher is not None
+        assert distiller.student.num_classes == distiller.teacher.num_classes == classes
 
 
 def test_methods_that_read_features_are_not(capsys):

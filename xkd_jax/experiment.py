@@ -95,12 +95,18 @@ def create_experiment(config: Config, mesh: Mesh | None = None) -> Experiment:
         )
     if not train.num_classes:
         method = classes.without_labels(method, config.method.name, config.data.name, _say_once)
-    student = create_student(config, train)
+    student = create_student(config, train, train)
     teacher = create_teacher(config, train, teacher_file) if teacher_file else None
     names = classes.Names(config.method.name, config.teacher.weights, config.data.name)
     if teacher and isinstance(train, DetectionSplit):
         teacher = build.fit_teacher(teacher, student, method, train, names)
     elif teacher and config.teacher.weights != RANDOM:
+        if not train.num_classes and classes.taught_by(teacher, student, method):
+            _say_once(
+                f"{config.data.name} has no labels: the student learns the "
+                f"{teacher.num_classes} classes of {config.teacher.weights}."
+            )
+            student = create_student(config, train, teacher)
         teacher = classes.fit_teacher(teacher, student, method, train, names, _say_once)
     evaluation = train  # which is not evaluated on without labels
     if train.num_classes:
@@ -200,7 +206,7 @@ def assemble(
         mesh=mesh,
         teacher_rule=config.mesh.teacher,
         student_rule=config.mesh.student,
-        task=build.create_task(config),
+        task=build.create_task(config, labelled=train.num_classes > 0),
     )
     total_steps = first_steps + steps_per_epoch * config.epochs
     return Experiment(distiller, train, config, evaluation, rate, total_steps)
@@ -255,8 +261,8 @@ def load_monitor(config: Config) -> tuple[data.Split, data.Split] | None:
 _cached_open = functools.lru_cache(maxsize=6)(open_split)
 
 
-def create_student(config: Config, train: AnySplit) -> Model:
-    """The student for the classes, images and statistics of `train`.
+def create_student(config: Config, train: AnySplit, labels: classes.Classifier) -> Model:
+    """The student for the images and statistics of `train` and the classes of `labels`.
 
     Raises:
       UserError: there is no such network, or its weights don't fit.
@@ -264,12 +270,12 @@ def create_student(config: Config, train: AnySplit) -> Model:
     args = config.student.args.to_dict()
     model = create_model(
         config.student.model,
-        num_classes=train.num_classes,
+        num_classes=labels.num_classes,
         # Smaller images, such as CIFAR's, are enlarged on the device.
         image_size=args.get("img_size") or _data_size(config, train),
         mean=train.mean,
         std=train.std,
-        class_names=train.class_names,
+        class_names=labels.class_names,
         dtype=compute_dtype(config.dtype),
         **args,
     )
@@ -293,7 +299,7 @@ def create_student(config: Config, train: AnySplit) -> Model:
     converted = convert(
         checkpoint,
         config.student.model,
-        num_classes=train.num_classes,
+        num_classes=labels.num_classes,
         image_size=model.image_size,
         args=args,
     )

@@ -165,7 +165,8 @@ def experiment_of_shapes(config: Config, mesh: Mesh) -> Experiment:
         if teacher.num_classes != splits[0].num_classes:  # as `classes.fit_teacher` does
             module = teacher.module.clone(num_classes=0)
             teacher = dataclasses.replace(teacher, module=module)
-    return assemble(config, method, mesh, splits, create_student(config, splits[0]), teacher)
+    student = create_student(config, splits[0], splits[0])
+    return assemble(config, method, mesh, splits, student, teacher)
 
 
 def _split_of_shapes(config: Config, split: str) -> data.Split:

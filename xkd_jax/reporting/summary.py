@@ -157,11 +157,13 @@ def save_student(
       scores: scores to record in the file's metadata.
     """
     config, student = experiment.config, experiment.distiller.student
+    # Without labels, the student's classes are the teacher's, if it has any.
+    labels = experiment.train if experiment.train.num_classes else student
     metadata = {
         "model": config.student.model,
         "args": config.student.args.to_dict(),
-        "num_classes": experiment.train.num_classes,
-        "class_names": list(experiment.train.class_names),
+        "num_classes": labels.num_classes,
+        "class_names": list(labels.class_names),
         "image_size": student.image_size,
         "mean": list(student.mean),
         "std": list(student.std),
@@ -215,12 +217,13 @@ def describe(
 ) -> dict[str, Any]:
     """The task's scores on `test` and, with `data.noisy`, noisy accuracy; parameters and FLOPs.
 
-    A model without a classifier has no scores.
+    There are no scores without labels or without a classifier.
     """
     scores, task = {}, experiment.distiller.task
-    if model.num_classes:
+    classifies = model.num_classes and experiment.train.num_classes
+    if classifies:
         scores = task.evaluate(model, variables, test, experiment.mesh)
-    if model.num_classes and experiment.config.data.noisy:
+    if classifies and experiment.config.data.noisy:
         noisy = task.evaluate(model, variables, test, experiment.mesh, noisy=True)
         scores["noisy_top1"] = noisy["top1"]
     return scores | cost(model, variables)

@@ -26,14 +26,14 @@ from xkd_jax.teacher.classes import Names, match_classes, without_classifier
 _BODY = "backbone.body."  # the beginning of a detector's tensors' names, torchvision's
 
 
-def create_task(config: Config) -> Task:
-    """The task that the config names by its student.
+def create_task(config: Config, labelled: bool) -> Task:
+    """The task that the config names by its student; for classification, with or without labels.
 
     Raises:
       UserError: stages that `freeze` counts don't exist.
     """
     if config.student.model not in models.DETECTORS:
-        return Classification()
+        return Classification(labelled)
     name, _ = _backbone(config)
     if config.freeze and (models.MODELS[name].network is not ResNet or config.freeze > 4):
         raise UserError(

@@ -1,5 +1,6 @@
 """Classification: one class per image, cross-entropy, random views and top-1 accuracy."""
 
+import dataclasses
 from typing import TYPE_CHECKING, Any
 
 import jax
@@ -20,8 +21,11 @@ if TYPE_CHECKING:
     from xkd_jax.distiller import Distiller
 
 
+@dataclasses.dataclass(frozen=True)
 class Classification(Task):
-    """Without labels, only the method trains the student."""
+    """Without labels, only the method trains the student, and its batch has no `label`."""
+
+    labelled: bool = True
 
     @override
     def check(self, method, teacher, student):
@@ -35,7 +39,10 @@ class Classification(Task):
         teacher, student, targets = create_views(
             distiller, key, batch["image"], batch["label"], keys
         )
-        return teacher, student, batch | {"target": targets}
+        batch = batch | {"target": targets}
+        if not self.labelled:
+            del batch["label"]  # 0 for all images
+        return teacher, student, batch
 
     @override
     def forward(self, distiller, variables, view, batch, key):
@@ -48,7 +55,7 @@ class Classification(Task):
 
     @override
     def label_terms(self, method, student_out, batch):
-        if "logits" not in student_out:
+        if "logits" not in student_out or "label" not in batch:
             return {}
         label = label_term(method, student_out, batch["target"])
         return {"label_loss": label, "accuracy": accuracy(student_out["logits"], batch["label"])}

@@ -59,18 +59,40 @@ def fit_teacher(
         for the data's classes.
     """
     check_pair(method, teacher.output_shapes, student.output_shapes)
+    if student.num_classes and not train.num_classes:
+        return teacher  # its classes are the student's: see `taught_by`
     reason, order = match_classes(teacher, train, names, say)
     if not reason:
         return dataclasses.replace(teacher, class_order=order)
     headless = without_classifier(teacher)
     if needs_logits(method, headless.output_shapes, student.output_shapes):
         cure = (
-            f"{CURE} on this data set first" if train.num_classes else "take a method such as cakd"
+            f"{CURE} on this data set first"
+            if train.num_classes
+            else f"{CURE} on labelled images, or take a method such as cakd"
         )
         raise UserError(f"method {names.method} reads the teacher's logits, but {reason}; {cure}.")
     if teacher.num_classes and train.num_classes:
         say(f"{reason}: its classifier is not used.")
     return headless
+
+
+def taught_by(teacher: Model, student: Model, method: Method) -> bool:
+    """Whether a student of data without labels gets the teacher's classes.
+
+    It does if the method reads the teacher's logits, and the teacher has a classifier.
+
+    Args:
+      teacher: as its file describes it.
+      student: without a classifier.
+      method: the method.
+
+    Raises:
+      UserError: the method doesn't support this pair.
+    """
+    outs = teacher.output_shapes, student.output_shapes
+    check_pair(method, *outs)
+    return teacher.num_classes > 0 and needs_logits(method, *outs)
 
 
 def without_labels(method: Method, name: str, data_name: str, say: Callable[[str], None]) -> Method:
@@ -141,10 +163,10 @@ def match_classes(
       Why they are not, or "", and `Model.class_order` for the data's order of classes.
     """
     file, count = names.teacher, teacher.num_classes
-    if not train.num_classes:
-        return f"{names.data} has no labels, so that the student has none", ()
     if not count:
         return f"{file} has no classifier", ()
+    if not train.num_classes:
+        return f"{names.data} has no labels, so that the student has none", ()
     if count != train.num_classes:
         return f"{file} has {count} classes but {names.data} has {train.num_classes}", ()
     theirs = [_normal(name) for name in teacher.class_names]
