@@ -14,8 +14,8 @@ Command, one run, and the table of all methods:
 are made on the last 5,000 training images. `:smoke` takes under two minutes on two CPU cores.
 
 `:unlabelled` trains the student on 10,000 images without their labels, and `:labels10` on a tenth
-of the labels, as a table: from random weights, and from the students that `:unlabelled` has left in
-runs/unlabelled/METHOD.
+of the labels, as a table: from random weights, also for as many steps as both take, and from the
+students that `:unlabelled` has left in runs/unlabelled/METHOD.
 """
 
 from xkd_jax.config import Config, default_config
@@ -29,7 +29,7 @@ VARIANTS = {
     "labels10": ("train[:4500]", 8),
 }
 # Whose students `:labels10` compares: "pooled" is cakd's term on pooled features alone.
-UNLABELLED = ("logits", "pooled", "cakd")
+UNLABELLED = ("logits", "dist", "ofd", "cakd_adam+dist", "pooled", "cakd")
 # The loss weights that are tuned together, by method: these, a third of them and three times them.
 # This teacher's features are large: cakd's terms with weights of 1 would be several times the
 # cross-entropy.
@@ -39,6 +39,7 @@ ALL_TERMS = {
     "method__cakd__token_weight": 0.1,
 }
 PCA = {"method__cakd__attention_weight": 0.1, "method__cakd__value_weight": 0.1}
+DIST = {"method__dist__inter_weight": 2 / 3, "method__dist__intra_weight": 2 / 3}
 WEIGHTS = {
     "logits": {"method__logits__weight": 3.0},
     "cakd": ALL_TERMS,
@@ -48,22 +49,25 @@ WEIGHTS = {
     "review": {"method__review__weight": 1.0},
     "ofd": {"method__ofd__weight": 1e-3},
     "dkd": {"method__dkd__target_weight": 1.0, "method__dkd__non_target_weight": 8.0},
-    "dist": {"method__dist__inter_weight": 2.0, "method__dist__intra_weight": 2.0},
+    "dist": DIST,
     "ofa": {"method__ofa__weight": 1.0},
-    "rsd": {"method__rsd__weight": 0.1},
+    "rsd": {"method__rsd__weight": 0.01},
     "pca": PCA,
     "pca_pooled": PCA | {"method__cakd__pooled_weight": 1.0},
     "cakd_adam": ALL_TERMS,
     "cakd+logits": ALL_TERMS | {"method__logits__weight": 3.0},
+    "cakd_adam+dist": {name: 3 * weight for name, weight in ALL_TERMS.items()} | DIST,
 }
 # The PCA projector of cakd, alone and with the term on pooled features; all of cakd but its
 # adversary, with projectors whose steps don't depend on the terms' weights.
 WITHOUT_ADVERSARY = {"method.name": "cakd", "method.cakd.adversarial_weight": 0.0}
 WITHOUT_OTHERS = WITHOUT_ADVERSARY | {"method.cakd.token_weight": 0.0}
+ADAM = WITHOUT_ADVERSARY | common.ADAM_FOR_PROJECTORS
 PARTS = {
     "pca": WITHOUT_OTHERS,
     "pca_pooled": WITHOUT_OTHERS,
-    "cakd_adam": WITHOUT_ADVERSARY | common.ADAM_FOR_PROJECTORS,
+    "cakd_adam": ADAM,
+    "cakd_adam+dist": ADAM | {"method.name": "cakd+dist"},
 }
 
 
@@ -87,6 +91,8 @@ def get_config(variant: str = "") -> Config:
     config.method.logits.update(label_weight=1.0, weight=3.0)
     weight = 0.1 / 3
     config.method.cakd.update(attention_weight=weight, value_weight=weight, token_weight=weight)
+    # And with a frozen one.
+    config.method.dist.update(inter_weight=2 / 3, intra_weight=2 / 3)
     config.method.cakd.multi_view = False  # so that all methods share the cached views
     config.method.crd.negatives = 1024
     config.method.review.warmup_epochs = 5
@@ -109,11 +115,14 @@ def get_table(variant: str = "") -> Table:
     rates = grid(optimizer__learning_rate=(0.2, 0.4, 0.8))
     start = {"optimizer.learning_rate": 0.4}
     if variant == "labels10":
-        cells = {"none": Cell({"method.name": "none"}, (rates,))}
+        cells = {
+            "none": Cell({"method.name": "none"}, (rates,)),
+            "longer": Cell({"method.name": "none", "epochs": 19}, (rates,)),
+        }
         for name in UNLABELLED:
             weights = {"student.weights": f"runs/unlabelled/{name}/student.safetensors"}
             cells[name] = Cell({"method.name": "none"} | weights, (rates,))
-        return Table(cells, "none", seeds=(0, 1))
+        return Table(cells, "longer", seeds=(0, 1, 2))
     cells = {"none": Cell({"method.name": "none"} | start, (rates,))}
     for name, weights in WEIGHTS.items():
         stages = (scaled((1 / 3, 1.0, 3.0), **weights), rates)
