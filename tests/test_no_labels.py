@@ -18,6 +18,7 @@ from xkd_jax.experiment import create_experiment
 from xkd_jax.model import load
 from xkd_jax.reporting.files import read_metrics
 from xkd_jax.teacher.classes import without_classifier
+from xkd_jax.weights import load_weights
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 
@@ -91,6 +92,11 @@ def test_a_teachers_classes_without_labels(tmp_path, capsys):
     assert last["dist_inter"] < first["dist_inter"]
     assert not {"label_loss", "accuracy", "teacher_accuracy"} & first.keys()
     # Only the monitor has labels.
+    evaluated = [line for line in read_metrics(tmp_path / "run") if "eval_probe_top1" in line]
+    assert evaluated
+    assert not any("eval_top1" in line for line in evaluated)
+    best = load_weights(tmp_path / "run" / "best.safetensors")[1]
+    assert best["eval_probe_top1"] == max(line["eval_probe_top1"] for line in evaluated)
     summary = json.loads((tmp_path / "run" / "summary.json").read_text())
     assert "probe_top1" in summary["student"]
     assert "top1" not in summary["student"].keys() | summary["teacher"].keys()

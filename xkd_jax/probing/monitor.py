@@ -24,7 +24,7 @@ def create_evaluator(experiment: Experiment) -> Evaluator:
 
     def evaluator(variables: Any) -> dict[str, float]:
         scores = {}
-        if student.num_classes:
+        if experiment.train.num_classes:
             scores = task.evaluate(student, variables, experiment.evaluation, experiment.mesh)
         return scores | monitor(variables)
 
