@@ -262,7 +262,9 @@ _cached_open = functools.lru_cache(maxsize=6)(open_split)
 
 
 def create_student(config: Config, train: AnySplit, labels: classes.Classifier) -> Model:
-    """The student for the images and statistics of `train` and the classes of `labels`.
+    """The student for the images of `train` and the classes of `labels`.
+
+    `labels` is `train`, or the teacher if `train` has none.
 
     Raises:
       UserError: there is no such network, or its weights don't fit.

@@ -87,7 +87,7 @@ def create_views(
 
     Returns:
       The teacher's and the student's input, each normalised as its network expects, and the targets
-      [N, K]; without labels K is 1, and the targets mean nothing.
+      [N, K]. Without labels the targets mean nothing; without a classifier K is 1.
     """
     targets = jax.nn.one_hot(labels, max(distiller.student.num_classes, 1))
     multiple = distiller.method.multi_view
