@@ -66,12 +66,12 @@ def fit_teacher(
         return dataclasses.replace(teacher, class_order=order)
     headless = without_classifier(teacher)
     if needs_logits(method, headless.output_shapes, student.output_shapes):
-        cure = (
-            f"{CURE} on this data set first"
-            if train.num_classes
-            else f"{CURE} on labelled images, or take a method such as cakd"
+        where = "this data set first"
+        if not train.num_classes:
+            where = "labelled images, or take a method that reads features, such as ofd"
+        raise UserError(
+            f"method {names.method} reads the teacher's logits, but {reason}; {CURE} on {where}."
         )
-        raise UserError(f"method {names.method} reads the teacher's logits, but {reason}; {cure}.")
     if teacher.num_classes and train.num_classes:
         say(f"{reason}: its classifier is not used.")
     return headless
@@ -117,7 +117,7 @@ def without_labels(method: Method, name: str, data_name: str, say: Callable[[str
     if reason:
         raise UserError(
             f"{data_name} has no labels, but method {name} {reason}; take a method that reads "
-            "features, such as cakd."
+            "features, such as ofd."
         )
     if method.label_weight:
         say(f"{data_name} has no labels: the label term is left out (label_weight=0).")
