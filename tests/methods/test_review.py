@@ -36,7 +36,7 @@ def repeat(x, grid):
     return x
 
 
-def fuse(params, level, deeper):
+def fuse(params, level, deeper, grid):
     fused = conv_norm(params["reduce"], level)
     if deeper is not None:
         deeper = repeat(deeper, fused.shape[1:3])
@@ -44,6 +44,7 @@ def fuse(params, level, deeper):
         scores = np.concatenate([fused, deeper], -1) @ kernel + params["attention"]["bias"]
         attention = 1 / (1 + np.exp(-scores))
         fused = fused * attention[..., [0]] + deeper * attention[..., [1]]
+    fused = on_grid(fused, grid)
     return conv_norm(params["expand"], fused), fused
 
 
@@ -68,9 +69,7 @@ def maps(name):
     """The teacher's and the student's map at each level of a pair, the pooled features last."""
     teacher, student = pair(name)
     for of_teacher, of_student in zip(*LEVELS[name], strict=True):
-        features = level_map(student, of_student)
-        target = level_map(teacher, of_teacher, before_activation=True)
-        yield on_grid(target, features.shape[1:3]), features
+        yield level_map(teacher, of_teacher, before_activation=True), level_map(student, of_student)
     yield pooled(teacher), pooled(student)
 
 
@@ -85,7 +84,8 @@ def test_loss_compares_every_level_fused_with_the_deeper_ones(learnt):
     levels = list(maps(name))
     for number, (teacher, student) in reversed(list(enumerate(levels, start=1))):
         fusion = params["params"][f"fusion{number}"]
-        imitation, fused = fuse(fusion, student, fused)
+        imitation, fused = fuse(fusion, student, fused, teacher.shape[1:3])
+        assert imitation.shape == teacher.shape
         assert ("attention" in fusion) == (number < len(levels))
         total += context(teacher, imitation)
     np.testing.assert_allclose(loss, total, rtol=1e-5)

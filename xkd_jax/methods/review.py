@@ -24,15 +24,15 @@ class Fusion(nn.Module):
     """ABF: attention-based fusion of a level with the deeper ones (section 3.3)."""
 
     width: int  # of the fused maps
-    features: int  # the teacher's channels
+    teacher: tuple[int, ...]  # the shape of the teacher's map, [h, w, C]
 
     @nn.compact
     def __call__(self, level: jax.Array, deeper: jax.Array | None) -> tuple[jax.Array, jax.Array]:
-        """Two maps on the level's grid: the imitation of the teacher's, the next fusion's input.
+        """Two maps on the teacher's grid: the imitation of its map, the next fusion's input.
 
         Args:
-          level: the student's map, [N, h, w, C].
-          deeper: the deeper levels' fusion, [N, h', w', width]; None at the deepest level.
+          level: the student's map, [N, h', w', C'].
+          deeper: the deeper levels' fusion, [N, *, *, width]; None at the deepest level.
         """
         fused = ConvNorm(self.width, name="reduce")(level)
         if deeper is not None:
@@ -41,22 +41,25 @@ class Fusion(nn.Module):
             scores = Conv(2, 1, use_bias=True, kernel_init=torch_default, name="attention")(both)
             attention = nn.sigmoid(scores)
             fused = fused * attention[..., :1] + repeated * attention[..., 1:]
-        return ConvNorm(self.features, 3, name="expand")(fused), fused
+        # Before the 3x3 kernels, as in the released code: a ViT's grid is much smaller than the
+        # maps of a CNN's first stages.
+        fused = resize_map(fused, self.teacher[:2])
+        return ConvNorm(self.teacher[2], 3, name="expand")(fused), fused
 
 
 class Review(nn.Module):
     """The residual learning framework (section 3.2): fusions from the deepest level up."""
 
-    widths: tuple[int, ...]  # the teacher's channels by level, shallow to deep
+    teacher: tuple[tuple[int, ...], ...]  # the shapes of the teacher's maps, shallow to deep
     fused_width: int = 0  # see `ReviewKD`
 
     @nn.compact
     def __call__(self, levels: list[jax.Array]) -> list[jax.Array]:
-        """The student's maps, shallow to deep -> the same in the teacher's channels."""
+        """The student's maps, shallow to deep -> imitations of the teacher's, of their shapes."""
         width = self.fused_width or min(levels[-1].shape[-1], MAX_WIDTH)
         reviewed, fused = [], None
         for i in reversed(range(len(levels))):
-            fusion = Fusion(width, self.widths[i], name=f"fusion{i + 1}")
+            fusion = Fusion(width, self.teacher[i], name=f"fusion{i + 1}")
             imitation, fused = fusion(levels[i], fused)
             reviewed.insert(0, imitation)
         return reviewed
@@ -81,13 +84,10 @@ def context_loss(teacher: jax.Array, student: jax.Array) -> jax.Array:
 def _maps(
     teacher_out: Outputs, student_out: Outputs, before_activation: bool
 ) -> tuple[list[jax.Array], list[jax.Array]]:
-    """The teacher's maps on the student's grids and the student's, shallow to deep."""
+    """The teacher's and the student's maps, each on its own grid, shallow to deep."""
     pairs = [*paired_levels(teacher_out, student_out), ("pooled", "pooled")]
     student = [level_map(student_out, name, before_activation) for _, name in pairs]
-    teacher = [
-        resize_map(level_map(teacher_out, name, before_activation=True), features.shape[1:3])
-        for (name, _), features in zip(pairs, student, strict=True)
-    ]
+    teacher = [level_map(teacher_out, name, before_activation=True) for name, _ in pairs]
     return jax.lax.stop_gradient(teacher), student
 
 
@@ -95,8 +95,9 @@ def _maps(
 class ReviewKD(Method):
     """The context losses of all levels and of the pooled features, which are the deepest level.
 
-    As in the released code, the teacher's maps are taken before the activation, and deeper maps
-    are upsampled by repetition.
+    As in the released code, the teacher's maps are taken before the activation, deeper fusions are
+    upsampled by repetition, and each fusion is brought to the teacher's grid. There, ours averages
+    or interpolates, where theirs takes the nearest position.
 
     Attributes:
       weight: weight of the sum over levels. The authors use, for CIFAR-100, 0.6 for ResNet-56 ->
@@ -127,7 +128,7 @@ class ReviewKD(Method):
             raise UserError(f"method.review.fused_width={self.fused_width} must be at least 0.")
 
     def _module(self, teacher: list[jax.Array]) -> Review:
-        return Review(tuple(x.shape[-1] for x in teacher), self.fused_width)
+        return Review(tuple(x.shape[1:] for x in teacher), self.fused_width)
 
     @override
     def init(self, key, teacher_out, student_out, labels=()):
