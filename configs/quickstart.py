@@ -31,7 +31,7 @@ def get_config(variant: str = "") -> Config:
     # with --config.method.cakd.multi_view.
     config.method.cakd.multi_view = False
     config.method.cakd.attention_weight = 10.0
-    config.method.cakd.token_weight = 5.0
+    config.method.cakd.token_weight = 0.5  # docs/results/cakd_audit.md
     config.method.logits.update(label_weight=1.0, weight=1.0)
     config.student.model = "resnet18"
     config.student.args = {"layers": (1, 1, 1, 1), "width": 0.125, "stem": "cifar"}

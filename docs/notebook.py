@@ -103,7 +103,7 @@ print(f"logits: {accuracy(student):.1%}")
 # isn't trained; `xkd_jax/distiller.py` has the whole step.
 
 # %%
-options = {"adversarial_weight": 0.0, "attention_weight": 10.0, "token_weight": 5.0}
+options = {"adversarial_weight": 0.0, "attention_weight": 10.0, "token_weight": 0.5}
 method = xkd.methods.create_method("cakd", {"cakd": options})
 model = xkd.create_model("resnet18", num_classes=10, image_size=28, **SMALL)
 variables, zeros = model.init(jax.random.key(1)), (teacher.zero_outputs(), model.zero_outputs())

@@ -58,7 +58,7 @@ AUDIT: dict[str, dict[str, Any]] = {
     "adversary_weak": {"method.cakd.adversarial_weight": 0.01},
     "adversary_strong": {"method.cakd.adversarial_weight": 1.0},
     "block_before": {"method.cakd.teacher_block": -2},
-    "tokens_weak": {"method.cakd.token_weight": 0.5},
+    "tokens_strong": {"method.cakd.token_weight": 5.0},
     "labels_weak": {"method.cakd.label_weight": 0.5},
     "labels_strong": {"method.cakd.label_weight": 2.0},
     "adam": ADAM_FOR_PROJECTORS,
